@@ -1,0 +1,1 @@
+"""What a finished study means. Loads neither torch nor ray, and never unpickles."""

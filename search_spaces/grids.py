@@ -1,0 +1,58 @@
+"""The grids: each function returns a Tune ``param_space`` in which every axis is a grid search.
+
+A grid of your own is a function like these: ``--grid path/to/my_grid.py:my_function``. What it
+does not name keeps the default of ``tune_study.config``.
+"""
+
+from typing import Any
+
+from ray import tune
+
+MODES = ["none", "int8", "nf4", "nf4-dq"]
+SEEDS = [42, 123, 456]
+
+
+def full() -> dict[str, Any]:
+    """The reference study: 2 models x 2 data sets x 3 LoRA settings x 4 modes x 3 seeds = 144."""
+    return {
+        "model": tune.grid_search(["deit_tiny_patch16_224", "deit_small_patch16_224"]),
+        "dataset": tune.grid_search(["cifar10", "cifar100"]),
+        "lora": tune.grid_search(
+            [
+                {"r": 4, "lora_alpha": 8},
+                {"r": 8, "lora_alpha": 16},
+                {"r": 16, "lora_alpha": 32},
+            ]
+        ),
+        "quantization": tune.grid_search(MODES),
+        "seed": tune.grid_search(SEEDS),
+    }
+
+
+def demo() -> dict[str, Any]:
+    """Minutes on two cores, no network: the shipped backbone on scikit-learn's digits, 4 x 3 = 12.
+
+    Three hundred training images keep the task hard enough that the modes could differ.
+    """
+    return {
+        "model": tune.grid_search(["vit_glyphs_patch4_32"]),
+        "dataset": tune.grid_search(["digits"]),
+        "lora": tune.grid_search([{"r": 8, "lora_alpha": 16}]),
+        "quantization": tune.grid_search(MODES),
+        "seed": tune.grid_search(SEEDS),
+        "data": {"train_size": 600, "val_size": 300},
+        "training": {"num_train_epochs": 6, "learning_rate": 1e-3, "warmup_steps": 20},
+    }
+
+
+def smoke() -> dict[str, Any]:
+    """The smallest real study, for tests: every mode once, two epochs of 64 digits."""
+    return {
+        "model": tune.grid_search(["vit_glyphs_patch4_32"]),
+        "dataset": tune.grid_search(["digits"]),
+        "lora": tune.grid_search([{"r": 4, "lora_alpha": 8}]),
+        "quantization": tune.grid_search(MODES),
+        "seed": tune.grid_search([42]),
+        "data": {"train_size": 64, "val_size": 40, "test_size": 40},
+        "training": {"num_train_epochs": 2, "learning_rate": 1e-3, "warmup_steps": 2},
+    }

@@ -1,0 +1,1 @@
+"""How a trial runs: one quantized-LoRA Vision Transformer, trained, measured and verified."""

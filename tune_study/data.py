@@ -1,0 +1,379 @@
+"""Images: read once into one uint8 tensor, split by one rule, made into batches on the device."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from tune_study.config import SPLIT_SEED, DataConfig, UserError
+
+DEFAULT_DATA_DIR = Path("~/.cache/tune-study/data").expanduser()
+FOLDER_SIDE = 256
+"""Class-folder images are held at this side: the shorter side resized, the centre cropped."""
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+class Split(NamedTuple):
+    """``images`` uint8 [N, 3, H, W]; ``labels`` int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def take(self, indices: np.ndarray) -> Split:
+        index = torch.as_tensor(indices)
+        return Split(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+class Source(NamedTuple):
+    """A data set as it lies on the disk. ``test`` is ``None`` where none is set apart."""
+
+    train: Split
+    test: Split | None
+    class_names: list[str]
+    sha256: str
+
+
+class Dataset(NamedTuple):
+    """A data set as a trial sees it."""
+
+    train: Split
+    val: Split
+    test: Split
+    class_names: list[str]
+    sha256: str
+    """Of all images and labels of the source, whatever files they came in."""
+
+
+def load(dataset: str, data_dir: Path | None, sizes: DataConfig) -> Dataset:
+    """The three splits of ``dataset``, the same for every trial with these ``sizes``.
+
+    The images come from ``data_dir``, or from torchvision's download when it is ``None``.
+    Raises ``UserError`` when they are missing, corrupt or fewer than asked for.
+    """
+    source = read_source(dataset, data_dir)
+    everything, test = source.train, source.test
+    if test is None:
+        train_indices, test_indices = _split_off(everything.labels, None, 0.2, dataset, "test")
+        everything, test = everything.take(train_indices), everything.take(test_indices)
+    train_indices, val_indices = _split_off(everything.labels, sizes.val_size, 0.1, dataset, "val")
+    train, val = everything.take(train_indices), everything.take(val_indices)
+    train = _subset(train, sizes.train_size, dataset, "train")
+    test = _subset(test, sizes.test_size, dataset, "test")
+    return Dataset(train, val, test, source.class_names, source.sha256)
+
+
+def _split_off(
+    labels: Tensor, size: int | None, share: float, dataset: str, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices of (the rest, ``size`` images), stratified by class, by the fixed seed."""
+    from sklearn.model_selection import train_test_split
+
+    wanted = size if size is not None else max(round(len(labels) * share), len(labels.unique()))
+    try:
+        rest, chosen = train_test_split(
+            np.arange(len(labels)),
+            test_size=wanted,
+            stratify=labels.numpy(),
+            random_state=SPLIT_SEED,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"data.{name}_size = {wanted}: cannot be taken from the {len(labels)} images of "
+            f"{dataset} with its {len(labels.unique())} classes in proportion ({error})"
+        ) from None
+    return np.sort(rest), np.sort(chosen)
+
+
+def _subset(split: Split, size: int | None, dataset: str, name: str) -> Split:
+    if size is None or size == len(split.labels):
+        return split
+    if size > len(split.labels):
+        raise UserError(
+            f"data.{name}_size = {size}: {dataset} has {len(split.labels)} images for it; "
+            "ask for fewer"
+        )
+    return split.take(_split_off(split.labels, size, 0, dataset, name)[1])
+
+
+@functools.lru_cache(maxsize=4)
+def read_source(dataset: str, data_dir: Path | None) -> Source:
+    """All images of ``dataset``. Kept for the next trial of the process; never changed.
+
+    Raises ``UserError`` as ``load``.
+    """
+    if dataset == "digits":
+        train, test, class_names = _digits()
+    elif dataset.startswith("folder:"):
+        train, test, class_names = _class_folders(Path(dataset.removeprefix("folder:")))
+    else:
+        train, test, class_names = _cifar(dataset, data_dir)
+    return Source(train, test, class_names, _checksum(train, test))
+
+
+def _checksum(*splits: Split | None) -> str:
+    digest = hashlib.sha256()
+    for split in splits:
+        if split is not None:
+            digest.update(str(tuple(split.images.shape)).encode())
+            digest.update(split.images.contiguous().numpy().data)
+            digest.update(split.labels.numpy().data)
+    return digest.hexdigest()
+
+
+def _digits() -> tuple[Split, None, list[str]]:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, grey values 0..16 spread over 0..255."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = torch.as_tensor(np.round(digits.images * (255 / 16)).astype(np.uint8))
+    images = grey[:, None].expand(-1, 3, -1, -1).contiguous()
+    labels = torch.as_tensor(digits.target, dtype=torch.int64)
+    return Split(images, labels), None, [str(name) for name in digits.target_names]
+
+
+def _cifar(dataset: str, data_dir: Path | None) -> tuple[Split, Split, list[str]]:
+    """From Hugging Face parquet, else from torchvision's folder, else by its download."""
+    if data_dir is None:
+        return _torchvision_cifar(dataset, DEFAULT_DATA_DIR, download=True)
+    if not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir}: there is no such folder")
+    for folder in (data_dir / dataset, *sorted((data_dir / dataset).glob("*/")), data_dir):
+        if files := _parquet_files(folder, dataset):
+            return _parquet_cifar(dataset, files)
+    for folder in (data_dir, data_dir / dataset):
+        if (folder / _torchvision_class(dataset).base_folder).is_dir():
+            return _torchvision_cifar(dataset, folder, download=False)
+    raise UserError(
+        f"--data-dir {data_dir}: no {dataset} in it; it needs {dataset}/train-*.parquet and "
+        f"{dataset}/test-*.parquet, or {_torchvision_class(dataset).base_folder}/; "
+        "without --data-dir it is downloaded"
+    )
+
+
+def _torchvision_class(dataset: str):
+    from torchvision import datasets
+
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+
+
+def _torchvision_cifar(
+    dataset: str, root: Path, *, download: bool
+) -> tuple[Split, Split, list[str]]:
+    """torchvision checks the official md5 sums before it unpickles anything."""
+    reader = _torchvision_class(dataset)
+    try:
+        train, test = (reader(root, train=part, download=download) for part in (True, False))
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise UserError(
+            f"dataset {dataset}: the download failed ({error}); connect to the network once, or "
+            "give --data-dir with a folder in torchvision's or the Hugging Face parquet layout"
+        ) from None
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"{dataset} in {root}: {first_line}; fetch the files again") from None
+    splits = [
+        Split(
+            torch.as_tensor(np.asarray(part.data)).permute(0, 3, 1, 2).contiguous(),
+            torch.as_tensor(part.targets, dtype=torch.int64),
+        )
+        for part in (train, test)
+    ]
+    return splits[0], splits[1], list(train.classes)
+
+
+def _label_column(dataset: str) -> str:
+    return "fine_label" if dataset == "cifar100" else "label"
+
+
+def _parquet_files(folder: Path, dataset: str) -> dict[str, list[Path]] | None:
+    """{"train": [...], "test": [...]} where both are there and hold this data set's labels."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = {part: sorted(folder.glob(f"{part}-*.parquet")) for part in ("train", "test")}
+    if not all(files.values()):
+        return None
+    try:
+        columns = pq.read_schema(files["train"][0]).names
+    except (pa.ArrowException, OSError) as error:
+        raise _corrupt(files["train"][0], error) from None
+    return files if _label_column(dataset) in columns else None
+
+
+def _corrupt(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} cannot be read ({str(error).splitlines()[0]}); replace the file by a whole copy"
+    )
+
+
+def _parquet_cifar(dataset: str, files: dict[str, list[Path]]) -> tuple[Split, Split, list[str]]:
+    train, test = (_read_parquet(paths, _label_column(dataset)) for paths in files.values())
+    names = _parquet_class_names(files["train"][0], _label_column(dataset))
+    num_classes = int(train.labels.max()) + 1
+    return train, test, names or [str(label) for label in range(num_classes)]
+
+
+def _read_parquet(paths: list[Path], label_column: str) -> Split:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images, labels = [], []
+    for path in paths:
+        try:
+            table = pq.read_table(path, columns=["img", label_column])
+            images += [
+                np.asarray(_decode(row["bytes"]), np.uint8) for row in table["img"].to_pylist()
+            ]
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise _corrupt(path, error) from None
+        labels.append(table[label_column].to_numpy())
+    if len({image.shape for image in images}) != 1:
+        raise UserError(f"{paths[0]}: its images are not all of one size")
+    stacked = torch.as_tensor(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Split(stacked, torch.as_tensor(np.concatenate(labels), dtype=torch.int64))
+
+
+def _decode(encoded: bytes):
+    """A PIL image in RGB. Raises ``OSError`` for bytes that are not a whole image."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(encoded)).convert("RGB")
+
+
+def _parquet_class_names(path: Path, label_column: str) -> list[str] | None:
+    """From the schema metadata that the Hugging Face ``datasets`` library writes."""
+    import json
+
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_schema(path).metadata or {}
+    if b"huggingface" not in metadata:
+        return None
+    features = json.loads(metadata[b"huggingface"])["info"]["features"]
+    return features[label_column].get("names")
+
+
+def _class_folders(root: Path) -> tuple[Split, Split | None, list[str]]:
+    """``root/train/CLASS/*`` and ``root/test/CLASS/*``, or ``root/CLASS/*`` to be split."""
+    if not root.is_dir():
+        raise UserError(f"dataset folder:{root}: there is no such folder")
+    has_parts = (root / "train").is_dir() and (root / "test").is_dir()
+    train_root = root / "train" if has_parts else root
+    class_names = sorted(
+        path.name for path in train_root.iterdir() if path.is_dir() and path.name[0] != "."
+    )
+    if len(class_names) < 2:
+        raise UserError(
+            f"dataset folder:{root}: it needs at least two class folders with images, "
+            f"and {train_root} has {len(class_names)}"
+        )
+    train = _read_class_folders(train_root, class_names)
+    return (
+        train,
+        _read_class_folders(root / "test", class_names) if has_parts else None,
+        class_names,
+    )
+
+
+def _read_class_folders(root: Path, class_names: list[str]) -> Split:
+    from PIL import Image, ImageOps
+
+    images, labels = [], []
+    for label, name in enumerate(class_names):
+        paths = sorted(p for p in (root / name).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not paths:
+            raise UserError(f"dataset folder: {root / name} holds no images")
+        for path in paths:
+            try:
+                with Image.open(path) as image:
+                    fitted = ImageOps.fit(image.convert("RGB"), (FOLDER_SIDE, FOLDER_SIDE))
+            except OSError as error:
+                raise _corrupt(path, error) from None
+            images.append(np.asarray(fitted, np.uint8))
+            labels.append(label)
+    stacked = torch.as_tensor(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Split(stacked, torch.as_tensor(labels, dtype=torch.int64))
+
+
+class Preprocessing(NamedTuple):
+    """What the model wants: side in pixels, timm's interpolation, mean and std per channel."""
+
+    image_size: int
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def preprocess(images: Tensor, how: Preprocessing) -> Tensor:
+    """uint8 [B, 3, H, W] on any device -> float32 [B, 3, image_size, image_size], normalised."""
+    pixels = images.float()
+    size = (how.image_size, how.image_size)
+    if pixels.shape[-2:] != size:
+        shrinks = pixels.shape[-1] > how.image_size  # antialiasing changes nothing when growing
+        pixels = interpolate(pixels, size, mode=how.interpolation, antialias=shrinks)
+        pixels = pixels.clamp_(0, 255)  # bicubic overshoots
+    mean = torch.tensor(how.mean, device=images.device).view(1, -1, 1, 1) * 255
+    std = torch.tensor(how.std, device=images.device).view(1, -1, 1, 1) * 255
+    return pixels.sub_(mean).div_(std)
+
+
+def augment(images: Tensor, how: str, generator: torch.Generator) -> Tensor:
+    """Random crop after padding by an eighth, and for ``flip-crop`` a random mirror image.
+
+    uint8 [B, 3, H, W] to the same shape. The draws come from the CPU ``generator``, so that they
+    are the same on every device.
+    """
+    if how == "none":
+        return images
+    count, _, height, width = images.shape
+    border = max(1, height // 8)
+    offsets = torch.randint(0, 2 * border + 1, (2, count), generator=generator)
+    rows = (offsets[0, :, None] + torch.arange(height)).to(images.device)
+    columns = (offsets[1, :, None] + torch.arange(width)).to(images.device)
+    padded = pad(images, (border,) * 4)
+    batch = torch.arange(count, device=images.device)
+    # Advanced indices around the channel slice put the channel last: [B, H, W, 3].
+    cropped = padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    cropped = cropped.permute(0, 3, 1, 2)
+    if how == "flip-crop":
+        mirrored = (torch.rand(count, generator=generator) < 0.5).to(images.device)
+        cropped = torch.where(mirrored[:, None, None, None], cropped.flip(-1), cropped)
+    return cropped
+
+
+def augmentation(dataset: str, config: DataConfig) -> str:
+    """The augmentation that ``auto`` stands for."""
+    if config.augment != "auto":
+        return config.augment
+    return "crop" if dataset == "digits" else "flip-crop"
+
+
+def train_batches(
+    split: Split, batch_size: int, policy: str, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch in a random order, augmented: (uint8 [B, 3, H, W], int64 [B]) on the device.
+
+    The last, smaller batch is included.
+    """
+    order = torch.randperm(len(split.labels), generator=generator)
+    for indices in order.split(batch_size):
+        chosen = indices.to(split.images.device)
+        yield augment(split.images[chosen], policy, generator), split.labels[chosen]
+
+
+def eval_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images in their order, not augmented; types as in ``train_batches``."""
+    return zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)

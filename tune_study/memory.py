@@ -1,0 +1,168 @@
+"""The bytes of one training step, by what holds them, and the peak that the allocator saw."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from tune_study.model import base_bytes
+from tune_study.quantize import tensor_bytes
+
+BACKWARD_MARK = "tune_study.backward"
+
+
+class StepMemory(NamedTuple):
+    """One training step, measured. A byte count that the device cannot tell is ``None``."""
+
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int | None
+    """Allocated by the forward pass and still held when the backward pass begins."""
+    peak_train_bytes: int | None
+    """Model and optimizer state at rest, plus the most that the step held beyond them."""
+    peak_source: str
+
+
+def measure_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    forward: Callable[[], Tensor],
+    device: torch.device,
+) -> StepMemory:
+    """Runs three training steps of ``forward`` (it returns the loss) and measures the last.
+
+    The steps leave no trace: trainable parameters, optimizer state and the global random state are
+    put back. The batch that ``forward`` makes is part of the step; images at rest are not.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    saved = [parameter.detach().clone() for parameter in parameters]
+    before = optimizer.state_dict()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
+        gradient_bytes = 0
+        for _ in range(2):  # the first makes the optimizer state, the second warms the caches
+            forward().backward()
+            gradient_bytes = tensor_bytes([p.grad for p in parameters if p.grad is not None])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        held = optimizer_tensors(optimizer)
+        at_rest = base_bytes(model) + tensor_bytes(held)
+        activations, extra, source = _METERS[device.type](lambda: forward(), optimizer)
+        if mps_state is not None:
+            torch.mps.set_rng_state(mps_state)
+    with torch.no_grad():
+        torch._foreach_copy_(list[Tensor](parameters), saved)
+    optimizer.state.clear()
+    optimizer.load_state_dict(before)
+    return StepMemory(
+        adapter_bytes=tensor_bytes(parameters),
+        gradient_bytes=gradient_bytes,
+        optimizer_bytes=tensor_bytes(held),
+        activation_bytes=activations,
+        peak_train_bytes=None if extra is None else at_rest + extra,
+        peak_source=source,
+    )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The state tensors of ``optimizer``."""
+    return [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
+
+
+Meter = tuple[int | None, int | None, str]
+"""Activation bytes, peak bytes beyond the bytes at rest, and what measured them."""
+
+
+def _step(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+    loss = forward()
+    with record_function(BACKWARD_MARK):
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _cpu(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Meter:
+    """From the allocator's own events under the profiler; they repeat to the byte."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
+        _step(forward, optimizer)
+    assert prof.profiler is not None
+    assert prof.profiler.kineto_results is not None
+    events = list(prof.profiler.kineto_results.events())
+    backward_ns = next(e.start_ns() for e in events if e.name() == BACKWARD_MARK)
+    changes = sorted(
+        ((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"),
+        key=lambda change: change[0],
+    )
+    activations, peak = replay(changes, backward_ns)
+    return activations, peak, "cpu allocator events of one profiled step"
+
+
+def replay(changes: Iterable[tuple[int, int]], mark: int) -> tuple[int, int]:
+    """(bytes held at time ``mark``, most bytes ever held) of ordered (time, change in bytes)."""
+    held = peak = at_mark = 0
+    for time, change in changes:
+        if time <= mark:
+            at_mark = held + change
+        held += change
+        peak = max(peak, held)
+    return at_mark, peak
+
+
+def _cuda(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Meter:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = forward()
+    activations = torch.cuda.memory_allocated() - before
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    peak = torch.cuda.max_memory_allocated() - before
+    return activations, peak, "torch.cuda.max_memory_allocated"
+
+
+def _mps(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Meter:
+    """MPS keeps no maximum: the end of the forward pass is nearly the peak, and bounds it below."""
+    torch.mps.synchronize()
+    before = torch.mps.current_allocated_memory()
+    loss = forward()
+    torch.mps.synchronize()
+    activations = torch.mps.current_allocated_memory() - before
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return activations, activations, "torch.mps.current_allocated_memory after forward: lower bound"
+
+
+_METERS = {"cpu": _cpu, "cuda": _cuda, "mps": _mps}
+
+
+def rss_peak_bytes() -> int:
+    """Peak resident memory of this process since ``reset_rss_peak``, or ever off Linux."""
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_rss_peak() -> None:
+    """Starts the peak anew, so that a worker's next trial does not inherit it (Linux only)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(PermissionError):  # some containers forbid it: then it is "ever"
+            Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,325 @@
+"""``build_model``: a timm Vision Transformer, quantized, with PEFT's LoRA; every step proven."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import timm
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from tune_study import backbone  # noqa: F401  (registers the demo's backbone with timm)
+from tune_study.config import TrialConfig, UserError
+from tune_study.data import Preprocessing
+from tune_study.quantize import (
+    LayerReport,
+    QuantizationFailed,
+    quantize_model,
+    state_tensors,
+    tensor_bytes,
+)
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PEFT_CLASSES = {
+    "none": "peft.tuners.lora.layer.Linear",
+    "int8": "peft.tuners.lora.bnb.Linear8bitLt",
+    "4bit": "peft.tuners.lora.bnb.Linear4bit",
+}
+
+
+class BuiltModel(NamedTuple):
+    """A model ready to train, and what was proven of it while it was built."""
+
+    model: PeftModel
+    layers: list[LayerReport]
+    preprocessing: Preprocessing
+    base_parameters: int
+    """Elements of the base model before quantization, buffers included."""
+    weights_bytes: int
+    """Base model as built: weights, quantization state, and the residue at full precision."""
+
+    @property
+    def quantization_error(self) -> float:
+        """||W - dequantized W|| / ||W|| over all quantized layers together; 0 when there are none.
+
+        Frobenius norms, relative to full precision.
+        """
+        if not self.layers:
+            return 0.0
+        error = math.fsum(layer.error_norm**2 for layer in self.layers)
+        return math.sqrt(error / math.fsum(layer.weight_norm**2 for layer in self.layers))
+
+
+def build_model(
+    config: TrialConfig,
+    num_classes: int,
+    *,
+    weights: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> BuiltModel:
+    """A fresh model for one trial: timm, then quantization, then LoRA, then the proofs.
+
+    The seed decides the new head and the adapters (and, with ``pretrained=false``, the base),
+    equally in every quantization mode. Raises ``UserError`` for a model, a weights file or a
+    setting that does not fit, and ``QuantizationFailed`` when a proof fails.
+    """
+    device = torch.device(device)
+    torch.manual_seed(config.seed)
+    base = load_base(config, num_classes, weights).to(device)
+    base.requires_grad_(False)
+    tensors = [*base.parameters(), *base.buffers()]
+    base_parameters = sum(tensor.numel() for tensor in tensors)
+    compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
+    layers = quantize_model(base, config.quantization, compute_dtype, device)
+    weights_bytes = base_bytes(base)
+    preprocessing = preprocessing_of(base, config)
+    model = _add_lora(base, config)
+    model.to(device)
+    built = BuiltModel(model, layers, preprocessing, base_parameters, weights_bytes)
+    _prove(built, config)
+    return built
+
+
+def load_base(config: TrialConfig, num_classes: int, weights: Path | None = None) -> nn.Module:
+    """The timm model at full precision on the CPU, with a new head of ``num_classes``.
+
+    Raises ``UserError`` as ``build_model``.
+    """
+    if not timm.is_model(config.model):
+        close = timm.list_models(f"*{config.model}*")[:1] or ["deit_tiny_patch16_224"]
+        raise UserError(f"model = {config.model}: timm has no such model; try {close[0]}")
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if config.data.image_size is not None:
+        options["img_size"] = config.data.image_size
+    if not config.pretrained:
+        return _create(config, options)
+    options["pretrained"] = True
+    if weights is None:
+        path = hub_weights(config.model)
+        local = {"file": str(path), "hf_hub_id": None, "url": ""} if path else {}
+        return _create(config, {**options, "pretrained_cfg_overlay": local})
+    path = weights_file(config.model, weights)
+    state = _read_state(path)
+    # Not checkpoint_path=: that would not resample the position embedding for another image size.
+    overlay: dict[str, Any] = {
+        "state_dict": dict(state),
+        "hf_hub_id": None,
+        "url": "",
+        "file": None,
+    }
+    model = _create(config, {**options, "pretrained_cfg_overlay": overlay})
+    cast(dict[str, Any], model.pretrained_cfg).pop("state_dict", None)
+    _prove_loaded(model, state, path)
+    return model
+
+
+def hub_weights(model: str) -> Path | None:
+    """timm's pretrained weights of ``model`` as a file, downloaded at most once.
+
+    ``None`` when timm gets them in another way (its own file, an ``.npz``, a plain address).
+    Raises ``UserError`` when they are neither in the cache nor to be had from the network.
+    """
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    settings = timm.get_pretrained_cfg(model)
+    if settings is None or settings.file or settings.custom_load or not settings.hf_hub_id:
+        return None
+    repo, file = settings.hf_hub_id, "model.safetensors"
+    try:
+        return Path(hf_hub_download(repo, file, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass  # not in the cache yet
+    try:
+        # One look first: without a network the download itself would retry for a minute.
+        with contextlib.suppress(urllib.error.HTTPError):  # an answer, whatever it says
+            urllib.request.urlopen(constants.ENDPOINT, timeout=20).close()
+        return Path(hf_hub_download(repo, file))
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"model = {model}: its pretrained weights could not be downloaded "
+            f"({type(error).__name__}); connect to the network once, give --weights FILE_OR_DIR, "
+            "or start from random weights with --set pretrained=false"
+        ) from None
+
+
+def _create(config: TrialConfig, options: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(config.model, **options)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        detail = " ".join(str(error).split())[:300]
+        if "No pretrained weights" in detail:
+            detail += "; or give --weights FILE_OR_DIR"
+        raise UserError(f"model = {config.model}: timm cannot build it so: {detail}") from None
+
+
+def weights_file(model: str, weights: Path) -> Path:
+    """``weights`` itself, or ``<model>.safetensors`` (``.pth``, ``.pt``, ``.bin``) in that folder.
+
+    Raises ``UserError`` when there is none.
+    """
+    if weights.is_file():
+        return weights
+    if not weights.is_dir():
+        raise UserError(f"--weights {weights}: there is no such file or folder")
+    for suffix in (".safetensors", ".pth", ".pt", ".bin"):
+        if (path := weights / f"{model}{suffix}").is_file():
+            return path
+    raise UserError(f"--weights {weights}: no {model}.safetensors in it (nor .pth, .pt, .bin)")
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    from safetensors import SafetensorError
+    from timm.models import load_state_dict
+
+    try:
+        # weights_only: a checkpoint from a stranger must not run code.
+        return load_state_dict(str(path), device="cpu", weights_only=True)
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"--weights {path}: not a readable safetensors file or weights_only checkpoint "
+            f"({detail[:200]}); save it with safetensors.torch.save_file(model.state_dict(), FILE)"
+        ) from None
+
+
+def _prove_loaded(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Every tensor but the head must be the file's; timm alone would leave gaps at random."""
+    heads = classifier_names(model)
+    expected = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not any(name.startswith(f"{head}.") for head in heads)
+    }
+    missing = [name for name in expected if name not in state]
+    if missing:
+        raise UserError(
+            f"--weights {path}: they do not fit the model: {len(missing)} of its {len(expected)} "
+            f"tensors are not in the file, the first is {missing[0]}"
+        )
+    for name, tensor in expected.items():
+        # The position embedding of another image size is resampled, everything else is equal.
+        if state[name].shape == tensor.shape and not torch.equal(
+            tensor, state[name].to(tensor.dtype)
+        ):
+            raise UserError(f"--weights {path}: {name} of the model is not what the file holds")
+
+
+def classifier_names(model: nn.Module) -> list[str]:
+    """Names of the modules that make the class scores, ``["head"]`` for a ViT."""
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    return [names] if isinstance(names, str) else list(names)
+
+
+def preprocessing_of(model: nn.Module, config: TrialConfig) -> Preprocessing:
+    """timm's data configuration of ``model`` at the trial's image size."""
+    wanted = resolve_model_data_config(model)
+    size = config.data.image_size or wanted["input_size"][-1]
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    if size % patch:
+        raise UserError(
+            f"data.image_size = {size}: {config.model} has patches of {patch} px; "
+            f"choose a multiple, such as {max(1, round(size / patch)) * patch}"
+        )
+    interpolation = wanted["interpolation"]
+    interpolation = interpolation if interpolation in ("bilinear", "bicubic") else "bicubic"
+    return Preprocessing(size, interpolation, tuple(wanted["mean"]), tuple(wanted["std"]))
+
+
+def _add_lora(base: nn.Module, config: TrialConfig) -> PeftModel:
+    matching = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and re.fullmatch(config.lora.target_modules, name)
+    ]
+    if not matching:
+        raise UserError(
+            f"lora.target_modules = {config.lora.target_modules}: no linear layer of "
+            f"{config.model} has such a name; choose a timm Vision Transformer or other targets"
+        )
+    lora = LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.lora_alpha,
+        lora_dropout=config.lora.lora_dropout,
+        target_modules=config.lora.target_modules,
+        # The head is new for this data set: it must be trained, whole.
+        modules_to_save=classifier_names(base),
+    )
+    model = get_peft_model(base, lora)
+    # PEFT draws a different count of random numbers for 4-bit layers: drawn anew, the adapters of
+    # one seed are the same in all modes that are compared.
+    torch.manual_seed(config.seed)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.reset_lora_parameters("default", init_lora_weights=True)
+    return model
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Bytes of every parameter and buffer of ``model``, with the quantization state."""
+    tensors = [parameter.data for parameter in model.parameters()] + list(model.buffers())
+    for module in model.modules():
+        tensors += state_tensors(module)
+    return tensor_bytes(tensors)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by a short name such as ``blocks.0.attn.qkv.lora_A``."""
+    return {
+        name.removeprefix("base_model.model.")
+        .replace(".default.weight", "")
+        .replace("modules_to_save.default.", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _prove(built: BuiltModel, config: TrialConfig) -> None:
+    """The built model is what the configuration says, or ``QuantizationFailed``."""
+    modes = {layer.name: layer.mode for layer in built.layers}
+    prefix = "base_model.model."
+    found = 0
+    for name, module in built.model.named_modules():
+        if not hasattr(module, "lora_A") or not name.startswith(prefix):
+            continue
+        found += 1
+        mode = modes.get(name.removeprefix(prefix), "none")
+        expected = PEFT_CLASSES["4bit" if "4" in mode else mode]
+        actual = f"{type(module).__module__}.{type(module).__qualname__}"
+        if actual != expected:
+            raise QuantizationFailed(f"{name} is {mode} and should be a {expected}, not a {actual}")
+    learning = trainable(built.model)
+    strangers = [
+        name
+        for name, parameter in learning.items()
+        if parameter.dtype != torch.float32
+        or not (".lora_" in name or name.split(".")[0] in _heads(built.model))
+    ]
+    if found == 0 or strangers:
+        raise QuantizationFailed(f"{found} LoRA layers; unexpected trainable: {strangers[:3]}")
+    if not any(name.split(".")[0] in _heads(built.model) for name in learning):
+        raise QuantizationFailed("the head is not trained")
+    if config.quantization.mode != "none" and not built.layers:
+        raise QuantizationFailed(f"quantization {config.quantization.mode} quantized no layer")
+
+
+def _heads(model: PeftModel) -> set[str]:
+    return {name.split(".")[0] for name in classifier_names(model.get_base_model())}

@@ -1,0 +1,142 @@
+"""What the user sees while a study runs: a live display in a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from tune_study.files import read_json
+from tune_study.schema import GOOD_STATUSES
+
+
+class Progress(tune.Callback):
+    """Tune's callbacks, shown. Use as a context manager around the run."""
+
+    def __init__(
+        self, console: Console, study_dir: Path, total: int, done: int, epochs: dict[str, int]
+    ) -> None:
+        """``total`` and ``done`` count trials; ``epochs`` is the most epochs of each trial."""
+        self._console = console
+        self._study_dir = study_dir
+        self._epochs = epochs
+        self._total, self._done, self._failed = total, done, 0
+        self._running: dict[str, dict[str, Any]] = {}
+        self._started = time.monotonic()
+        self._epochs_left = sum(epochs.values())
+        self._epochs_seen = 0
+        self._bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._task = self._bar.add_task("trials", total=total, completed=done)
+        self._live = (
+            Live(self._render(), console=console, refresh_per_second=2)
+            if console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.update(self._render())
+            self._live.stop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for a restore of its own, which we never use."""
+        return {}
+
+    def say(self, line: str) -> None:
+        """One line above the live display, or in the log."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        trial_id = trial.config["trial_id"]
+        self._running[trial_id] = {"epoch": 0, "accuracy": None, "since": time.monotonic()}
+        if not self._live:
+            self.say(f"{trial_id}: started")
+        self._update()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        trial_id, epoch = trial.config["trial_id"], int(result["epoch"])
+        state = self._running.setdefault(
+            trial_id, {"epoch": 0, "accuracy": None, "since": time.monotonic()}
+        )
+        self._epochs_left -= max(0, epoch - state["epoch"])
+        self._epochs_seen += 1
+        state |= {"epoch": epoch, "accuracy": result["val_accuracy"]}
+        if not self._live:
+            self.say(
+                f"{trial_id}: epoch {epoch}/{self._epochs[trial_id]}, "
+                f"loss {result['train_loss']:.4f}, "
+                f"validation accuracy {result['val_accuracy']:.4f}, "
+                f"{result['images_per_s']:.0f} images/s"
+            )
+        self._update()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial.config["trial_id"])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial.config["trial_id"])
+
+    def _end(self, trial_id: str) -> None:
+        state = self._running.pop(trial_id, {"epoch": 0})
+        results = read_json(self._study_dir / trial_id / "results.json") or {}
+        status = results.get("status", "error")
+        if status in ("interrupted", "pending"):
+            self._update()
+            return
+        self._epochs_left -= self._epochs[trial_id] - state["epoch"]
+        self._done += 1
+        if status in GOOD_STATUSES:
+            test = results["train"]["test_metrics"]["test_accuracy"]
+            self.say(f"{trial_id}: {status}, test accuracy {test:.4f} [{self._done}/{self._total}]")
+        else:
+            self._failed += 1
+            self.say(f"{trial_id}: {status}: {results.get('error')} [{self._done}/{self._total}]")
+        self._update()
+
+    def _update(self) -> None:
+        self._bar.update(self._task, completed=self._done)
+        if self._live:
+            self._live.update(self._render())
+
+    def _left(self) -> str:
+        if not self._epochs_seen:
+            return "time left unknown until the first epoch ends"
+        seconds = (time.monotonic() - self._started) / self._epochs_seen * self._epochs_left
+        return f"about {duration(seconds)} left"
+
+    def _render(self) -> Group:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("running", "epoch", "validation accuracy", "for"):
+            table.add_column(heading)
+        for trial_id, state in self._running.items():
+            accuracy = "" if state["accuracy"] is None else f"{state['accuracy']:.4f}"
+            table.add_row(
+                trial_id,
+                f"{state['epoch']}/{self._epochs[trial_id]}",
+                accuracy,
+                duration(time.monotonic() - state["since"]),
+            )
+        summary = Text(f"{self._done} done, {self._failed} failed; {self._left()}")
+        return Group(table, self._bar, summary)
+
+
+def duration(seconds: float) -> str:
+    """``3 h 20 min``, ``12 min``, ``40 s``."""
+    if seconds >= 3600:
+        return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+    return f"{round(seconds / 60)} min" if seconds >= 90 else f"{seconds:.0f} s"

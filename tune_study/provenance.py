@@ -1,0 +1,73 @@
+"""Where a number comes from: versions, commit, hardware, checksums."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PACKAGES = ("torch", "torchvision", "timm", "peft", "bitsandbytes", "ray", "transformers", "numpy")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python, this project and the packages that compute."""
+    found = {"python": platform.python_version(), "tune-study": metadata.version("tune-study")}
+    return found | {name: metadata.version(name) for name in PACKAGES}
+
+
+@cache
+def commit() -> str | None:
+    """The commit of this checkout, ``-dirty`` when files differ; ``None`` outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+@cache
+def hardware() -> dict[str, Any]:
+    """The machine in plain words: no host name, user or path."""
+    import torch
+
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_name()
+    elif torch.backends.mps.is_available():
+        gpu = "Apple " + platform.processor()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": gpu,
+    }
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

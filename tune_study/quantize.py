@@ -1,0 +1,266 @@
+"""``nn.Linear`` of the transformer blocks -> bitsandbytes, and the proof that it happened."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import Tensor, nn
+
+from tune_study.config import QuantizationConfig, UserError
+
+BLOCK_LAYERS = re.compile(r"(.*\.)?blocks\.\d+\..+")
+BLOCKSIZE = 64
+INT8_THRESHOLD = 6.0
+"""LLM.int8(): activation columns with a value beyond it are computed in 16 bit."""
+
+GAUSSIAN_ERROR_BANDS = {
+    "int8": (0.004, 0.015),
+    "nf4": (0.08, 0.11),
+    "nf4-dq": (0.08, 0.11),
+    "fp4": (0.10, 0.14),
+    "fp4-dq": (0.10, 0.14),
+}
+"""Relative Frobenius error of Gaussian weights; the measured centres are 0.007, 0.092, 0.122."""
+WEIGHT_ERROR_LIMITS = {"int8": 0.1, "nf4": 0.25, "nf4-dq": 0.25, "fp4": 0.3, "fp4-dq": 0.3}
+"""Real weights are not Gaussian: beyond these the layer is not what it is called."""
+
+
+class QuantizationFailed(UserError):
+    """Quantization did not, or cannot, happen as asked. Never trained around."""
+
+
+class LayerReport(NamedTuple):
+    """One quantized layer, measured. Bytes are of the weight and its quantization state."""
+
+    name: str
+    mode: str
+    layer_class: str
+    dtype: str
+    shape: tuple[int, int]
+    weight_bytes: int
+    state_bytes: int
+    error_norm: float
+    weight_norm: float
+
+    @property
+    def relative_error(self) -> float:
+        """||W - dequantized W|| / ||W||, Frobenius."""
+        return self.error_norm / self.weight_norm if self.weight_norm else math.nan
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise: 20 log10 of the inverse relative error, in decibel."""
+        return -20 * math.log10(self.relative_error) if self.error_norm else math.inf
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The plain ``nn.Linear`` layers inside the transformer blocks, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and BLOCK_LAYERS.fullmatch(name)
+    }
+
+
+def plan_layers(model: nn.Module, config: QuantizationConfig) -> dict[str, str]:
+    """{layer name: mode} of every block layer that is to be quantized.
+
+    Raises ``UserError`` when the model has no block layers, or a pattern matches none of them.
+    """
+    names = list(block_linears(model))
+    if config.mode == "none" and not config.overrides:
+        return {}
+    if not names:
+        raise UserError(
+            f"quantization.mode = {config.mode}: {type(model).__name__} has no linear layers in "
+            "blocks.N; choose a timm Vision Transformer"
+        )
+    for pattern in (*config.skip_layers, *config.overrides):
+        only_this = QuantizationConfig(mode="none", overrides={pattern: "int8"})
+        if all(only_this.mode_of(name) == "none" for name in names):
+            raise UserError(
+                f"quantization pattern {pattern!r} matches no layer; names look like {names[0]}"
+            )
+    modes = {name: config.mode_of(name) for name in names}
+    return {name: mode for name, mode in modes.items() if mode != "none"}
+
+
+def quantize_linear(
+    linear: nn.Linear, mode: str, compute_dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
+    """A frozen bitsandbytes layer made from the full-precision weights of ``linear``.
+
+    bitsandbytes quantizes when the layer is moved to ``device``, the CPU included.
+    """
+    shape = (linear.in_features, linear.out_features)
+    has_bias = linear.bias is not None
+    # On "meta" nothing is allocated or initialised: weight and bias are put in below.
+    quantized: nn.Module
+    if mode == "int8":
+        # The library's defaults keep 16-bit weights and no outlier threshold: set both.
+        quantized = bnb.nn.Linear8bitLt(
+            *shape,
+            bias=has_bias,
+            has_fp16_weights=False,
+            threshold=INT8_THRESHOLD,
+            device="meta",
+        )
+        quantized.weight = bnb.nn.Int8Params(
+            linear.weight.detach().clone(), requires_grad=False, has_fp16_weights=False
+        )
+    else:
+        quant_type, _, double = mode.partition("-")
+        # The library's defaults are fp4 with double quantization: set all.
+        settings: dict[str, Any] = {"quant_type": quant_type, "compress_statistics": double == "dq"}
+        quantized = bnb.nn.Linear4bit(
+            *shape,
+            bias=has_bias,
+            compute_dtype=compute_dtype,
+            quant_storage=torch.uint8,
+            device="meta",
+            **settings,
+        )
+        quantized.weight = bnb.nn.Params4bit(
+            linear.weight.detach().clone(),
+            requires_grad=False,
+            blocksize=BLOCKSIZE,
+            quant_storage=torch.uint8,
+            module=quantized,
+            **settings,
+        )
+        # With it on, the first eval forward on an AVX512-BF16 CPU repacks the weights, and the
+        # next training step raises or loses its gradient (seen with bitsandbytes 0.50.2).
+        quantized.support_avx512bf16_for_cpu = False
+    if has_bias:
+        quantized.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+    return quantized.to(device)
+
+
+def dequantize(layer: nn.Module) -> Tensor:
+    """The weights that ``layer`` stands for: [out, in] in float32 (float16 steps for int8)."""
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        codes, scales = _int8_state(layer)
+        return codes.float() * (scales.float() / 127).view(-1, 1)
+    if not isinstance(layer, bnb.nn.Linear4bit):
+        raise TypeError(f"{type(layer).__name__} is not a quantized layer")
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+
+
+def _int8_state(layer: bnb.nn.Linear8bitLt) -> tuple[Tensor, Tensor]:
+    """int8 codes [out, in] and row scales [out]; the first forward moves them into ``state``."""
+    weight: Any = layer.weight
+    for holder in (weight, layer.state):
+        if holder.CB is not None:
+            return holder.CB, holder.SCB
+    raise QuantizationFailed(f"a {type(layer).__name__} holds no int8 codes: it was not quantized")
+
+
+def state_tensors(layer: nn.Module) -> list[Tensor]:
+    """What a quantized layer holds beside its weight and bias: scales, codebooks, offsets."""
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return [_int8_state(layer)[1]]
+    if not isinstance(layer, bnb.nn.Linear4bit):
+        return []
+    weight: Any = layer.weight
+    state = weight.quant_state
+    tensors = [state.absmax, state.code]
+    if state.nested:
+        tensors += [state.offset, state.state2.absmax, state.state2.code]
+    return tensors
+
+
+def tensor_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes held by ``tensors``, each once."""
+    unique = {(tensor.data_ptr(), tensor.shape, tensor.dtype): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+
+
+def quantize_model(
+    model: nn.Module, config: QuantizationConfig, compute_dtype: torch.dtype, device: torch.device
+) -> list[LayerReport]:
+    """Replaces the planned layers in place, measures each against its original, and proves it.
+
+    Raises ``QuantizationFailed`` when a layer is not what its mode says.
+    """
+    layers = plan_layers(model, config)
+    linears = block_linears(model)
+    reports = []
+    for mode, in_features in sorted({(m, linears[n].in_features) for n, m in layers.items()}):
+        check_kernel(mode, in_features, str(device))
+    for name, mode in layers.items():
+        original = linears[name]
+        quantized = quantize_linear(original, mode, compute_dtype, device)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantized)
+        reports.append(_measure(name, mode, original.weight.detach(), quantized))
+    for report in reports:
+        _prove(report)
+    _tell_peft(model, set(layers.values()))
+    return reports
+
+
+def _tell_peft(model: nn.Module, modes: set[str]) -> None:
+    """Without these marks PEFT wraps a quantized layer as a plain one, without an error."""
+    model.is_loaded_in_8bit = "int8" in modes  # type: ignore[assignment]
+    model.is_loaded_in_4bit = bool(modes - {"int8"})  # type: ignore[assignment]
+
+
+def _measure(name: str, mode: str, original: Tensor, layer: nn.Module) -> LayerReport:
+    quantized = cast(Tensor, layer.weight).data
+    weights = original.float().to(quantized.device)
+    return LayerReport(
+        name=name,
+        mode=mode,
+        layer_class=type(layer).__name__,
+        dtype=str(quantized.dtype).removeprefix("torch."),
+        shape=(original.shape[0], original.shape[1]),
+        weight_bytes=tensor_bytes([quantized]),
+        state_bytes=tensor_bytes(state_tensors(layer)),
+        error_norm=float((weights - dequantize(layer)).norm()),
+        weight_norm=float(weights.norm()),
+    )
+
+
+def _prove(report: LayerReport) -> None:
+    expected = ("Linear8bitLt", "int8") if report.mode == "int8" else ("Linear4bit", "uint8")
+    bits = 8 if report.mode == "int8" else 4
+    if (report.layer_class, report.dtype) != expected:
+        raise QuantizationFailed(
+            f"{report.name} should be {expected}, and is {(report.layer_class, report.dtype)}"
+        )
+    if report.weight_bytes != report.shape[0] * report.shape[1] * bits // 8:
+        raise QuantizationFailed(f"{report.name}: {report.weight_bytes} bytes are not {bits} bit")
+    if not 0 < report.relative_error < WEIGHT_ERROR_LIMITS[report.mode]:
+        raise QuantizationFailed(
+            f"{report.name}: the weight error {report.relative_error:.4f} is outside "
+            f"(0, {WEIGHT_ERROR_LIMITS[report.mode]}) of {report.mode}"
+        )
+
+
+@functools.cache
+def check_kernel(mode: str, in_features: int, device: str) -> float:
+    """Quantizes Gaussian weights [128, in_features] on ``device``: their relative error.
+
+    Raises ``QuantizationFailed`` when it is outside the mode's band. bitsandbytes 0.50.2 fails so
+    on the CPU in 4 bit when ``in_features`` is not a multiple of the block of 64 weights.
+    """
+    weights = torch.empty(128, in_features).normal_(generator=torch.Generator().manual_seed(0))
+    linear = nn.Linear(in_features, 128, bias=False, device="meta")
+    linear.weight = nn.Parameter(weights, requires_grad=False)
+    layer = quantize_linear(linear, mode, torch.float32, device)
+    error = float((weights - dequantize(layer).cpu()).norm() / weights.norm())
+    low, high = GAUSSIAN_ERROR_BANDS[mode]
+    if not low < error < high:
+        raise QuantizationFailed(
+            f"quantization.mode = {mode}: on {device}, bitsandbytes {bnb.__version__} returns "
+            f"Gaussian weights of {in_features} columns with a relative error of {error:.3f} "
+            f"instead of {low} to {high}; choose another mode, model or device"
+        )
+    return error

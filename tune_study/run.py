@@ -1,0 +1,239 @@
+"""The command line: ``python -m tune_study.run --grid full``."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tune_study.config import TrialConfig, UserError, parse_assignment
+from tune_study.schema import GOOD_STATUSES
+
+if TYPE_CHECKING:
+    from tune_study.study import Checked
+    from tune_study.trainable import RunContext
+
+EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def study(
+    grid: Annotated[
+        str, typer.Option(help="full, demo, smoke, or path/to/my_grid.py:my_function")
+    ] = "demo",
+    name: Annotated[str | None, typer.Option(help="study folder; default: the grid's name")] = None,
+    output_dir: Annotated[Path, typer.Option(help="where study folders lie")] = Path("ray_results"),
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="e.g. training.num_train_epochs=3"),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="CIFAR: torchvision's layout or Hugging Face parquet")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="file, or folder with MODEL.safetensors; default: the hub")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, mps or cuda")] = "auto",
+    train_size: Annotated[int | None, typer.Option(help="stratified subset, in images")] = None,
+    val_size: Annotated[int | None, typer.Option(help="validation images")] = None,
+    test_size: Annotated[int | None, typer.Option(help="stratified subset, in images")] = None,
+    max_experiments: Annotated[int | None, typer.Option(min=1, help="only the first N")] = None,
+    max_concurrent: Annotated[int, typer.Option(min=1, help="trials at a time")] = 1,
+    gpus_per_trial: Annotated[
+        float | None, typer.Option(min=0, help="share of a GPU, such as 0.5")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="show the planned trials and exit")] = False,
+    validate_only: Annotated[bool, typer.Option(help="build and check every model")] = False,
+    resume: Annotated[bool, typer.Option(help="refuse to begin a new study")] = False,
+    retry_failed: Annotated[bool, typer.Option(help="run failed trials again")] = False,
+    dashboard: Annotated[bool, typer.Option(help="start Ray's dashboard")] = False,
+) -> None:
+    """Run a study of quantized LoRA fine-tuning; the same command continues an interrupted one."""
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    _quiet()
+    from tune_study import study as studies
+    from tune_study.trainable import RunContext
+
+    sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
+    assignments = [parse_assignment(text) for text in set_ or []]
+    assignments += [(f"data.{key}", size) for key, size in sizes.items() if size is not None]
+    grid_name, space = studies.load_grid(grid)
+    trials = studies.plan(space, assignments)[:max_experiments]
+    study_dir = (output_dir / _safe_name(name or grid_name)).resolve()
+    if resume and not (study_dir / "study.json").is_file():
+        raise UserError(f"--resume: there is no study in {study_dir}; leave it out to begin one")
+    context = RunContext(
+        study_dir=study_dir,
+        data_dir=data_dir.resolve() if data_dir else None,
+        weights=weights.resolve() if weights else None,
+        device=studies.choose_device(device),
+        num_threads=_threads(max_concurrent),
+    )
+    _say_what_is_unusual(console, trials)
+    checked = studies.preflight(trials, context)
+    if dry_run:
+        _print_plan(console, trials, checked, context)
+        return
+    if validate_only:
+        studies.validate(trials, checked, context)
+        console.print(f"{len(trials)}/{len(trials)} valid")
+        return
+    command = shlex.join(["python", "-m", "tune_study.run", *sys.argv[1:]])
+    studies.open_study(trials, context, checked.checksums, grid=grid, command=command)
+    if retry_failed:
+        studies.forget(trials, study_dir)
+    options = {
+        "max_concurrent": max_concurrent,
+        "gpus_per_trial": gpus_per_trial,
+        "dashboard": dashboard,
+    }
+    raise typer.Exit(_run(console, trials, context, options, command))
+
+
+def _run(
+    console: Console,
+    trials: Sequence[TrialConfig],
+    context: RunContext,
+    options: dict[str, Any],
+    command: str,
+) -> int:
+    """Runs what is to do, collects the tables, and returns the exit code."""
+    from tune_study import study as studies
+    from tune_study.progress import Progress
+
+    waiting = studies.todo(trials, context.study_dir)
+    done = len(trials) - len(waiting)
+    if not waiting:
+        console.print(f"nothing to do: all {len(trials)} trials of this study have ended")
+    elif done:
+        console.print(f"continuing: {done} of {len(trials)} trials have ended")
+    epochs = {trial.trial_id: trial.training.num_train_epochs for trial in waiting}
+    progress = Progress(console, context.study_dir, len(trials), done, epochs)
+    studies.Stop.reset()
+    before = signal.signal(signal.SIGINT, _on_interrupt(progress))
+    try:
+        if waiting:
+            with progress:
+                studies.run(waiting, context, progress, **options)
+    except KeyboardInterrupt:
+        studies.Stop.requested = True
+    finally:
+        signal.signal(signal.SIGINT, before)
+    studies.collect(context.study_dir)
+    studies.prune(context.study_dir)
+    console.print(f"results:     {context.study_dir}")
+    console.print(f"TensorBoard: tensorboard --logdir {context.study_dir / 'tensorboard'}")
+    if studies.Stop.requested:
+        console.print(f"interrupted; continue with: {command}")
+        return EXIT_INTERRUPTED
+    return _judge(console, studies.statuses(trials, context.study_dir), context.study_dir)
+
+
+def _judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
+    """0 when every planned trial ended well; else 1, after a list of those that did not."""
+    bad = {trial: status for trial, status in statuses.items() if status not in GOOD_STATUSES}
+    if not bad:
+        console.print(f"all {len(statuses)} trials ended well")
+        return 0
+    console.print(f"{len(bad)} of {len(statuses)} trials did not end well:")
+    for trial_id, status in bad.items():
+        console.print(f"  {trial_id}: {status} (see {study_dir / trial_id})")
+    console.print("run them again with --retry-failed added to the command")
+    return EXIT_FAILED
+
+
+def _on_interrupt(progress: Any) -> Any:
+    from tune_study.study import Stop
+
+    def handler(signum: int, frame: object) -> None:
+        if Stop.requested:
+            raise KeyboardInterrupt
+        Stop.requested = True
+        progress.say("stopping after this epoch; Ctrl-C again stops now")
+
+    return handler
+
+
+def _threads(max_concurrent: int) -> int:
+    from tune_study.provenance import cores
+
+    return max(1, cores() // max_concurrent)
+
+
+def _safe_name(name: str) -> str:
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise UserError(f"--name {name}: it must be a plain folder name; see --output-dir")
+    return name
+
+
+def _say_what_is_unusual(console: Console, trials: Sequence[TrialConfig]) -> None:
+    if any(not trial.pretrained for trial in trials):
+        console.print("note: pretrained=false: the backbones start from RANDOM weights")
+
+
+def _print_plan(
+    console: Console, trials: Sequence[TrialConfig], checked: Checked, context: RunContext
+) -> None:
+    import torch
+
+    from tune_study.estimate import estimate
+    from tune_study.progress import duration
+
+    table = Table(title=f"{len(trials)} planned trials", title_justify="left")
+    for heading, justify in (
+        ("trial", "left"),
+        ("weights, MB", "right"),
+        ("peak, MB", "right"),
+        ("time", "right"),
+    ):
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    total = 0.0
+    for trial in trials:
+        expected = estimate(trial, checked.data[trial.trial_id], torch.device(context.device))
+        total += expected.train_time_s
+        table.add_row(
+            trial.trial_id,
+            f"{expected.weights_bytes / 1e6:.2f}",
+            f"{expected.peak_train_bytes / 1e6:.0f}",
+            duration(expected.train_time_s),
+        )
+    wide = Console(highlight=False, width=max(console.width, 110))
+    wide.print(table)
+    console.print(
+        f"{len({t.trial_id for t in trials})} distinct ids. Base weights are exact; the peak is "
+        "within about 20 %, and the time, for all epochs on this machine, within a factor of "
+        f"about 2: {duration(total)} in all."
+    )
+
+
+def _quiet() -> None:
+    from tune_study.study import quiet_environment
+
+    quiet_environment()
+    # It names a faster kernel of another package; `doctor` tells which kernels are in use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Entry point: the user's mistakes are one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER)
+    except KeyboardInterrupt:
+        print("interrupted before the study began", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

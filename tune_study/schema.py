@@ -1,0 +1,114 @@
+"""The columns of the two tables: name, type, unit, meaning.
+
+Standard library only, because ``analysis`` opens a study on machines without torch or ray.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+MODES = ("none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq")
+"""Quantization of the frozen base weights, named as in Lightning; ``none`` is the baseline."""
+
+STATUSES = (
+    "completed",
+    "early_stopped",
+    "diverged",
+    "oom",
+    "error",
+    "interrupted",
+    "pending",
+)
+GOOD_STATUSES = ("completed", "early_stopped")
+"""The trial trained as planned and has a test accuracy."""
+FINISHED_STATUSES = ("completed", "early_stopped", "diverged", "oom", "error")
+"""Nothing is left to run. ``interrupted`` and ``pending`` trials run when the study is resumed."""
+
+
+class Column(NamedTuple):
+    """One column. ``kind`` is ``str``, ``int``, ``float`` or ``bool``; a fraction is 0..1."""
+
+    name: str
+    kind: str
+    unit: str
+    meaning: str
+
+
+_GRADIENT_COLUMNS = (
+    Column("grad_norm_mean", "float", "", "mean global gradient norm, before clipping"),
+    Column("grad_norm_std", "float", "", "standard deviation of the global gradient norm"),
+    Column("grad_norm_cv", "float", "", "standard deviation over mean of the global norm"),
+    Column("grad_explosions", "int", "steps", "norm not finite, or over 10x the running median"),
+    Column("grad_vanishing_layers", "int", "tensors", "norm / weight norm < 1e-7 for 20 steps"),
+    Column("loss_spikes", "int", "steps", "loss far above its running median, or not finite"),
+    Column("stability_score", "float", "fraction", "1 / (1 + cv) of the global gradient norm"),
+    Column("gradient_cosine_successive", "float", "cosine", "mean, between successive gradients"),
+)
+
+TRIALS: tuple[Column, ...] = (
+    Column("trial_id", "str", "", "the axes and a hash of the whole configuration"),
+    Column("model", "str", "", "timm name"),
+    Column("dataset", "str", "", "name of the data set"),
+    Column("lora_r", "int", "", "LoRA rank"),
+    Column("lora_alpha", "int", "", "LoRA alpha"),
+    Column("quantization", "str", "", "mode of the frozen base weights"),
+    Column("seed", "int", "", "seed of adapter, head, batch order, augmentation and dropout"),
+    Column("status", "str", "", " | ".join(STATUSES)),
+    Column("simulated", "bool", "", "drawn from a model of learning curves, not trained"),
+    Column("epochs_completed", "int", "epochs", "epochs trained and validated"),
+    Column("best_epoch", "int", "epoch", "epoch of the best validation accuracy, from 1"),
+    Column("val_accuracy", "float", "fraction", "validation accuracy at the best epoch"),
+    Column("test_accuracy", "float", "fraction", "test accuracy, once, at the best epoch's state"),
+    Column("test_loss", "float", "nats", "test cross-entropy at the best epoch's state"),
+    Column("train_images", "int", "images", "images trained on per epoch"),
+    Column("val_images", "int", "images", "validation images"),
+    Column("test_images", "int", "images", "test images"),
+    Column("num_classes", "int", "classes", "classes of the data set"),
+    Column("total_parameters", "int", "parameters", "base, adapters and head"),
+    Column("trainable_parameters", "int", "parameters", "adapters and head"),
+    Column("quantized_layers", "int", "layers", "Linear layers proven to be quantized"),
+    Column("weights_bytes", "int", "bytes", "base weights, quantization state included"),
+    Column("weights_bytes_fp32", "int", "bytes", "the same base weights at fp32"),
+    Column("weights_bytes_16bit", "int", "bytes", "the same base weights at 16 bit"),
+    Column("quantization_error", "float", "fraction", "relative Frobenius error of the weights"),
+    Column("adapter_bytes", "int", "bytes", "LoRA matrices and the trained head"),
+    Column("gradient_bytes", "int", "bytes", "gradients of the trainable parameters"),
+    Column("optimizer_bytes", "int", "bytes", "optimizer state"),
+    Column("activation_bytes", "int", "bytes", "saved for backward by one micro-batch"),
+    Column("peak_train_bytes", "int", "bytes", "peak allocated during one training step"),
+    Column("peak_source", "str", "", "what measured the peak, or why it could not be"),
+    Column("rss_peak_bytes", "int", "bytes", "peak resident memory of the worker process"),
+    Column("batch_size", "int", "images", "micro-batch of one forward pass"),
+    Column("gradient_accumulation_steps", "int", "", "micro-batches per optimizer step"),
+    Column("train_time_s", "float", "s", "training, without evaluation"),
+    Column("eval_time_s", "float", "s", "validation and test"),
+    Column("images_per_s", "float", "images/s", "median over the epochs, training only"),
+    *_GRADIENT_COLUMNS,
+    Column("gradient_cosine", "float", "cosine", "fidelity: LoRA gradients against the twin"),
+    Column("gradient_norm_ratio", "float", "ratio", "fidelity: norm against the twin"),
+    Column("device", "str", "", "device that trained it"),
+    Column("error", "str", "", "one sentence, for a trial that did not end well"),
+)
+
+EPOCHS: tuple[Column, ...] = (
+    Column("trial_id", "str", "", "the trial"),
+    Column("epoch", "int", "epoch", "from 1"),
+    Column("train_loss", "float", "nats", "mean cross-entropy over the epoch's batches"),
+    Column("train_accuracy", "float", "fraction", "over the epoch's augmented batches"),
+    Column("val_loss", "float", "nats", "validation cross-entropy"),
+    Column("val_accuracy", "float", "fraction", "validation accuracy"),
+    Column("learning_rate", "float", "", "at the epoch's last step"),
+    Column("epoch_time_s", "float", "s", "training and validation"),
+    Column("images_per_s", "float", "images/s", "training only"),
+    *_GRADIENT_COLUMNS[:3],
+    Column("grad_norm_min", "float", "", "smallest global gradient norm"),
+    Column("grad_norm_max", "float", "", "largest global gradient norm"),
+    *_GRADIENT_COLUMNS[3:],
+)
+
+_DTYPES = {"str": "string", "int": "Int64", "float": "float64", "bool": "boolean"}
+
+
+def dtypes(table: tuple[Column, ...]) -> dict[str, Any]:
+    """pandas dtype of each column, in order. Integers are nullable: missing is never 0."""
+    return {column.name: _DTYPES[column.kind] for column in table}

@@ -1,0 +1,429 @@
+"""Plan, run, restore, collect. Ray schedules; the files of ours are the truth."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import inspect
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+import timm
+import torch
+from ray import tune
+from ray.tune.search.variant_generator import generate_variants
+
+from analysis.load import Study, rebuild, write_tables
+from search_spaces import grids
+from tune_study import provenance
+from tune_study.config import TrialConfig, UserError, assign, parse_trial
+from tune_study.data import Dataset, load
+from tune_study.estimate import skeleton_of
+from tune_study.files import read_json, write_json
+from tune_study.model import file_sha256, hub_weights, preprocessing_of, weights_file
+from tune_study.progress import Progress
+from tune_study.quantize import block_linears, check_kernel, plan_layers
+from tune_study.schema import FINISHED_STATUSES, GOOD_STATUSES
+from tune_study.tensorboard import TensorBoardCallback
+from tune_study.trainable import RunContext, run_trial
+
+FORMAT = 1
+TRIAL_SLOT = "trial_slot"
+"""A resource of ours that limits the trials at a time: with Tune's own limit, grid trials are
+created lazily, and an interrupted study would not know of those to come."""
+
+
+def load_grid(grid: str) -> tuple[str, dict[str, Any]]:
+    """(name, param_space) of a built-in grid, or of ``path/to/file.py:function``.
+
+    Raises ``UserError``.
+    """
+    built_in = [name for name, _ in inspect.getmembers(grids, inspect.isfunction)]
+    path, colon, function = grid.rpartition(":")
+    if not colon:
+        if grid not in built_in:
+            raise UserError(
+                f"--grid {grid}: choose one of {', '.join(built_in)}, or path/to/file.py:function"
+            )
+        return grid, getattr(grids, grid)()
+    if not Path(path).is_file():
+        raise UserError(f"--grid {grid}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        space = getattr(module, function)()
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(f"--grid {grid}: {type(error).__name__}: {error}") from error
+    if not isinstance(space, dict):
+        raise UserError(f"--grid {grid}: it returned {type(space).__name__}, not a param_space")
+    return function, space
+
+
+def plan(
+    param_space: Mapping[str, Any], assignments: Sequence[tuple[str, Any]] = ()
+) -> list[TrialConfig]:
+    """The trials of a grid: seed by seed, and within a configuration mode by mode.
+
+    So a study that stops early has compared all modes on what it has seen. ``assignments`` replace
+    single fields, and with them the axes of the grid that they name; cells that become equal are
+    one trial. Raises ``UserError`` for a field or value that is not allowed.
+    """
+    try:
+        variants = [spec for _, spec in generate_variants({"config": dict(param_space)})]
+    except ValueError as error:
+        raise UserError(f"--grid: {error}") from None
+    if _samples(param_space):
+        raise UserError(
+            "--grid: it draws values (tune.choice, tune.uniform, ...); a grid names them, with "
+            "tune.grid_search"
+        )
+    trials: dict[str, TrialConfig] = {}
+    for variant in variants:
+        values = variant["config"]
+        for key, value in assignments:
+            values = assign(values, key, value)
+        trial = parse_trial(values)
+        trials.setdefault(trial.trial_id, trial)
+    seeds = list(dict.fromkeys(trial.seed for trial in trials.values()))
+    groups = list(dict.fromkeys(trial.configuration for trial in trials.values()))
+    return sorted(
+        trials.values(), key=lambda t: (seeds.index(t.seed), groups.index(t.configuration))
+    )
+
+
+def _samples(space: Any) -> bool:
+    if isinstance(space, Mapping):
+        return any(_samples(value) for value in space.values())
+    return isinstance(space, tune.search.sample.Domain)
+
+
+def choose_device(device: str) -> str:
+    """``auto`` is CUDA, else MPS, else the CPU. Raises ``UserError`` for one that is not there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        return next(name for name, found in there.items() if found)
+    if device not in there:
+        raise UserError(f"--device {device}: choose one of auto, cpu, mps, cuda")
+    if not there[device]:
+        raise UserError(f"--device {device}: this machine has none that torch can use; try auto")
+    return device
+
+
+class Checked(NamedTuple):
+    """What ``preflight`` found out about the inputs of the planned trials."""
+
+    data: dict[str, Dataset]
+    """By trial id; trials that see the same images share one."""
+    checksums: dict[str, Any]
+
+
+def preflight(trials: Sequence[TrialConfig], context: RunContext) -> Checked:
+    """Looks at every input before anything is written: data, models, weights, kernels.
+
+    Raises ``UserError`` for the first that is missing or does not fit.
+    """
+    data: dict[str, Dataset] = {}
+    seen: dict[str, Dataset] = {}
+    sha256: dict[str, Any] = {"data": {}, "weights": {}}
+    models: set[str] = set()
+    for trial in trials:
+        key = f"{trial.dataset} {trial.data.model_dump_json()}"
+        if key not in seen:
+            seen[key] = load(trial.dataset, context.data_dir, trial.data)
+            sha256["data"][trial.dataset] = {"sha256": seen[key].sha256}
+        data[trial.trial_id] = seen[key]
+        classes = len(seen[key].class_names)
+        key = f"{trial.model} {classes} {trial.data.image_size} {trial.quantization} {trial.lora}"
+        if key not in models:
+            models.add(key)
+            _check_model(trial, classes, context)
+        sha256["weights"].setdefault(trial.model, _weights_sha256(trial, context))
+    return Checked(data, sha256)
+
+
+def _check_model(trial: TrialConfig, num_classes: int, context: RunContext) -> None:
+    if not timm.is_model(trial.model):
+        close = timm.list_models(f"*{trial.model}*")[:1] or ["deit_tiny_patch16_224"]
+        raise UserError(f"model = {trial.model}: timm has no such model; try {close[0]}")
+    skeleton = skeleton_of(trial.model, num_classes, trial.data.image_size)
+    preprocessing_of(skeleton, trial)
+    linears = block_linears(skeleton)
+    for name, mode in plan_layers(skeleton, trial.quantization).items():
+        check_kernel(mode, linears[name].in_features, context.device)
+
+
+def _weights_sha256(trial: TrialConfig, context: RunContext) -> dict[str, Any]:
+    if not trial.pretrained:
+        return {"pretrained": False, "sha256": None}
+    if context.weights is not None:
+        path: Path | None = weights_file(trial.model, context.weights)
+    else:
+        path = hub_weights(trial.model)
+        shipped = timm.get_pretrained_cfg(trial.model)
+        if path is None and shipped is not None and shipped.file:
+            path = Path(shipped.file)
+    return {
+        "pretrained": True,
+        "file": path.name if path else None,
+        "sha256": file_sha256(path) if path else None,
+    }
+
+
+def validate(trials: Sequence[TrialConfig], checked: Checked, context: RunContext) -> None:
+    """Builds every distinct model of the plan, with all the proofs. Raises ``UserError``."""
+    from tune_study.model import build_model
+
+    seen: set[str] = set()
+    for trial in trials:
+        classes = len(checked.data[trial.trial_id].class_names)
+        key = f"{trial.model} {classes} {trial.lora} {trial.quantization} {trial.data.image_size}"
+        if key not in seen:
+            seen.add(key)
+            build_model(trial, classes, weights=context.weights, device=context.device)
+
+
+def open_study(
+    trials: Sequence[TrialConfig],
+    context: RunContext,
+    checksums: Mapping[str, Any],
+    *,
+    grid: str,
+    command: str,
+) -> None:
+    """Writes ``study.json``, or checks that the one there plans the same study.
+
+    A plan that contains the old one extends it; one that the old one contains is a part of it.
+    Raises ``UserError`` for any other, and for changed data or weights.
+    """
+    folder = context.study_dir
+    old = read_json(folder / "study.json")
+    cells = {t.trial_id: {"trial_id": t.trial_id, **t.model_dump(mode="json")} for t in trials}
+    created = _now()
+    if old is not None:
+        before = {cell["trial_id"]: cell for cell in old["plan"]}
+        _refuse_other_study(folder, before, cells, old["provenance"], checksums)
+        cells = {**before, **cells}
+        created = old["created"]
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--name {folder.name}: {folder} is not empty and holds no study.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = {
+        "format": FORMAT,
+        "study": folder.name,
+        "simulated": False,
+        "created": created,
+        "written": _now(),
+        "command": command,
+        "grid": grid,
+        "device": context.device,
+        "plan": list(cells.values()),
+        "provenance": {
+            "versions": provenance.versions(),
+            "commit": provenance.commit(),
+            "hardware": provenance.hardware(),
+            **_merged(old, checksums),
+        },
+    }
+    write_json(folder / "study.json", manifest)
+
+
+def _merged(old: Mapping[str, Any] | None, checksums: Mapping[str, Any]) -> dict[str, Any]:
+    before = old["provenance"] if old else {}
+    return {kind: {**before.get(kind, {}), **checksums[kind]} for kind in ("data", "weights")}
+
+
+def _refuse_other_study(
+    folder: Path,
+    before: Mapping[str, Any],
+    cells: Mapping[str, Any],
+    provenance_before: Mapping[str, Any],
+    checksums: Mapping[str, Any],
+) -> None:
+    if not (before.keys() <= cells.keys() or cells.keys() <= before.keys()):
+        difference = first_difference(next(iter(before.values())), next(iter(cells.values())))
+        raise UserError(
+            f"--name {folder.name}: that study was planned differently ({difference}); repeat its "
+            "command to continue it, or choose another --name"
+        )
+    for kind in ("data", "weights"):
+        for name, now in checksums[kind].items():
+            then = provenance_before[kind].get(name)
+            if then is not None and then["sha256"] != now["sha256"]:
+                raise UserError(
+                    f"--name {folder.name}: the {kind} of {name} are not those that the study "
+                    f"began with (sha256 {str(now['sha256'])[:12]}, then "
+                    f"{str(then['sha256'])[:12]}); choose another --name"
+                )
+
+
+def first_difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> str:
+    """The first field in which two nested records differ, in words; the id does not count."""
+    for name in a:
+        if name == "trial_id" or a[name] == b.get(name):
+            continue
+        if isinstance(a[name], Mapping) and isinstance(b.get(name), Mapping):
+            return first_difference(a[name], b[name], f"{prefix}{name}.")
+        return f"{prefix}{name} was {a[name]!r} and is {b.get(name)!r}"
+    return "other trials"
+
+
+def statuses(trials: Iterable[TrialConfig], study_dir: Path) -> dict[str, str]:
+    """{trial_id: status}, by our own files alone."""
+    found = {}
+    for trial in trials:
+        result = read_json(study_dir / trial.trial_id / "results.json")
+        status = result.get("status") if isinstance(result, dict) else None
+        found[trial.trial_id] = status or "pending"
+    return found
+
+
+def todo(
+    trials: Sequence[TrialConfig], study_dir: Path, *, retry_failed: bool = False
+) -> list[TrialConfig]:
+    """The trials that are still to be run, or to be continued."""
+    done = GOOD_STATUSES if retry_failed else FINISHED_STATUSES
+    found = statuses(trials, study_dir)
+    return [trial for trial in trials if found[trial.trial_id] not in done]
+
+
+def forget(trials: Iterable[TrialConfig], study_dir: Path) -> None:
+    """Removes what failed trials left, so that they start from the beginning."""
+    found = statuses(trials, study_dir)
+    for trial_id, status in found.items():
+        if status in FINISHED_STATUSES and status not in GOOD_STATUSES:
+            for folder in [study_dir / trial_id, *study_dir.glob(f"run-*/{trial_id}")]:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class Stop:
+    """Ctrl-C: the running trials end at their next epoch, checkpointed, and no other starts."""
+
+    requested = False
+    _at_epoch_end = False
+
+    @classmethod
+    def reset(cls) -> None:
+        cls.requested = cls._at_epoch_end = False
+
+
+class _EpochStopper(tune.Stopper):
+    """Tune asks it after every report. It has no state of its own, because Tune pickles it."""
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        Stop._at_epoch_end |= Stop.requested
+        return Stop.requested
+
+    def stop_all(self) -> bool:
+        return Stop._at_epoch_end
+
+
+def run(
+    trials: Sequence[TrialConfig],
+    context: RunContext,
+    progress: Progress,
+    *,
+    max_concurrent: int = 1,
+    gpus_per_trial: float | None = None,
+    dashboard: bool = False,
+) -> None:
+    """Runs ``trials`` with Ray Tune in a new run folder of the study.
+
+    Each trial continues from its own newest checkpoint, so nothing of an earlier run's Tune state
+    is needed, and nothing of it is unpickled.
+    """
+    if not trials:
+        return
+    cells = {trial.trial_id: trial.model_dump(mode="json") for trial in trials}
+    gpus = 1 if context.device == "cuda" and gpus_per_trial is None else gpus_per_trial or 0
+    resources = {"CPU": context.num_threads, TRIAL_SLOT: 1, "GPU": gpus}
+    ray.init(
+        address="local",
+        num_cpus=max(provenance.cores(), context.num_threads * max_concurrent),
+        resources={TRIAL_SLOT: max_concurrent},
+        include_dashboard=dashboard,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        trainable = tune.with_parameters(run_trial, context=context.model_dump(mode="json"))
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, tune.PlacementGroupFactory([resources])),
+            param_space={
+                "trial_id": tune.grid_search(list(cells)),
+                "trial": tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]]),
+            },
+            tune_config=tune.TuneConfig(
+                reuse_actors=True,
+                trial_name_creator=lambda trial: trial.config["trial_id"],
+                trial_dirname_creator=lambda trial: trial.config["trial_id"],
+            ),
+            run_config=tune.RunConfig(
+                name=_new_run(context.study_dir),
+                storage_path=str(context.study_dir),
+                stop=_EpochStopper(),
+                callbacks=[TensorBoardCallback(context.study_dir), progress],
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+    finally:
+        ray.shutdown()
+
+
+def _new_run(study_dir: Path) -> str:
+    stamp = datetime.datetime.now().strftime("run-%Y%m%d-%H%M%S")
+    name, count = stamp, 1
+    while (study_dir / name).exists():
+        count += 1
+        name = f"{stamp}-{count}"
+    return name
+
+
+def collect(study_dir: Path) -> Study:
+    """The tables of the study, from the trials' own files, written beside them."""
+    study = rebuild(study_dir)
+    write_tables(study, study_dir)
+    return study
+
+
+def prune(study_dir: Path) -> None:
+    """Removes what later runs superseded: checkpoints of trials that ended well, empty runs."""
+    for folder in study_dir.glob("run-*/*/checkpoint_*"):
+        result = read_json(study_dir / folder.parent.name / "results.json")
+        if isinstance(result, dict) and result.get("status") in GOOD_STATUSES:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def quiet_environment() -> None:
+    """Settings that Ray and its workers read: no telemetry, no chatter, no stray cluster."""
+    settings = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+        # It would abort the whole study; a trial that runs out of memory is handled by itself.
+        "RAY_memory_monitor_refresh_ms": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_GLOBAL_CHECKPOINT_S": "30",
+        "KINETO_LOG_LEVEL": "99",
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,289 @@
+"""``fit`` and ``evaluate``: plain torch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_cosine_schedule_with_warmup
+
+from tune_study.config import TrialConfig
+from tune_study.data import (
+    Dataset,
+    Preprocessing,
+    Split,
+    augmentation,
+    eval_batches,
+    preprocess,
+    train_batches,
+)
+from tune_study.gradients import GradientFlowMonitor
+from tune_study.memory import StepMemory, measure_step
+from tune_study.model import COMPUTE_DTYPES, BuiltModel, trainable
+
+Row = dict[str, float]
+
+
+@dataclass
+class Training:
+    """The state of one trial between two epochs. ``state_dict`` holds all of it but the base."""
+
+    config: TrialConfig
+    model: nn.Module
+    preprocessing: Preprocessing
+    data: Dataset
+    device: torch.device
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    generator: torch.Generator
+    """Batch order and augmentation. Dropout draws from torch's global generator."""
+    monitor: GradientFlowMonitor
+    history: list[Row] = field(default_factory=list)
+    layer_gradients: list[list[float]] = field(default_factory=list)
+    """Mean gradient norm of each trainable tensor, per epoch."""
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """The trainable parameters at the best epoch, on the CPU."""
+    best_epoch: int = 0
+
+    @property
+    def best_accuracy(self) -> float:
+        return self.history[self.best_epoch - 1]["val_accuracy"] if self.best_epoch else math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "adapter": {name: p.detach().cpu() for name, p in self.parameters.items()},
+            "best": self.best,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "generators": _generator_states(self.generator, self.device),
+            "monitor": self.monitor.state_dict(),
+            "history": self.history,
+            "layer_gradients": self.layer_gradients,
+            "best_epoch": self.best_epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues exactly where ``state_dict`` was taken."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["adapter"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        _set_generator_states(state["generators"], self.generator, self.device)
+        self.monitor.load_state_dict(state["monitor"])
+        self.best = dict(state["best"])
+        self.history = list(state["history"])
+        self.layer_gradients = list(state["layer_gradients"])
+        self.best_epoch = int(state["best_epoch"])
+
+
+def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.device) -> Training:
+    """A trial before its first epoch. The images move to ``device``, as uint8."""
+    settings = config.training
+    parameters = trainable(built.model)
+    steps_per_epoch = math.ceil(len(data.train.labels) / _images_per_step(config))
+    # Weight decay is for matrices: biases are exempt, as in transformers' Trainer.
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters.values() if p.ndim >= 2]},
+        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, settings.warmup_steps, steps_per_epoch * settings.num_train_epochs
+    )
+    torch.manual_seed(config.seed)
+    return Training(
+        config=config,
+        model=built.model,
+        preprocessing=built.preprocessing,
+        data=data._replace(
+            train=data.train.to(device), val=data.val.to(device), test=data.test.to(device)
+        ),
+        device=device,
+        parameters=parameters,
+        optimizer=optimizer,
+        schedule=schedule,
+        generator=torch.Generator().manual_seed(config.seed),
+        monitor=GradientFlowMonitor(parameters, warmup_steps=settings.warmup_steps),
+    )
+
+
+def _images_per_step(config: TrialConfig) -> int:
+    settings = config.training
+    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+
+
+def finished(training: Training) -> str | None:
+    """The status with which the trial ends after its last epoch, or ``None`` to train on."""
+    settings = training.config.training
+    epochs = len(training.history)
+    if epochs == 0:
+        return None
+    last = training.history[-1]
+    if not (math.isfinite(last["train_loss"]) and math.isfinite(last["val_loss"])):
+        return "diverged"
+    if epochs >= settings.num_train_epochs:
+        return "completed"
+    patience = settings.early_stopping_patience
+    if patience and epochs - training.best_epoch >= patience:
+        return "early_stopped"
+    return None
+
+
+def fit(training: Training) -> Iterator[Row]:
+    """Trains to the end, yielding the row of each finished epoch (``schema.EPOCHS`` columns)."""
+    while finished(training) is None:
+        started = time.perf_counter()
+        row, layer_gradients = _train_epoch(training)
+        trained = time.perf_counter()
+        row["val_loss"], row["val_accuracy"] = evaluate(training, training.data.val)
+        ended = time.perf_counter()
+        row |= {
+            "epoch": len(training.history) + 1,
+            "epoch_time_s": ended - started,
+            "train_time_s": trained - started,
+            "images_per_s": len(training.data.train.labels) / (trained - started),
+        }
+        training.history.append(row)
+        training.layer_gradients.append(layer_gradients)
+        _keep_best(training)
+        yield row
+
+
+def _keep_best(training: Training) -> None:
+    accuracy = training.history[-1]["val_accuracy"]
+    diverged = finished(training) == "diverged"
+    if not diverged and not accuracy <= training.best_accuracy:  # the first, or a better one
+        training.best_epoch = len(training.history)
+        training.best = {name: p.detach().cpu().clone() for name, p in training.parameters.items()}
+
+
+def _train_epoch(training: Training) -> tuple[Row, list[float]]:
+    training.model.train()
+    losses: list[Tensor] = []
+    correct: list[Tensor] = []
+    size = _images_per_step(training.config)
+    policy = augmentation(training.config.dataset, training.config.data)
+    batches = train_batches(training.data.train, size, policy, training.generator)
+    learning_rate = math.nan
+    for images, labels in batches:
+        learning_rate = float(training.schedule.get_last_lr()[0])
+        loss, hits = _train_step(training, images, labels)
+        losses.append(loss * len(labels))
+        correct.append(hits)
+    # The only reads of the device in the epoch.
+    total = len(training.data.train.labels)
+    gradients, layer_gradients = training.monitor.end_epoch()
+    row = {
+        "train_loss": float(torch.stack(losses).double().sum()) / total,
+        "train_accuracy": int(torch.stack(correct).sum()) / total,
+        "learning_rate": learning_rate,
+        **gradients,
+    }
+    return row, layer_gradients
+
+
+def _train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """One optimizer step on uint8 ``images``: (mean loss, count of hits), on the device."""
+    settings = training.config.training
+    micro = settings.per_device_train_batch_size
+    losses, hits = [], []
+    for part, targets in zip(images.split(micro), labels.split(micro), strict=True):
+        loss, scores = _forward(training, part, targets)
+        # Of the step's mean loss, so that accumulation equals one large batch.
+        share = loss * (len(targets) / len(labels))
+        share.backward()
+        losses.append(share.detach())
+        hits.append((scores.detach().argmax(-1) == targets).sum())
+    step_loss = torch.stack(losses).sum()
+    norm = training.monitor.observe(step_loss)
+    torch.nn.utils.clip_grads_with_norm_(training.parameters.values(), settings.max_grad_norm, norm)
+    training.optimizer.step()
+    training.schedule.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    return step_loss, torch.stack(hits).sum()
+
+
+def _forward(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean cross-entropy, scores [B, classes]) of uint8 ``images``, in the compute dtype."""
+    pixels = preprocess(images, training.preprocessing)
+    with autocast(training):
+        scores = training.model(pixels)
+    return cross_entropy(scores.float(), labels), scores
+
+
+def autocast(training: Training) -> torch.autocast:
+    """bf16 where the configuration asks for it; off for fp32."""
+    dtype = COMPUTE_DTYPES[training.config.training.compute_dtype]
+    return torch.autocast(
+        training.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
+    )
+
+
+@torch.inference_mode()
+def evaluate(training: Training, split: Split) -> tuple[float, float]:
+    """(mean cross-entropy, accuracy) of the current model on ``split``, not augmented."""
+    training.model.eval()
+    size = training.config.training.per_device_eval_batch_size
+    losses, correct = [], []
+    for images, labels in eval_batches(split, size):
+        loss, scores = _forward(training, images, labels)
+        losses.append(loss.double() * len(labels))
+        correct.append((scores.argmax(-1) == labels).sum())
+    total = len(split.labels)
+    return float(torch.stack(losses).sum()) / total, int(torch.stack(correct).sum()) / total
+
+
+def test(training: Training) -> dict[str, float]:
+    """``test_accuracy`` and ``test_loss`` at the best epoch's state: the one look at the test set.
+
+    Leaves the model in that state.
+    """
+    with torch.no_grad():
+        for name, parameter in training.parameters.items():
+            parameter.copy_(training.best[name])
+    loss, accuracy = evaluate(training, training.data.test)
+    return {"test_accuracy": accuracy, "test_loss": loss}
+
+
+def measure_memory(training: Training) -> StepMemory:
+    """The bytes of one training step on the first images, leaving no trace."""
+    size = training.config.training.per_device_train_batch_size
+    images, labels = (tensor[:size] for tensor in training.data.train)
+    training.model.train()
+    return measure_step(
+        training.model,
+        training.optimizer,
+        lambda: _forward(training, images, labels)[0],
+        training.device,
+    )
+
+
+def _generator_states(generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
+    states = {"batches": generator.get_state(), "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["device"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["device"] = torch.mps.get_rng_state()
+    return states
+
+
+def _set_generator_states(
+    states: dict[str, Tensor], generator: torch.Generator, device: torch.device
+) -> None:
+    generator.set_state(states["batches"])
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["device"], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states["device"])
