@@ -17,7 +17,7 @@ EXPLOSION_FACTOR = 10.0
 VANISHING_RATIO = 1e-7
 VANISHING_STEPS = 20
 SPIKE_SIGMAS = 6.0
-SPIKE_RISE = 0.5
+SPIKE_RISE = 1.0
 """Nats: a loss spike rises above the running median by more than this and by more than
 ``SPIKE_SIGMAS`` robust standard deviations (1.4826 x the median absolute deviation)."""
 

@@ -284,8 +284,8 @@ def base_bytes(model: nn.Module) -> int:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by a short name such as ``blocks.0.attn.qkv.lora_A``."""
     return {
-        name.removeprefix("base_model.model.")
-        .replace(".default.weight", "")
+        re.sub(r"(lora_[AB])\.default\.weight$", r"\1", name)
+        .removeprefix("base_model.model.")
         .replace("modules_to_save.default.", ""): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad

@@ -150,13 +150,15 @@ def dequantize(layer: nn.Module) -> Tensor:
         return codes.float() * (scales.float() / 127).view(-1, 1)
     if not isinstance(layer, bnb.nn.Linear4bit):
         raise TypeError(f"{type(layer).__name__} is not a quantized layer")
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    weight: Any = layer.weight
+    return dequantize_4bit(weight.data, weight.quant_state).float()
 
 
 def _int8_state(layer: bnb.nn.Linear8bitLt) -> tuple[Tensor, Tensor]:
     """int8 codes [out, in] and row scales [out]; the first forward moves them into ``state``."""
     weight: Any = layer.weight
-    for holder in (weight, layer.state):
+    state: Any = layer.state
+    for holder in (weight, state):
         if holder.CB is not None:
             return holder.CB, holder.SCB
     raise QuantizationFailed(f"a {type(layer).__name__} holds no int8 codes: it was not quantized")

@@ -1,0 +1,48 @@
+"""Shared by all tests: a tiny trial, and the real CIFAR images where they are at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+# Small models gain nothing from a second thread, and on a busy machine two wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def cifar_dir() -> Path:
+    """A folder with CIFAR in the Hugging Face parquet layout, kept outside the repository."""
+    folder = SHARED / "data"
+    if not (folder / "cifar10").is_dir():
+        pytest.skip("no real CIFAR images beside the repository")
+    return folder
+
+
+@pytest.fixture
+def tiny():
+    """``tiny(mode, **fields)``: the demo's backbone on a few digits, a second to train."""
+    from tune_study.config import parse_trial
+
+    def make(mode="nf4", **fields):
+        values = {
+            "model": "vit_glyphs_patch4_32",
+            "dataset": "digits",
+            "lora": {"r": 4, "lora_alpha": 8},
+            "quantization": mode,
+            "data": {"train_size": 40, "val_size": 20, "test_size": 20},
+            "training": {
+                "num_train_epochs": 2,
+                "learning_rate": 1e-3,
+                "warmup_steps": 1,
+                "per_device_train_batch_size": 20,
+            },
+        }
+        for name, value in fields.items():
+            base = values.get(name)
+            values[name] = {**base, **value} if isinstance(base, dict) else value
+        return parse_trial(values)
+
+    return make

@@ -1,0 +1,101 @@
+import json
+import math
+import pickle
+
+import pytest
+import torch
+
+from tune_study import checkpoint, files, train
+from tune_study.data import load
+from tune_study.model import build_model
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    config = tiny("none", training={"num_train_epochs": 1})
+    data = load("digits", None, config.data)
+    training = train.start(config, build_model(config, 10), data, torch.device("cpu"))
+    list(train.fit(training))
+    folder = tmp_path / "study" / "run-1" / config.trial_id / "checkpoint_000000"
+    checkpoint.save(folder, config.trial_id, training.state_dict(), {"memory": {"a": 1}})
+    return config, training.state_dict(), folder
+
+
+def test_a_checkpoint_returns_to_the_bit(saved):
+    config, state, folder = saved
+    assert checkpoint.is_whole(folder, config.trial_id)
+    loaded, extra = checkpoint.load(folder)
+    assert extra == {"memory": {"a": 1}}
+    for part in ("adapter", "best"):
+        assert all(torch.equal(loaded[part][n], v) for n, v in state[part].items())
+    assert repr(loaded["history"]) == repr(state["history"])
+    assert loaded["monitor"] == state["monitor"]
+    assert torch.equal(loaded["generators"]["torch"], state["generators"]["torch"])
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "best.safetensors", "training.pt"])
+def test_a_truncated_or_changed_file_is_noticed(saved, name):
+    config, _, folder = saved
+    path = folder / name
+    content = path.read_bytes()
+    for damaged in (content[:-1], bytes([content[0] ^ 1]) + content[1:]):
+        path.write_bytes(damaged)
+        assert not checkpoint.is_whole(folder, config.trial_id)
+    path.unlink()
+    assert not checkpoint.is_whole(folder, config.trial_id)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 99}', "null"])
+def test_a_state_file_that_is_not_ours_is_no_checkpoint(saved, text):
+    config, _, folder = saved
+    (folder / "state.json").write_text(text)
+    assert not checkpoint.is_whole(folder, config.trial_id)
+
+
+def test_the_newest_whole_checkpoint_is_found_in_any_run(saved, tmp_path):
+    config, state, folder = saved
+    study = tmp_path / "study"
+    longer = dict(state, history=state["history"] * 3)
+    newer = study / "run-2" / config.trial_id / "checkpoint_000000"
+    checkpoint.save(newer, config.trial_id, longer, {})
+    assert checkpoint.newest(study, config.trial_id) == (newer, [])
+    (newer / "best.safetensors").write_bytes(b"")
+    assert checkpoint.newest(study, config.trial_id) == (folder, [newer])
+    assert checkpoint.newest(study, "another") == (None, [])
+
+
+def test_loading_a_checkpoint_runs_no_code(saved):
+    config, _, folder = saved
+
+    class Evil:
+        def __reduce__(self):
+            return (folder.joinpath("ran").write_text, ("x",))
+
+    (folder / "training.pt").write_bytes(pickle.dumps(Evil()))
+    plain = json.loads((folder / "state.json").read_text())
+    plain["sha256"]["training.pt"] = checkpoint.file_sha256(folder / "training.pt")
+    (folder / "state.json").write_text(json.dumps(plain))
+    assert checkpoint.is_whole(folder, config.trial_id)
+    with pytest.raises(pickle.UnpicklingError):
+        checkpoint.load(folder)
+    assert not (folder / "ran").exists()
+
+
+def test_json_files_are_strict_and_whole(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"x": math.nan, "y": [math.inf, 1.5], "z": (1, None)})
+    assert path.read_text().count("null") == 3
+    assert files.read_json(path) == {"x": None, "y": [None, 1.5], "z": [1, None]}
+    before = path.read_text()
+    with pytest.raises(TypeError):
+        files.write_json(path, {"x": object()})
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        files.write_whole(path, fail)
+    assert path.read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert files.read_json(tmp_path / "none.json") is None

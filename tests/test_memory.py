@@ -1,0 +1,115 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from tune_study import memory, train
+from tune_study.data import load
+from tune_study.memory import measure_step, replay
+from tune_study.model import build_model
+from tune_study.quantize import tensor_bytes
+
+CPU = torch.device("cpu")
+
+
+def started(tiny, mode):
+    config = tiny(mode)
+    return train.start(config, build_model(config, 10), load("digits", None, config.data), CPU)
+
+
+def test_replay_of_events():
+    changes = [(1, 100), (2, 50), (3, -50), (5, 200), (6, -100), (7, -200)]
+    assert replay(changes, mark=4) == (100, 300)
+    assert replay(changes, mark=0) == (0, 300)
+
+
+def test_known_sizes_are_measured_to_the_byte():
+    """One linear layer whose every buffer can be counted by hand."""
+    model = nn.Linear(256, 128, bias=False)
+    images = torch.randn(64, 256)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    measured = measure_step(model, optimizer, lambda: model(images).square().sum(), CPU)
+    weight, output = 256 * 128 * 4, 64 * 128 * 4
+    assert measured.adapter_bytes == measured.gradient_bytes == weight
+    assert measured.optimizer_bytes == 2 * weight + 4
+    # The output is kept for the square, the scalar loss beside it; the input was there before.
+    assert output <= measured.activation_bytes <= output + 64
+    assert measured.peak_train_bytes >= 3 * weight + output + weight
+
+
+@pytest.mark.parametrize("mode", ["none", "int8", "nf4"])
+def test_measured_bytes_repeat_to_the_byte_and_leave_no_trace(tiny, mode):
+    training = started(tiny, mode)
+    before = {n: p.detach().clone() for n, p in training.parameters.items()}
+    random_state = torch.get_rng_state()
+    first, second = train.measure_memory(training), train.measure_memory(training)
+    assert first == second
+    assert all(torch.equal(p, before[n]) for n, p in training.parameters.items())
+    assert all(p.grad is None for p in training.parameters.values())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not training.optimizer.state
+
+
+def test_measuring_does_not_change_the_training(tiny):
+    rows = []
+    for measure in (False, True):
+        training = started(tiny, "nf4")
+        if measure:
+            train.measure_memory(training)
+        rows.append([row["train_loss"] for row in train.fit(training)])
+    assert rows[0] == rows[1]
+
+
+def test_adapter_gradient_and_optimizer_bytes_are_those_of_a_real_step(tiny):
+    training = started(tiny, "nf4")
+    measured = train.measure_memory(training)
+    count = sum(p.numel() for p in training.parameters.values())
+    assert measured.adapter_bytes == measured.gradient_bytes == 4 * count
+    next(iter(train.fit(training)))
+    state = memory.optimizer_tensors(training.optimizer)
+    assert measured.optimizer_bytes == tensor_bytes(state)
+    assert measured.optimizer_bytes == 8 * count + 4 * len(training.parameters)
+
+
+def test_activations_equal_the_saved_tensors_of_autograd(tiny):
+    """The independent answer, for modes that keep everything where autograd can see it."""
+    for mode in ("none", "nf4"):
+        training = started(tiny, mode)
+        measured = train.measure_memory(training)
+        training.model.train()
+        images, labels = (part[:20] for part in training.data.train)
+        at_rest = {p.data.untyped_storage().data_ptr() for p in training.model.parameters()}
+        for module in training.model.modules():
+            from tune_study.quantize import state_tensors
+
+            at_rest |= {t.untyped_storage().data_ptr() for t in state_tensors(module)}
+        saved = {}
+
+        def pack(tensor, saved=saved, at_rest=at_rest):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in at_rest:
+                saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so never reused
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            train._forward(training, images, labels)
+        expected = sum(size for size, _ in saved.values())
+        assert measured.activation_bytes == pytest.approx(expected, rel=0.02)
+
+
+def test_larger_batches_hold_more_activations(tiny):
+    small = train.measure_memory(started(tiny, "none"))
+    config = tiny("none", training={"per_device_train_batch_size": 40})
+    training = train.start(config, build_model(config, 10), load("digits", None, config.data), CPU)
+    large = train.measure_memory(training)
+    assert large.activation_bytes == pytest.approx(2 * small.activation_bytes, rel=0.02)
+    assert large.adapter_bytes == small.adapter_bytes
+
+
+def test_rss_peak_sees_an_allocation_and_can_start_anew():
+    memory.reset_rss_peak()
+    before = memory.rss_peak_bytes()
+    block = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert memory.rss_peak_bytes() - before > 50 * 2**20
+    assert float(cross_entropy(torch.zeros(1, 2), torch.tensor([0]))) > 0
+    del block

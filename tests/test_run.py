@@ -1,0 +1,178 @@
+"""The command line, in this process: mistakes are one sentence, exit code 2, and no folder."""
+
+import pytest
+
+from tune_study import run, study
+
+GRID = """
+from ray import tune
+def one():
+    return {"model": "MODEL", "dataset": "DATASET", "quantization": "nf4"}
+"""
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """``command(*arguments)`` -> (exit code, stdout, stderr), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["tune-study", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            run.main()
+        code = exit_.value.code
+        output = capsys.readouterr()
+        return (0 if code is None else code), output.out, output.err
+
+    return call
+
+
+def grid_file(tmp_path, model="vit_glyphs_patch4_32", dataset="digits"):
+    path = tmp_path / "grid.py"
+    path.write_text(GRID.replace("MODEL", model).replace("DATASET", dataset))
+    return f"{path}:one"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--grid", "huge"], ["--grid huge", "full"]),
+        (["--grid", "demo", "--set", "quantization.mode=nf5"], ["quantization.mode", "nf4-dq"]),
+        (["--grid", "demo", "--set", "lora.r=0"], ["lora.r = 0"]),
+        (["--grid", "demo", "--set", "training.epochs=1"], ["training.epochs", "did you mean"]),
+        (["--grid", "demo", "--set", "dataset=mnist"], ["mnist", "cifar10"]),
+        (["--grid", "demo", "--set", "model=vit_none"], ["vit_none", "timm"]),
+        (["--grid", "demo", "--device", "tpu"], ["--device tpu"]),
+        (["--grid", "demo", "--train-size", "9999"], ["train_size", "9999"]),
+        (["--grid", "demo", "--name", "../x"], ["--name ../x"]),
+        (["--grid", "demo", "--resume"], ["--resume"]),
+        (["--grid", "full", "--data-dir", "nowhere"], ["--data-dir", "nowhere"]),
+        (["--grid", "demo", "--weights", "nowhere"], ["--weights", "nowhere"]),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_nothing(command, tmp_path, arguments, words):
+    code, _, error = command(*arguments)
+    assert code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_option_that_does_not_exist_is_exit_2(command, tmp_path):
+    code, _, error = command("--gird", "full")
+    assert code == 2
+    assert "--gird" in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_data_folder_and_missing_network(command, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    grid = grid_file(tmp_path, dataset="cifar10")
+    code, _, error = command("--grid", grid, "--data-dir", "empty")
+    assert code == 2
+    assert "cifar10/train-*.parquet" in error
+
+    import urllib.error
+    import urllib.request
+
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("tune_study.data.DEFAULT_DATA_DIR", tmp_path / "cache")
+    code, _, error = command("--grid", grid)
+    assert code == 2
+    assert "--data-dir" in error
+    code, _, error = command("--grid", grid_file(tmp_path, model="deit_tiny_patch16_224"))
+    assert code == 2
+    assert "pretrained=false" in error
+    assert not (tmp_path / "ray_results").exists()
+
+
+def test_dry_run_shows_every_trial_and_writes_nothing(command, tmp_path):
+    code, output, _ = command("--grid", "demo", "--dry-run")
+    assert code == 0
+    trials = study.plan(study.load_grid("demo")[1])
+    for trial in trials:
+        assert trial.trial_id in output
+    assert "12 distinct ids" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_validate_only_builds_every_model(command, tmp_path, monkeypatch):
+    code, output, _ = command("--grid", "demo", "--validate-only")
+    assert code == 0
+    assert "12/12 valid" in output
+    monkeypatch.setattr("tune_study.model.quantize_model", lambda *_: [])
+    code, _, error = command("--grid", "demo", "--validate-only")
+    assert code == 2
+    assert "quantized no layer" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_full_grid_on_real_images(command, tmp_path, cifar_dir):
+    options = ["--grid", "full", "--data-dir", cifar_dir, "--set", "pretrained=false"]
+    code, output, _ = command(*options, "--dry-run")
+    assert code == 0
+    assert "144 distinct ids" in output
+    assert "RANDOM" in output
+    assert len({line.split()[0] for line in output.splitlines() if "deit_" in line}) >= 1
+
+
+@pytest.mark.slow
+def test_the_full_grid_is_valid(command, cifar_dir):
+    options = ["--grid", "full", "--data-dir", cifar_dir, "--set", "pretrained=false"]
+    code, output, _ = command(*options, "--validate-only")
+    assert code == 0
+    assert "144/144 valid" in output
+
+
+def test_a_study_without_trials_to_run_says_so(command, tmp_path, monkeypatch, tiny):
+    from tune_study.files import write_json
+
+    grid = grid_file(tmp_path)
+    trials = study.plan(study.load_grid(grid)[1])
+    folder = tmp_path / "ray_results" / "one"
+
+    def finish(waiting, context, progress, **options):
+        for trial in waiting:
+            (folder / trial.trial_id).mkdir(parents=True)
+            write_json(folder / trial.trial_id / "config.json", trial.model_dump(mode="json"))
+            write_json(
+                folder / trial.trial_id / "results.json",
+                {
+                    "trial_id": trial.trial_id,
+                    "status": status,
+                    "simulated": False,
+                    "error": "planted",
+                    "run": {"config": trial.model_dump(mode="json"), "device": "cpu"},
+                    "train": {
+                        "training_results": {},
+                        "test_metrics": {"test_accuracy": 0.5},
+                        "model_metrics": {},
+                        "resource_metrics": {},
+                        "epochs": [],
+                    },
+                    "meta": {},
+                },
+            )
+
+    monkeypatch.setattr(study, "run", finish)
+    status = "error"
+    code, output, _ = command("--grid", grid)
+    assert code == 1
+    assert trials[0].trial_id in output
+    assert "--retry-failed" in output
+    status = "completed"
+    code, output, _ = command("--grid", grid, "--retry-failed")
+    assert code == 0
+    code, output, _ = command("--grid", grid)
+    assert code == 0
+    assert "nothing to do" in output
+    assert "tensorboard --logdir" in output
+    assert (folder / "trials.csv").is_file()
+    assert (folder / "trials.parquet").is_file()

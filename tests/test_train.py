@@ -1,0 +1,186 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from tune_study import train
+from tune_study.data import load, preprocess
+from tune_study.model import build_model, trainable
+
+CPU = torch.device("cpu")
+MODES = ["none", "int8", "nf4", "nf4-dq"]
+
+
+def started(config):
+    return train.start(config, build_model(config, 10), load("digits", None, config.data), CPU)
+
+
+def comparable(rows):
+    timed = ("epoch_time_s", "train_time_s", "images_per_s")
+    return [{k: repr(v) for k, v in row.items() if k not in timed} for row in rows]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_moves_adapters_and_head_and_nothing_else(tiny, mode):
+    training = started(tiny(mode))
+    model = training.model
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    learning = {n: p.detach().clone() for n, p in training.parameters.items()}
+    list(train.fit(training))
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and "bias" not in name:
+            assert torch.equal(parameter, frozen[name]), name
+        elif not parameter.requires_grad:
+            # bitsandbytes casts the bias of a 4-bit layer to the compute dtype, for good.
+            torch.testing.assert_close(
+                parameter.float(), frozen[name].float(), rtol=1e-2, atol=1e-3
+            )
+    moved = {n: not torch.equal(p, learning[n]) for n, p in training.parameters.items()}
+    assert all(moved.values()), [n for n, m in moved.items() if not m]
+
+
+@pytest.mark.parametrize("mode", ["none", "int8", "nf4", "nf4-dq"])
+def test_the_same_trial_twice_and_resumed_is_equal_to_the_last_bit(tiny, mode):
+    config = tiny(mode, training={"num_train_epochs": 3})
+    whole = started(config)
+    rows = list(train.fit(whole))
+    again = started(config)
+    assert comparable(train.fit(again)) == comparable(rows)
+
+    first = started(config)
+    next(iter(train.fit(first)))
+    state = copy.deepcopy(first.state_dict())
+    torch.manual_seed(999)  # whatever another trial left behind
+    resumed = started(config)
+    resumed.load_state_dict(state)
+    list(train.fit(resumed))
+    assert comparable(resumed.history) == comparable(rows)
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(parameter, resumed.parameters[name]), name
+    assert train.test(whole) == train.test(resumed)
+
+
+def test_seeds_differ(tiny):
+    losses = [next(iter(train.fit(started(tiny("none", seed=s)))))["train_loss"] for s in (1, 2)]
+    assert losses[0] != losses[1]
+
+
+def test_accumulation_equals_one_large_batch(tiny):
+    settings = {"compute_dtype": "fp32", "num_train_epochs": 1}
+    lora = {"lora_dropout": 0.0}
+    large = started(tiny("none", lora=lora, training={**settings}))
+    small = started(
+        tiny(
+            "none",
+            lora=lora,
+            training={
+                **settings,
+                "per_device_train_batch_size": 5,
+                "gradient_accumulation_steps": 4,
+            },
+        )
+    )
+    for training in (large, small):
+        list(train.fit(training))
+    assert large.history[0]["train_loss"] == pytest.approx(small.history[0]["train_loss"], rel=1e-5)
+    for name, parameter in large.parameters.items():
+        torch.testing.assert_close(parameter, small.parameters[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_monitor_reads_the_true_gradients_before_clipping(tiny):
+    config = tiny("none", training={"max_grad_norm": 1e-6, "num_train_epochs": 1})
+    training = started(config)
+    seen = []
+    observe = training.monitor.observe
+
+    def spy(loss):
+        grads = [p.grad for p in training.parameters.values()]
+        seen.append(float(torch.cat([g.flatten() for g in grads]).norm()))
+        return observe(loss)
+
+    training.monitor.observe = spy
+    row = next(iter(train.fit(training)))
+    assert row["grad_norm_mean"] == pytest.approx(sum(seen) / len(seen), rel=1e-4)
+    assert row["grad_norm_mean"] > 1e-3  # far above the clip
+    assert len(seen) == 2
+
+
+def test_a_disconnected_monitor_fails_the_trial(tiny):
+    training = started(tiny("none"))
+    training.monitor.observe = lambda loss: torch.tensor(1.0)
+    with pytest.raises(RuntimeError, match="not connected"):
+        next(iter(train.fit(training)))
+
+
+def test_evaluate_equals_the_plain_computation(tiny):
+    training = started(tiny("nf4"))
+    split = training.data.val
+    loss, accuracy = train.evaluate(training, split)
+    training.model.eval()
+    with torch.no_grad(), train.autocast(training):
+        scores = training.model(preprocess(split.images, training.preprocessing)).float()
+    assert loss == pytest.approx(float(cross_entropy(scores, split.labels)), rel=1e-3)
+    hits = int((scores.argmax(-1) == split.labels).sum())
+    assert accuracy == hits / len(split.labels)
+
+
+def test_early_stopping_keeps_the_best_epoch_and_tests_it(tiny, monkeypatch):
+    config = tiny("none", training={"num_train_epochs": 9, "early_stopping_patience": 2})
+    training = started(config)
+    accuracies = iter([0.3, 0.5, 0.5, 0.4])
+    monkeypatch.setattr(train, "evaluate", lambda t, split: (1.0, next(accuracies)))
+    rows = list(train.fit(training))
+    assert len(rows) == 4
+    assert train.finished(training) == "early_stopped"
+    assert training.best_epoch == 2
+    assert training.best_accuracy == 0.5
+    final = {n: p.detach().clone() for n, p in training.parameters.items()}
+    accuracies = iter([0.9])
+    assert train.test(training)["test_accuracy"] == 0.9
+    for name, parameter in training.parameters.items():
+        assert torch.equal(parameter, training.best[name])
+    assert any(not torch.equal(final[n], p) for n, p in training.parameters.items())
+
+
+def test_a_loss_that_is_not_finite_ends_the_trial_as_diverged(tiny):
+    training = started(tiny("none", training={"learning_rate": 10.0, "max_grad_norm": 1e9}))
+    with torch.no_grad():
+        training.parameters["head.weight"].fill_(torch.nan)
+    rows = list(train.fit(training))
+    assert len(rows) == 1
+    assert math.isnan(rows[0]["train_loss"])
+    assert train.finished(training) == "diverged"
+    assert training.best_epoch == 0
+
+
+def test_schedule_warms_up_then_follows_the_cosine(tiny):
+    config = tiny("none", training={"num_train_epochs": 4, "warmup_steps": 4, "learning_rate": 1})
+    training = started(config)  # 2 steps an epoch
+    rates = []
+    for _ in range(8):
+        rates.append(training.schedule.get_last_lr()[0])
+        training.optimizer.step()
+        training.schedule.step()
+    expected = [0, 0.25, 0.5, 0.75] + [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    assert rates == pytest.approx(expected)
+
+
+def test_weight_decay_spares_biases(tiny):
+    training = started(tiny("none"))
+    decays = {group["weight_decay"]: group["params"] for group in training.optimizer.param_groups}
+    assert len(decays[0.0]) == 1  # the head's bias
+    assert len(decays[0.01]) == len(trainable(training.model)) - 1
+
+
+def test_training_learns(tiny):
+    config = tiny(
+        "nf4",
+        data={"train_size": 200, "val_size": 100, "test_size": 100},
+        training={"num_train_epochs": 3},
+    )
+    training = started(config)
+    rows = list(train.fit(training))
+    assert rows[-1]["val_accuracy"] > 0.6
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]

@@ -1,0 +1,188 @@
+import json
+import shutil
+
+import pytest
+
+from tune_study import schema, train, trainable
+from tune_study.trainable import RunContext, execute
+
+
+class Recorder:
+    """Stands in for Tune: keeps rows, and persists checkpoints as Tune would."""
+
+    def __init__(self, study_dir, trial_id, run="run-1"):
+        self.rows, self.folder = [], study_dir / run / trial_id
+
+    def __call__(self, row, folder):
+        self.rows.append(row)
+        if folder is not None:
+            shutil.copytree(folder, self.folder / f"checkpoint_{len(self.rows):06d}")
+
+
+def run(config, study_dir, run_name="run-1"):
+    recorder = Recorder(study_dir, config.trial_id, run_name)
+    return execute(config, RunContext(study_dir=study_dir), recorder), recorder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    from tune_study.config import parse_trial
+
+    study_dir = tmp_path_factory.mktemp("study")
+    config = parse_trial(
+        {
+            "model": "vit_glyphs_patch4_32",
+            "dataset": "digits",
+            "quantization": "nf4",
+            "data": {"train_size": 40, "val_size": 20, "test_size": 20},
+            "training": {"num_train_epochs": 3, "warmup_steps": 1, "learning_rate": 1e-3},
+        }
+    )
+    return config, study_dir, *run(config, study_dir)
+
+
+def test_results_fill_the_columns_of_the_trials_table(finished):
+    config, study_dir, results, _ = finished
+    assert results["status"] == "completed"
+    assert results["simulated"] is False
+    parts = ("training_results", "test_metrics", "model_metrics", "resource_metrics")
+    values = {k: v for part in parts for k, v in results["train"][part].items()}
+    axes = {"trial_id", "model", "dataset", "lora_r", "lora_alpha", "quantization", "seed"}
+    elsewhere = axes | {"status", "simulated", "error", "gradient_cosine", "gradient_norm_ratio"}
+    expected = {column.name for column in schema.TRIALS} - elsewhere
+    assert expected <= set(values)
+    assert not [name for name in expected if values[name] is None]
+    assert values["quantized_layers"] == 24
+    assert values["weights_bytes"] < values["weights_bytes_16bit"] < values["weights_bytes_fp32"]
+    written = json.loads((study_dir / config.trial_id / "results.json").read_text())
+    assert written["train"]["test_metrics"] == results["train"]["test_metrics"]
+
+
+def test_every_epoch_is_a_row_with_the_same_keys(finished):
+    _, _, results, recorder = finished
+    epochs = results["train"]["epochs"]
+    assert [row["epoch"] for row in epochs] == [1, 2, 3]
+    columns = {column.name for column in schema.EPOCHS} - {"trial_id"}
+    assert all(columns <= set(row) for row in epochs)
+    assert len({tuple(sorted(row)) for row in recorder.rows}) == 1
+
+
+def test_the_quantization_of_every_layer_is_written(finished):
+    config, study_dir, *_ = finished
+    analysis = json.loads((study_dir / config.trial_id / "quantization_analysis.json").read_text())
+    assert len(analysis["layers"]) == 24
+    assert {layer["layer_class"] for layer in analysis["layers"]} == {"Linear4bit"}
+    assert all(0.05 < layer["relative_error"] < 0.2 for layer in analysis["layers"])
+    assert all(10 < layer["sqnr_db"] < 30 for layer in analysis["layers"])
+    gradients = json.loads((study_dir / config.trial_id / "gradients.json").read_text())
+    assert len(gradients["layers"]) == len(gradients["epochs"][0]) == 50
+    assert len(gradients["epochs"]) == 3
+
+
+def test_the_saved_adapter_is_the_best_epochs_and_peft_loads_it(finished):
+    from peft import PeftModel
+
+    from tune_study.model import load_base
+
+    config, study_dir, *_ = finished
+    base = load_base(config, 10)
+    model = PeftModel.from_pretrained(base, study_dir / config.trial_id / "adapter")
+    assert float(model.base_model.model.blocks[0].attn.qkv.lora_B.default.weight.norm()) > 0
+
+
+def test_an_interrupted_trial_continues_and_ends_equal(finished, tmp_path):
+    config, _, whole, _ = finished
+    times = ("epoch_time_s", "train_time_s", "images_per_s")
+
+    def comparable(results):
+        epochs = results["train"]["epochs"]
+        return [{k: repr(v) for k, v in row.items() if k not in times} for row in epochs]
+
+    class Killed(Exception):
+        pass
+
+    recorder = Recorder(tmp_path, config.trial_id)
+
+    def kill_after_two(row, folder):
+        recorder(row, folder)
+        if row["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(config, RunContext(study_dir=tmp_path), kill_after_two)
+    left = json.loads((tmp_path / config.trial_id / "results.json").read_text())
+    assert left["status"] == "interrupted"
+    assert left["train"]["training_results"]["epochs_completed"] == 2
+
+    moved = tmp_path.parent / f"{tmp_path.name}-moved"
+    tmp_path.rename(moved)
+    results, again = run(config, moved, "run-2")
+    assert [row["epoch"] for row in again.rows] == [1, 2, 3]  # replayed, then trained
+    assert comparable(results) == comparable(whole)
+    assert results["train"]["test_metrics"] == whole["train"]["test_metrics"]
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before(finished, tmp_path, capsys):
+    config, study_dir, whole, _ = finished
+    shutil.copytree(study_dir, tmp_path / "copy")
+    newest = max((tmp_path / "copy" / "run-1" / config.trial_id).iterdir())
+    (newest / "adapter.safetensors").write_bytes(b"half")
+    results, again = run(config, tmp_path / "copy", "run-2")
+    assert results["train"]["test_metrics"] == whole["train"]["test_metrics"]
+    assert "not whole" in capsys.readouterr().err
+    assert len(again.rows) == 3
+
+
+def test_an_exception_is_written_and_raised(tiny, tmp_path, monkeypatch):
+    def fail(*args):
+        raise ValueError("planted\nsecond line")
+
+    monkeypatch.setattr(train, "measure_memory", fail)
+    config = tiny("int8")
+    with pytest.raises(ValueError, match="planted"):
+        run(config, tmp_path)
+    results = json.loads((tmp_path / config.trial_id / "results.json").read_text())
+    assert results["status"] == "error"
+    assert results["error"] == "ValueError: planted"
+    error = json.loads((tmp_path / config.trial_id / "error.json").read_text())
+    assert error["type"] == "ValueError"
+    assert "in fail" in error["traceback"]
+    assert error["config"]["quantization"]["mode"] == "int8"
+
+
+def test_quantization_that_does_not_happen_is_an_error_and_no_result(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("tune_study.model.quantize_model", lambda *_: [])
+    config = tiny("nf4")
+    with pytest.raises(Exception, match="quantized no layer"):
+        run(config, tmp_path)
+    results = json.loads((tmp_path / config.trial_id / "results.json").read_text())
+    assert results["status"] == "error"
+    assert results["train"]["test_metrics"] == {}
+
+
+def test_a_diverged_trial_keeps_its_curve(tiny, tmp_path, monkeypatch):
+    evaluate = train.evaluate
+    monkeypatch.setattr(
+        train, "evaluate", lambda t, split: (float("nan"), 0.1) if t.history else evaluate(t, split)
+    )
+    results, _ = run(tiny("none", training={"num_train_epochs": 5}), tmp_path)
+    assert results["status"] == "diverged"
+    assert len(results["train"]["epochs"]) == 2
+    assert "epoch 2" in results["error"]
+    assert results["train"]["training_results"]["best_epoch"] == 1
+
+
+def test_one_trial_after_another_equals_the_trial_alone(tiny, tmp_path):
+    """A worker that is used again must not carry anything over."""
+    alone, _ = run(tiny("nf4"), tmp_path / "alone")
+    for mode in ("int8", "none"):
+        run(tiny(mode, seed=9), tmp_path / "shared")
+    after, _ = run(tiny("nf4"), tmp_path / "shared", "run-2")
+    for a, b in zip(alone["train"]["epochs"], after["train"]["epochs"], strict=True):
+        assert a["train_loss"] == b["train_loss"]
+        assert a["val_loss"] == b["val_loss"]
+    assert alone["train"]["test_metrics"] == after["train"]["test_metrics"]
+    memory = ("activation_bytes", "peak_train_bytes", "adapter_bytes")
+    resources = [r["train"]["resource_metrics"] for r in (alone, after)]
+    assert [resources[0][n] for n in memory] == [resources[1][n] for n in memory]
+    assert trainable.RunContext(study_dir=tmp_path).device == "cpu"

@@ -1,0 +1,147 @@
+"""How good the frozen features are: a linear probe on scikit-learn's digits, which no training saw.
+
+The digits never choose anything: `pretrain.py` calls this once, after the weights are written.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import bitsandbytes as bnb
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from tune_study.backbone import MODEL_NAME
+
+TEST_FRACTION = 0.25
+TRAIN_SIZES = (100, 300, None)
+SPLIT_SEEDS = (0, 1, 2, 3, 4)
+INIT_SEEDS = (0, 1, 2, 3, 4)
+
+
+def load_digits_images() -> tuple[Tensor, np.ndarray]:
+    """Scikit-learn's digits as the model wants them: `[1797, 3, 32, 32]` in -1..1, and labels."""
+    digits = load_digits()
+    # 8 by 8 with values 0..16 becomes an 8-bit image first, as it would come from a file.
+    pixels = torch.from_numpy(digits.images * (255 / 16)).round().float().unsqueeze(1)
+    images = F.interpolate(pixels, 32, mode="bicubic", align_corners=False).clamp(0, 255) / 255
+    return ((images - 0.5) / 0.5).expand(-1, 3, -1, -1), digits.target
+
+
+@torch.inference_mode()
+def extract_features(model: nn.Module, images: Tensor) -> np.ndarray:
+    """What the head would see, `[N, embed_dim]`, float32: the class token after the last norm."""
+    model.eval()
+    parts = [
+        model.forward_head(model.forward_features(part), pre_logits=True)
+        for part in images.split(256)
+    ]
+    return torch.cat(parts).float().numpy()
+
+
+def probe_accuracies(
+    features: np.ndarray,
+    labels: np.ndarray,
+    train_size: int | None = None,
+    split_seeds: Sequence[int] = SPLIT_SEEDS,
+) -> list[float]:
+    """Test accuracy of logistic regression on `features [N, D]`, one per stratified split.
+
+    A quarter of the images is the test set; `train_size` of the others train the probe (None:
+    all of them). The regularisation is scikit-learn's default and is not tuned.
+    """
+    accuracies = []
+    for seed in split_seeds:
+        train, test = train_test_split(
+            np.arange(len(labels)), test_size=TEST_FRACTION, stratify=labels, random_state=seed
+        )
+        if train_size is not None:
+            train, _ = train_test_split(
+                train, train_size=train_size, stratify=labels[train], random_state=seed
+            )
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        probe.fit(features[train], labels[train])
+        accuracies.append(float(probe.score(features[test], labels[test])))
+    return accuracies
+
+
+def nf4_twin(model: nn.Module) -> nn.Module:
+    """A copy whose `nn.Linear` layers inside the blocks are bitsandbytes nf4, with fp32 compute.
+
+    Patch embedding, norms, position embedding and head stay as they are.
+    """
+    twin = copy.deepcopy(model)
+    linears = [(n, m) for n, m in twin.blocks.named_modules() if isinstance(m, nn.Linear)]
+    for name, linear in linears:
+        quantized = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=torch.float32,
+            compress_statistics=False,
+            quant_type="nf4",
+        )
+        quantized.load_state_dict(linear.state_dict())
+        # Moving the layer is what quantizes it, to the CPU as well. On CPUs with AVX512-BF16 the
+        # first eval forward would repack the weights and compute in bf16: switch that off.
+        quantized = quantized.to("cpu")
+        quantized.support_avx512bf16_for_cpu = False
+        twin.blocks.set_submodule(name, quantized)
+    return twin
+
+
+def feature_cosine(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean over images of the cosine between two `[N, D]` feature matrices' rows."""
+    return float(F.cosine_similarity(torch.from_numpy(first), torch.from_numpy(second)).mean())
+
+
+def _summary(accuracies: Sequence[float]) -> dict[str, float]:
+    return {
+        "mean": round(float(np.mean(accuracies)), 4),
+        "std": round(float(np.std(accuracies, ddof=1)), 4),
+        "min": round(min(accuracies), 4),
+        "max": round(max(accuracies), 4),
+    }
+
+
+def evaluate_on_digits(model: nn.Module) -> dict[str, Any]:
+    """The record's `digits` part: probe accuracy by training size, for four sets of features.
+
+    `pretrained`, `pretrained_nf4` and `raw_pixels` are summarised over the split seeds; for
+    `random_init` the splits of one initialisation are averaged first, and the summary is over
+    the initialisations.
+    """
+    images, labels = load_digits_images()
+    features = {
+        "pretrained": extract_features(model, images),
+        "pretrained_nf4": extract_features(nf4_twin(model), images),
+        "raw_pixels": load_digits().data,
+    }
+    untrained = []
+    for seed in INIT_SEEDS:
+        torch.manual_seed(seed)
+        untrained.append(extract_features(timm.create_model(MODEL_NAME), images))
+    probes: dict[str, dict[str, dict[str, float]]] = {}
+    for size in TRAIN_SIZES:
+        row = {n: _summary(probe_accuracies(f, labels, size)) for n, f in features.items()}
+        row["random_init"] = _summary(
+            [np.mean(probe_accuracies(f, labels, size)) for f in untrained]
+        )
+        probes[str(size or len(labels) - round(TEST_FRACTION * len(labels) + 0.5))] = row
+    return {
+        "probe_accuracy_by_train_images": probes,
+        "split_seeds": list(SPLIT_SEEDS),
+        "random_init_seeds": list(INIT_SEEDS),
+        "test_fraction": TEST_FRACTION,
+        "nf4_feature_cosine": round(
+            feature_cosine(features["pretrained"], features["pretrained_nf4"]), 4
+        ),
+    }
