@@ -5,9 +5,8 @@ The digits never choose anything: `pretrain.py` calls this once, after the weigh
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-import bitsandbytes as bnb
 import numpy as np
 import timm
 import torch
@@ -17,9 +16,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tune_study.backbone import MODEL_NAME
+from tune_study.config import QuantizationConfig
+from tune_study.quantize import quantize_model
 
 TEST_FRACTION = 0.25
 TRAIN_SIZES = (100, 300, None)
@@ -39,10 +41,9 @@ def load_digits_images() -> tuple[Tensor, np.ndarray]:
 @torch.inference_mode()
 def extract_features(model: nn.Module, images: Tensor) -> np.ndarray:
     """What the head would see, `[N, embed_dim]`, float32: the class token after the last norm."""
-    model.eval()
+    vit = cast(VisionTransformer, model.eval())
     parts = [
-        model.forward_head(model.forward_features(part), pre_logits=True)
-        for part in images.split(256)
+        vit.forward_head(vit.forward_features(part), pre_logits=True) for part in images.split(256)
     ]
     return torch.cat(parts).float().numpy()
 
@@ -74,27 +75,9 @@ def probe_accuracies(
 
 
 def nf4_twin(model: nn.Module) -> nn.Module:
-    """A copy whose `nn.Linear` layers inside the blocks are bitsandbytes nf4, with fp32 compute.
-
-    Patch embedding, norms, position embedding and head stay as they are.
-    """
+    """A copy whose linear layers inside the blocks are bitsandbytes nf4, with fp32 compute."""
     twin = copy.deepcopy(model)
-    linears = [(n, m) for n, m in twin.blocks.named_modules() if isinstance(m, nn.Linear)]
-    for name, linear in linears:
-        quantized = bnb.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            compute_dtype=torch.float32,
-            compress_statistics=False,
-            quant_type="nf4",
-        )
-        quantized.load_state_dict(linear.state_dict())
-        # Moving the layer is what quantizes it, to the CPU as well. On CPUs with AVX512-BF16 the
-        # first eval forward would repack the weights and compute in bf16: switch that off.
-        quantized = quantized.to("cpu")
-        quantized.support_avx512bf16_for_cpu = False
-        twin.blocks.set_submodule(name, quantized)
+    quantize_model(twin, QuantizationConfig(mode="nf4"), torch.float32, torch.device("cpu"))
     return twin
 
 
@@ -133,7 +116,7 @@ def evaluate_on_digits(model: nn.Module) -> dict[str, Any]:
     for size in TRAIN_SIZES:
         row = {n: _summary(probe_accuracies(f, labels, size)) for n, f in features.items()}
         row["random_init"] = _summary(
-            [np.mean(probe_accuracies(f, labels, size)) for f in untrained]
+            [float(np.mean(probe_accuracies(f, labels, size))) for f in untrained]
         )
         probes[str(size or len(labels) - round(TEST_FRACTION * len(labels) + 0.5))] = row
     return {
