@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import synthetic
 
 from analysis import convergence, pairs
+from tests import synthetic
 
 COLUMNS = ["val_accuracy", "train_loss", "train_accuracy", "val_loss"]
 

@@ -18,12 +18,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import synthetic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from analysis import load, tables
 from analysis.load import StudyError
+from tests import synthetic
 from tune_study import schema
 
 CELLS = synthetic.plan(

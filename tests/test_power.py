@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import synthetic
 from scipy import stats
 
 from analysis import power
 from analysis.load import StudyError
+from tests import synthetic
 
 
 def exact(n: int, sd: float, effect: float, alpha: float = 0.05) -> float:

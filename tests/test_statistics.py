@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -17,6 +16,7 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 from analysis import inference, pairs, statistics
 from analysis.load import StudyError
+from tests import synthetic
 
 SAMPLES = [
     np.random.default_rng(seed).normal(mean, 0.01, n)

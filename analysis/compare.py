@@ -1,0 +1,257 @@
+"""The same cells under two versions, machines or settings: study B against study A.
+
+``python -m analysis.compare STUDY_A STUDY_B``. Trials are paired on configuration, quantization
+mode and seed; the inference is that of ``statistics.compare_modes``, with A in the role of the
+baseline, per mode and over all modes together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from analysis import statistics
+from analysis.load import Study, StudyError, read_study
+from analysis.sections import provenance
+from analysis.summaries import modes_of
+from analysis.wording import between, known, listing, number, p_value, plural, points, signed
+
+METRICS = (
+    "test_accuracy", "val_accuracy", "weights_bytes", "peak_train_bytes", "rss_peak_bytes",
+    "images_per_s", "train_time_s",
+)  # fmt: skip
+HARDWARE_BOUND = ("peak_train_bytes", "rss_peak_bytes", "images_per_s", "train_time_s")
+CELL = [*statistics.CONFIGURATION, "quantization", "seed"]
+
+
+class Comparison(NamedTuple):
+    """What B changes against A.
+
+    ``table`` has a row per metric and mode (``all`` for every mode together): the columns of
+    ``statistics.compare_modes`` with ``quantization`` the mode, ``mean_a``, ``mean_b``,
+    ``relative`` (mean_b over mean_a - 1) and ``identical``, pairs that agree to the last bit.
+    ``differences`` are (what, in A, in B) of command, hardware and versions.
+    """
+
+    table: pd.DataFrame
+    differences: list[tuple[str, str, str]]
+    only_a: list[str]
+    only_b: list[str]
+    changed_status: list[str]
+    n_pairs: int
+    notes: list[str]
+
+
+def compare(a: Study, b: Study) -> Comparison:
+    """Pair the trials of two studies. Raises ``StudyError`` when nothing can be paired."""
+    kinds = (bool(a.manifest.get("simulated")), bool(b.manifest.get("simulated")))
+    if kinds[0] != kinds[1]:
+        raise StudyError("one study is simulated and the other is not: compare like with like")
+    cells_a, cells_b = _cells(a.trials), _cells(b.trials)
+    shared = cells_a.index.intersection(cells_b.index)
+    if shared.empty:
+        raise StudyError(
+            "the two studies share no cell (model, data set, LoRA, quantization and seed): "
+            "compare studies that planned the same trials"
+        )
+    hardware = _machines(a.trials) | _machines(b.trials)
+    notes = ["The studies are simulated."] if kinds[0] else []
+    if len(hardware) > 1:
+        notes.append(
+            f"The machines differ ({listing(sorted(hardware))}): memory and time compare the "
+            "machines as much as the versions."
+        )
+    both = cells_a.loc[shared, ["trial_id", "status"]].assign(b=cells_b.loc[shared, "status"])
+    moved = both[both["status"] != both["b"]].to_dict("records")
+    return Comparison(
+        table=_table(a.trials, b.trials, shared),
+        differences=_differences(a.manifest, b.manifest) + _settings(a, b, shared),
+        only_a=_named(cells_a, cells_a.index.difference(cells_b.index)),
+        only_b=_named(cells_b, cells_b.index.difference(cells_a.index)),
+        changed_status=[
+            f"{row['trial_id']}: {row['status']} in A, {row['b']} in B" for row in moved
+        ],
+        n_pairs=len(shared),
+        notes=notes,
+    )
+
+
+def _cells(trials: pd.DataFrame) -> pd.DataFrame:
+    """Trials by cell. Of several trials in one cell (another setting) the first stands."""
+    return trials.drop_duplicates(CELL).set_index(CELL).sort_index()
+
+
+def _named(cells: pd.DataFrame, keys: pd.Index) -> list[str]:
+    return [str(name) for name in cells.loc[keys, "trial_id"]]
+
+
+def _machines(trials: pd.DataFrame) -> set[str]:
+    ran = trials[trials["status"] != "pending"]
+    return {str(name) for name in ran["machine"].dropna().unique()} if "machine" in ran else set()
+
+
+def _table(a: pd.DataFrame, b: pd.DataFrame, shared: pd.Index) -> pd.DataFrame:
+    """Rows of ``compare_modes`` for every metric and mode, A being the baseline."""
+    stacked = pd.concat(
+        [frame.drop_duplicates(CELL).assign(_study=name) for name, frame in (("A", a), ("B", b))],
+        ignore_index=True,
+    )
+    stacked = stacked[pd.MultiIndex.from_frame(stacked[CELL]).isin(shared)]
+    # The pairs are across machines on purpose; compare_modes would refuse them.
+    stacked = stacked.drop(columns="machine", errors="ignore")
+    modes = modes_of(stacked)
+    rows = []
+    for metric in METRICS:
+        if not stacked[metric].notna().any():
+            continue
+        for mode in [*modes, "all"] if len(modes) > 1 else modes:
+            own = stacked if mode == "all" else stacked[stacked["quantization"] == mode]
+            rows.append(_row(own, metric, mode))
+    return pd.DataFrame(rows)
+
+
+def _row(own: pd.DataFrame, metric: str, mode: str) -> dict[Any, Any]:
+    """One metric of one mode, B against A. Over all modes, a seed's modes count as its repeats."""
+    if mode == "all":
+        seeds = own["seed"].astype("string") + "/" + own["quantization"].astype("string")
+        own = own.assign(seed=seeds)
+    renamed = own.assign(quantization=own["_study"].astype("string"))
+    rng = np.random.default_rng(0)
+    found = statistics.compare_modes(renamed, metric=metric, baseline="A", rng=rng)
+    pairs = statistics.paired_differences(renamed, metric=metric, baseline="A")
+    row: dict[Any, Any] = found.to_dict("records")[0]
+    mean_a, mean_b = pairs["base"].mean(), pairs["value"].mean()
+    identical = int((pairs["difference"] == 0).sum())
+    if len(pairs) and identical == len(pairs):
+        row |= {"verdict": "identical", "note": ""}
+    return row | {
+        "quantization": mode,
+        "mean_a": mean_a,
+        "mean_b": mean_b,
+        "relative": mean_b / mean_a - 1 if mean_a else np.nan,
+        "identical": identical,
+        "n_pairs": len(pairs),
+    }
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:
+    ours, theirs = dict(provenance(a)), dict(provenance(b))
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    return [
+        (name, ours.get(name, "not recorded"), theirs.get(name, "not recorded"))
+        for name in names
+        if ours.get(name) != theirs.get(name) and name != "created"
+    ]
+
+
+def _settings(a: Study, b: Study, shared: pd.Index) -> list[tuple[str, str, str]]:
+    """Settings of the planned configurations that differ in a shared cell, each pair once."""
+    wanted = set(shared)
+    plans = []
+    for study in (a, b):
+        entries = {str(entry["trial_id"]): _flat(entry) for entry in study.manifest["plan"]}
+        named = study.trials.drop_duplicates(CELL).set_index(CELL)["trial_id"].items()
+        plans.append({key: entries.get(str(name), {}) for key, name in named if key in wanted})
+    found: dict[tuple[str, str, str], None] = {}
+    for key, ours in plans[0].items():
+        theirs = plans[1][key]
+        for name in [*ours, *(name for name in theirs if name not in ours)]:
+            pair = (ours.get(name, "not recorded"), theirs.get(name, "not recorded"))
+            if pair[0] != pair[1] and name != "trial_id":
+                found[(f"setting: {name}", *pair)] = None
+    return list(found)[:50]
+
+
+def _flat(entry: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """``{"training": {"lr": 1}}`` -> ``{"training.lr": "1"}``."""
+    flat: dict[str, str] = {}
+    for name, value in entry.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = str(value)
+    return flat
+
+
+def in_words(found: Comparison, names: tuple[str, str]) -> str:
+    """The comparison as text for a terminal."""
+    lines = [f"A: {names[0]}", f"B: {names[1]}", *found.notes]
+    lines.append(f"{plural(found.n_pairs, 'cell')} in both.")
+    for label, missing in (("A", found.only_a), ("B", found.only_b)):
+        if missing:
+            lines.append(f"Only in {label}: {listing(missing)}")
+    if found.changed_status:
+        lines.append("Another status: " + listing(found.changed_status, 6))
+    if found.differences:
+        lines += ["", "What differs between the studies:"]
+        lines += [f"  {name}: {one} -> {other}" for name, one, other in found.differences]
+    header = ("metric", "mode", "A", "B", "B - A", "95 % interval", "p", "verdict", "pairs", "same")
+    body = [_cells_of(row) for row in found.table.to_dict("records")]
+    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+    lines.append("")
+    for line in [header, *body]:
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    lines += [
+        "",
+        "B - A is over configurations; a relative change stands in brackets. 'same' counts pairs "
+        "that agree to the last bit. A p that is not small is no proof of no difference.",
+    ]
+    notes = {str(row.get("note")) for row in found.table.to_dict("records") if row.get("note")}
+    lines += [f"Note: {note}" for note in sorted(notes)[:6]]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cells_of(row: dict[Any, Any]) -> tuple[str, ...]:
+    accuracy = str(row["metric"]).endswith("accuracy")
+    size = str(row["metric"]).endswith("_bytes")
+    scale, unit = (100.0, " %") if accuracy else (1e-6, " MB") if size else (1.0, "")
+    means = tuple(f"{number(row[key] * scale)}{unit}" for key in ("mean_a", "mean_b"))
+    change = points(row["mean_difference"])
+    if not accuracy:
+        relative = f"{signed(row['relative'] * 100, 1)} %"
+        change = f"{signed(row['mean_difference'] * scale)} ({relative})"
+    return (
+        str(row["metric"]).removesuffix("_bytes"),
+        str(row["quantization"]),
+        *means,
+        change if known(row["mean_difference"]) else "–",
+        between(row["ci_low"], row["ci_high"], scale=scale),
+        p_value(row["p_t"]),
+        str(row.get("verdict") or "–"),
+        str(row["n_pairs"]),
+        str(row["identical"]),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 2 and one sentence for a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.compare", description="Compare the same cells of two studies."
+    )
+    parser.add_argument("study_a", type=Path, help="folder of the study to compare with")
+    parser.add_argument("study_b", type=Path, help="folder of the study that changed something")
+    options = parser.parse_args(arguments)
+    try:
+        a, b = read_study(options.study_a), read_study(options.study_b)
+        found = compare(a, b)
+    except StudyError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"a study can't be read: {error}", file=sys.stderr)
+        return 2
+    for name, study in (("A", a), ("B", b)):
+        for problem in study.problems:
+            print(f"{name}: {problem}", file=sys.stderr)
+    print(in_words(found, (str(options.study_a), str(options.study_b))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""The tables behind the figures against slow obvious versions, and what is drawn of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.text import Text
+
+from analysis import curves, drawing, figures, findings, gallery, ratios, statistics, summaries
+from analysis.load import Study
+from tests import synthetic
+
+TINY = ("deit_tiny_patch16_224",)
+
+
+@pytest.fixture(scope="module")
+def frames() -> tuple[pd.DataFrame, pd.DataFrame]:
+    return synthetic.study_frames(effects={"nf4": -0.01}, failures={0: "early_stopped", 5: "oom"})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> findings.Findings:
+    path = synthetic.write_study(tmp_path_factory.mktemp("studies") / "s", effects={"nf4": -0.01})
+    trials, epochs = synthetic.study_frames(effects={"nf4": -0.01})
+    manifest = json.loads((path / "study.json").read_text())
+    return findings.compute(Study(trials, epochs, manifest, [], path))
+
+
+@pytest.fixture(scope="module")
+def drawn(found: findings.Findings) -> dict[str, drawing.Drawn]:
+    return gallery.draw_all(found)
+
+
+def test_pareto_front_against_all_pairs(frames: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    table = summaries.pareto_front(frames[0])
+    assert len(table) == 48
+    for _, group in table.groupby("dataset"):
+        cells = group[["cost", "score", "on_front"]].to_numpy("float64")
+        for cost, score, on_front in cells:
+            beaten = any(
+                (c <= cost and s >= score) and (c < cost or s > score) for c, s, _ in cells
+            )
+            assert bool(on_front) == (not beaten)
+
+
+def test_pareto_front_of_ties_keeps_one_of_each_cost() -> None:
+    trials, _ = synthetic.study_frames(synthetic.plan(models=TINY, datasets=("cifar10",)))
+    trials["test_accuracy"] = 0.5
+    front = summaries.pareto_front(trials).query("on_front")
+    assert set(front["quantization"]) == {"nf4-dq"}
+
+
+def test_pareto_front_without_a_cost_is_empty_and_says_so() -> None:
+    trials, _ = synthetic.study_frames(missing=("peak_train_bytes",))
+    table = summaries.pareto_front(trials, cost="peak_train_bytes")
+    assert table.empty
+    empty = figures.plot_pareto(
+        table, key="k", title="t", caption="c", label="l", empty="nobody measured it"
+    )
+    assert empty.figure is None
+    assert empty.empty == "nobody measured it"
+
+
+def test_curve_bands_by_hand(frames: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    trials, epochs = frames
+    table = summaries.curve_bands(epochs, trials)
+    own = trials[
+        (trials["model"] == TINY[0])
+        & (trials["dataset"] == "cifar10")
+        & (trials["quantization"] == "nf4")
+    ]
+    values = epochs[epochs["trial_id"].isin(own["trial_id"]) & (epochs["epoch"] == 3)]
+    row = table.query(
+        "model == @TINY[0] and dataset == 'cifar10' and quantization == 'nf4' and epoch == 3"
+    ).iloc[0]
+    assert row["n"] == len(values)
+    assert row["mean"] == pytest.approx(values["val_accuracy"].mean())
+    assert row["sd"] == pytest.approx(values["val_accuracy"].std())
+
+
+def test_curves_end_where_most_trials_have_stopped() -> None:
+    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), modes=("none",))
+    trials, epochs = synthetic.study_frames(cells)
+    short = trials["trial_id"].iloc[:2]
+    epochs = epochs[~(epochs["trial_id"].isin(short) & (epochs["epoch"] > 5))]
+    table = summaries.curve_bands(epochs, trials)
+    assert table["epoch"].max() == 5  # of 3 trials, only one goes on
+
+
+def test_curve_gaps_are_paired() -> None:
+    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),))
+    trials, epochs = synthetic.study_frames(cells)
+    table = summaries.curve_gaps(epochs, trials)
+    assert set(table["quantization"]) == {"int8", "nf4", "nf4-dq"}
+    seeds = []
+    for seed in synthetic.SEEDS:
+        own = trials[trials["seed"] == seed].set_index("quantization")["trial_id"]
+        at = epochs[epochs["epoch"] == 2].set_index("trial_id")["val_accuracy"]
+        seeds.append(at[own["nf4"]] - at[own["none"]])
+    row = table.query("quantization == 'nf4' and epoch == 2").iloc[0]
+    assert row["mean"] == pytest.approx(np.mean(seeds))
+    assert row["sd"] == pytest.approx(np.std(seeds, ddof=1))
+
+
+def test_seed_spread_pools_within_cells(frames: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    trials = frames[0]
+    spread = summaries.seed_spread(trials)
+    sds = summaries.pooled_sd(spread).set_index("quantization")
+    good = trials[trials["test_accuracy"].notna() & (trials["quantization"] == "none")]
+    groups = [g["test_accuracy"] for _, g in good.groupby(list(ratios.CONFIGURATION))]
+    groups = [g for g in groups if len(g) > 1]
+    squares = sum(((g - g.mean()) ** 2).sum() for g in groups)
+    freedom = sum(len(g) - 1 for g in groups)
+    assert sds.loc["none", "sd"] == pytest.approx((squares / freedom) ** 0.5)
+    assert sds.loc["none", "df"] == freedom
+
+
+def test_memory_is_not_averaged_over_machines() -> None:
+    trials, _ = synthetic.study_frames(synthetic.plan(models=TINY, datasets=("cifar10",)))
+    trials["machine"] = np.where(trials["seed"] == 42, "laptop", "server")
+    ledger = summaries.memory_ledger(trials)
+    assert len(ledger) == 8
+    assert ledger.groupby("machine")["n"].sum().to_dict() == {"laptop": 12, "server": 24}
+
+
+def test_layer_gradients_average_over_trials(tmp_path: Path) -> None:
+    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), modes=("none",))
+    path = synthetic.write_study(tmp_path / "s", cells)
+    trials, _ = synthetic.study_frames(cells)
+    for cell, epochs in zip(cells, ([[1, 2], [3, 4]], [[3, None]], None), strict=True):
+        file = path / cell["trial_id"] / "gradients.json"
+        file.write_text(
+            json.dumps({"layers": ["a", "b"], "epochs": epochs}) if epochs else '{"layers": ['
+        )
+    table, problems = summaries.layer_gradients(path, trials)
+    norms = table.pivot(index="name", columns="epoch", values="norm")
+    assert norms.loc["a"].tolist() == [2, 3]
+    assert norms.loc["b"].tolist() == [2, 4]
+    assert len(problems) == 1
+    assert cells[2]["trial_id"] in problems[0]
+
+
+def test_both_lora_matrices_make_one_layer(tmp_path: Path) -> None:
+    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), seeds=(1,))[:1]
+    path = synthetic.write_study(tmp_path / "s", cells)
+    trials, _ = synthetic.study_frames(cells)
+    stem = "base_model.model."
+    names = [f"{stem}blocks.0.mlp.fc1.lora_{x}.default.weight" for x in "AB"]
+    names += [f"{stem}head.modules_to_save.default.{x}" for x in ("weight", "bias")]
+    document = {"layers": names, "epochs": [[3, 4, 5, 12], [None, 1, 0, 0]]}
+    (path / cells[0]["trial_id"] / "gradients.json").write_text(json.dumps(document))
+    table, _ = summaries.layer_gradients(path, trials)
+    norms = table.pivot(index="name", columns="epoch", values="norm")
+    assert norms.loc["blocks.0.mlp.fc1", 1] == 5
+    assert np.isnan(norms.loc["blocks.0.mlp.fc1", 2])
+    assert norms.loc["head"].tolist() == [13, 0]
+
+
+@pytest.mark.parametrize(
+    "content", ['{"layers": 3}', "[]", '{"layers": ["a"], "epochs": [["x"]]}',
+                '{"layers": ["a"], "epochs": [[1, 2]]}', '{"layers": ["a"], "epochs": [1]}'],
+)  # fmt: skip
+def test_broken_gradients_are_named(content: str, tmp_path: Path) -> None:
+    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), seeds=(1,))
+    path = synthetic.write_study(tmp_path / "s", cells)
+    trials, _ = synthetic.study_frames(cells)
+    (path / cells[0]["trial_id"] / "gradients.json").write_text(content)
+    _, problems = summaries.layer_gradients(path, trials)
+    assert len(problems) == 1
+
+
+def test_every_figure_is_drawn(drawn: dict[str, drawing.Drawn]) -> None:
+    assert set(drawn) == set(gallery.KEYS)
+    assert [key for key, one in drawn.items() if one.figure is None] == []
+    assert all(one.title and one.caption for one in drawn.values())
+
+
+def test_the_forest_draws_the_comparison(
+    drawn: dict[str, drawing.Drawn], found: findings.Findings
+) -> None:
+    figure = drawn["accuracy_difference"].figure
+    assert figure is not None
+    axis = figure.axes[0]
+    labels = [text.get_text() for text in axis.get_yticklabels()]
+    for label, row in zip(labels, found.comparison.to_dict("records"), strict=True):
+        assert label.startswith(row["quantization"])
+        assert f"{row['mean_difference'] * 100:.2f}".lstrip("-") in label
+    marks = [line.get_xdata() for line in axis.lines if line.get_marker() in "s^D"]
+    drawn_means = [float(np.ravel(x)[0]) / 100 for x in marks]
+    assert drawn_means == pytest.approx(found.comparison["mean_difference"].tolist())
+
+
+def test_differences_in_the_forest_are_those_of_the_statistics(found: findings.Findings) -> None:
+    pairs = statistics.paired_differences(found.study.trials)
+    means = pairs.groupby([*statistics.CONFIGURATION, "quantization"])["difference"].mean()
+    ours = found.differences.set_index([*statistics.CONFIGURATION, "quantization"])["difference"]
+    pd.testing.assert_series_equal(ours.sort_index(), means.sort_index(), check_dtype=False)
+
+
+def _texts(one: drawing.Drawn) -> list[tuple[str, matplotlib.transforms.Bbox]]:
+    """Every text that is drawn, with its place in pixels."""
+    assert one.figure is not None
+    with drawing.settings():
+        one.figure.draw_without_rendering()
+        # matplotlib keeps ticks beyond the limits, and does not draw them.
+        beyond = {
+            id(label)
+            for axis in one.figure.axes
+            for side in (axis.xaxis, axis.yaxis)
+            for tick in [*side.get_major_ticks(), *side.get_minor_ticks()]
+            for label in (tick.label1, tick.label2)
+            if not min(side.get_view_interval()) <= tick.get_loc() <= max(side.get_view_interval())
+        }
+        return [
+            (text.get_text(), text.get_window_extent())
+            for text in one.figure.findobj(Text)
+            if text.get_visible() and text.get_text().strip() and id(text) not in beyond
+            if text.get_in_layout() and text.get_window_extent().width > 0
+        ]
+
+
+@pytest.mark.parametrize("key", gallery.KEYS)
+def test_no_text_is_cut_off_or_covers_another(key: str, drawn: dict[str, drawing.Drawn]) -> None:
+    figure, texts = drawn[key].figure, _texts(drawn[key])
+    assert figure is not None
+    assert len(texts) > 8
+    for text, box in texts:
+        inside = box.x0 >= -1 and box.y0 >= -1
+        inside &= box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
+        assert inside, f"{text!r} is cut off"
+    for (text, a), (other, b) in itertools.combinations(texts, 2):
+        across = min(a.x1, b.x1) - max(a.x0, b.x0)
+        down = min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert across < 2 or down < 2, f"{text!r} covers {other!r}"
+
+
+def test_modes_differ_without_colour() -> None:
+    styles = [drawing.style(mode) for mode in synthetic.MODES]
+    assert len({marker for _, marker, _, _ in styles}) == len(styles)
+    assert len({str(dashes) for _, _, dashes, _ in styles}) == len(styles)
+    assert len({hatch for *_, hatch in styles}) == len(styles)
+
+
+def test_names_are_not_formulas_and_fit(tmp_path: Path) -> None:
+    evil = ("$\\frac{1}$ <b>" + "x" * 200,)
+    cells = synthetic.plan(models=evil, datasets=("a$b^c_d$",), lora=((4, 8),), seeds=(1, 2))
+    trials, epochs = synthetic.study_frames(cells)
+    one = curves.plot_curves(
+        summaries.curve_bands(epochs, trials), key="k", title="t", caption="c", label="l"
+    )
+    assert drawing.png(one, dpi=40).startswith(b"\x89PNG")
+    assert any("\\frac" in text for text, _ in _texts(one))
+
+
+def test_simulated_figures_say_so(drawn: dict[str, drawing.Drawn], tmp_path: Path) -> None:
+    trials, epochs = synthetic.study_frames(simulated=True)
+    study = Study(trials, epochs, {"study": "s", "simulated": True}, [], None)
+    marked = gallery.draw_all(findings.compute(study))
+    assert marked["qlora_ratios"].figure is None
+    for one in marked.values():
+        if one.figure is not None:
+            texts = [text.get_text() for text in one.figure.findobj(Text)]
+            assert "SIMULATED" in texts
+            assert any(text.startswith("simulated:") for text in texts)
+    unmarked = drawn["seed_spread"].figure
+    assert unmarked is not None
+    assert not any("imulated" in text.get_text() for text in unmarked.findobj(Text))
+
+
+def test_files_are_print_quality_and_reproducible(
+    drawn: dict[str, drawing.Drawn], tmp_path: Path
+) -> None:
+    import struct
+
+    one = drawn["seed_spread"]
+    written = drawing.save(one, tmp_path / "a")
+    assert [path.name for path in written] == ["seed_spread.png", "seed_spread.pdf"]
+    png = written[0].read_bytes()
+    width = struct.unpack(">I", png[16:20])[0]
+    assert width == pytest.approx(drawing.WIDTH * 300, abs=2)
+    assert written[1].read_bytes().startswith(b"%PDF")
+    again = drawing.save(one, tmp_path / "b")
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
+
+
+def test_an_empty_figure_is_no_file(tmp_path: Path) -> None:
+    empty = drawing.Drawn("k", "t", "c", None, "nothing was measured")
+    assert drawing.save(empty, tmp_path) == []
+    with pytest.raises(ValueError, match="nothing was measured"):
+        drawing.png(empty)
+
+
+def test_matplotlib_keeps_its_settings(frames: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    before = dict(matplotlib.rcParams)
+    spread = summaries.seed_spread(frames[0])
+    one = figures.plot_seeds(spread, summaries.pooled_sd(spread), title="t", caption="c")
+    drawing.png(one, dpi=40)
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize(("value", "text"), [(2000, "2,000"), (0.02, "0.02"), (50, "50")])
+def test_ticks_have_no_exponent(value: float, text: str) -> None:
+    assert drawing.tick(value) == text
