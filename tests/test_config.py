@@ -41,6 +41,8 @@ def test_every_field_changes_the_id(name):
         "data.augment": "none",
         "training.compute_dtype": "fp32",
         "lora.lora_dropout": 0.5,
+        "training.gradient_checkpointing": True,
+        "training.gradient_noise_scale": True,
     }
     value = other.get(name, 77 if "rate" not in name and "decay" not in name else 0.077)
     changed = parse_trial(assign(GOOD, name, value))

@@ -222,7 +222,7 @@ def test_a_model_whose_rows_share_blocks_is_refused_on_the_cpu(tiny):
 
 def test_missing_peft_marks_are_found(tiny, monkeypatch):
     """Without them PEFT wraps the quantized layers as plain ones, without an error."""
-    monkeypatch.setattr("tune_study.quantize._tell_peft", lambda *_: None)
+    monkeypatch.setattr("tune_study.quantize.tell_peft", lambda *_: None)
     with pytest.raises(QuantizationFailed, match="should be a peft"):
         build_model(tiny("nf4"), 10)
 

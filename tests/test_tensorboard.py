@@ -5,7 +5,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tune_study.files import write_json
-from tune_study.tensorboard import METRICS, TensorBoardCallback
+from tune_study.tensorboard import METRICS, TensorBoardCallback, axes_of
 
 
 @pytest.fixture
@@ -17,6 +17,14 @@ def trial(tiny):
 
     values = {"trial_id": config.trial_id, "trial": config.model_dump(mode="json")}
     return Trial(config=values, local_path=None)
+
+
+def test_axes_are_what_differs_and_always_mode_and_seed(tiny):
+    cells = [
+        tiny(m, lora={"r": r}).model_dump(mode="json") for m in ("none", "nf4") for r in (2, 4)
+    ]
+    assert axes_of(cells) == ["lora.r", "quantization.mode", "seed"]
+    assert axes_of(cells[:1]) == ["quantization.mode", "seed"]
 
 
 def row(epoch, accuracy):
@@ -37,7 +45,7 @@ def events(folder):
 
 
 def test_scalars_and_hparams_are_there_while_the_trial_runs(trial, tmp_path):
-    callback = TensorBoardCallback(tmp_path)
+    callback = TensorBoardCallback(tmp_path, ["model", "quantization.mode"])
     callback.log_trial_start(trial)
     callback.log_trial_result(0, trial, row(1, 0.5))
     folder = tmp_path / "tensorboard" / trial.config["trial_id"]
@@ -60,7 +68,7 @@ def test_scalars_and_hparams_are_there_while_the_trial_runs(trial, tmp_path):
 
 def test_no_epoch_appears_twice_after_a_restart_and_the_test_result_comes_last(trial, tmp_path):
     for epochs in ((1, 2), (1, 2, 3)):  # the second run replays the first two
-        callback = TensorBoardCallback(tmp_path)
+        callback = TensorBoardCallback(tmp_path, ["model", "quantization.mode"])
         callback.log_trial_start(trial)
         for epoch in epochs:
             callback.log_trial_result(0, trial, row(epoch, epoch / 10))

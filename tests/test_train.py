@@ -184,3 +184,14 @@ def test_training_learns(tiny):
     rows = list(train.fit(training))
     assert rows[-1]["val_accuracy"] > 0.6
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+def test_noise_scale_is_measured_where_it_is_asked_for(tiny):
+    off = next(iter(train.fit(started(tiny("none")))))
+    assert math.isnan(off["gradient_noise_scale"])
+    halves = tiny("none", training={"gradient_noise_scale": True}, lora={"lora_dropout": 0.0})
+    row = next(iter(train.fit(started(halves))))
+    assert row["gradient_noise_trace"] > 0
+    plain = next(iter(train.fit(started(tiny("none", lora={"lora_dropout": 0.0})))))
+    assert row["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-2)
+    assert row["grad_norm_mean"] == pytest.approx(plain["grad_norm_mean"], rel=5e-2)

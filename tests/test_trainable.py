@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from tune_study import schema, train, trainable
+from tune_study import resources, schema, train, trainable
 from tune_study.trainable import RunContext, execute
 
 
@@ -48,7 +48,7 @@ def test_results_fill_the_columns_of_the_trials_table(finished):
     parts = ("training_results", "test_metrics", "model_metrics", "resource_metrics")
     values = {k: v for part in parts for k, v in results["train"][part].items()}
     axes = {"trial_id", "model", "dataset", "lora_r", "lora_alpha", "quantization", "seed"}
-    elsewhere = axes | {"status", "simulated", "error", "gradient_cosine", "gradient_norm_ratio"}
+    elsewhere = axes | {"status", "simulated", "error"}
     expected = {column.name for column in schema.TRIALS} - elsewhere
     assert expected <= set(values)
     assert not [name for name in expected if values[name] is None]
@@ -92,7 +92,7 @@ def test_the_saved_adapter_is_the_best_epochs_and_peft_loads_it(finished):
 
 def test_an_interrupted_trial_continues_and_ends_equal(finished, tmp_path):
     config, _, whole, _ = finished
-    times = ("epoch_time_s", "train_time_s", "images_per_s")
+    times = ("epoch_time_s", "train_time_s", "images_per_s", *resources.COLUMNS)
 
     def comparable(results):
         epochs = results["train"]["epochs"]
@@ -160,6 +160,23 @@ def test_quantization_that_does_not_happen_is_an_error_and_no_result(tiny, tmp_p
     assert results["train"]["test_metrics"] == {}
 
 
+def test_fidelity_is_known_at_start_and_end_and_survives_a_restart(finished, tmp_path):
+    config, study_dir, whole, _ = finished
+    metrics = whole["train"]["model_metrics"]
+    for name in ("gradient_cosine", "gradient_cosine_start", "feature_cosine"):
+        assert 0.5 < metrics[name] < 1
+    assert metrics["gradient_cosine"] != metrics["gradient_cosine_start"]
+    folder = study_dir / config.trial_id
+    fidelity = json.loads((folder / "quantization_analysis.json").read_text())["fidelity"]
+    assert len(fidelity["end"]["layers"]) == 50
+    assert fidelity["start"]["cosine"] == metrics["gradient_cosine_start"]
+    copied = tmp_path / "copy"
+    shutil.copytree(study_dir, copied)
+    again, _ = run(config, copied, "run-2")
+    names = [n for n in metrics if "gradient" in n or "feature" in n or "pretrained" in n]
+    assert [again["train"]["model_metrics"][n] for n in names] == [metrics[n] for n in names]
+
+
 def test_a_diverged_trial_keeps_its_curve(tiny, tmp_path, monkeypatch):
     evaluate = train.evaluate
     monkeypatch.setattr(
@@ -183,6 +200,6 @@ def test_one_trial_after_another_equals_the_trial_alone(tiny, tmp_path):
         assert a["val_loss"] == b["val_loss"]
     assert alone["train"]["test_metrics"] == after["train"]["test_metrics"]
     memory = ("activation_bytes", "peak_train_bytes", "adapter_bytes")
-    resources = [r["train"]["resource_metrics"] for r in (alone, after)]
-    assert [resources[0][n] for n in memory] == [resources[1][n] for n in memory]
+    taken = [r["train"]["resource_metrics"] for r in (alone, after)]
+    assert [taken[0][n] for n in memory] == [taken[1][n] for n in memory]
     assert trainable.RunContext(study_dir=tmp_path).device == "cpu"

@@ -107,6 +107,15 @@ class TrainingConfig(_Record):
     early_stopping_patience: Annotated[int, Field(ge=0)] = 5
     """Epochs without a better validation accuracy before stopping; 0 never stops early."""
     compute_dtype: Literal["bf16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    """Keeps only the blocks' inputs for backward and computes the rest a second time."""
+    gradient_noise_scale: bool = False
+    """Measures McCandlish's noise scale. Without accumulation it halves each batch to do so, which
+    changes the dropout masks: compare trials that have it with each other alone."""
+
+
+_JOINED_LATER = {"gradient_checkpointing": False, "gradient_noise_scale": False}
+"""Left out of the hash while at their default, so that earlier studies keep their trial ids."""
 
 
 class TrialConfig(_Record):
@@ -145,7 +154,11 @@ class TrialConfig(_Record):
     @property
     def trial_id(self) -> str:
         """The axes in words, then 8 hex digits of a hash over the whole configuration."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        values = self.model_dump(mode="json")
+        for name, default in _JOINED_LATER.items():
+            if values["training"][name] == default:
+                del values["training"][name]
+        canonical = json.dumps(values, sort_keys=True)
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
         dataset = "folder_" + Path(self.dataset).name if ":" in self.dataset else self.dataset
         words = (

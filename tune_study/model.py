@@ -24,6 +24,7 @@ from tune_study.data import Preprocessing
 from tune_study.quantize import (
     LayerReport,
     QuantizationFailed,
+    block_linears,
     quantize_model,
     state_tensors,
     tensor_bytes,
@@ -47,6 +48,21 @@ class BuiltModel(NamedTuple):
     """Elements of the base model before quantization, buffers included."""
     weights_bytes: int
     """Base model as built: weights, quantization state, and the residue at full precision."""
+
+    quantizable_bytes: int
+    """Of the block layers' weights as built, quantization state included: all that it can touch."""
+
+    @property
+    def quantized_blocks(self) -> str:
+        """Numbers of the blocks with quantized layers: ``0-11``, ``3``, ``0,2-4``, or nothing."""
+        blocks = sorted({int(re.findall(r"blocks\.(\d+)\.", lay.name)[-1]) for lay in self.layers})
+        runs: list[list[int]] = []
+        for block in blocks:
+            if runs and runs[-1][-1] == block - 1:
+                runs[-1].append(block)
+            else:
+                runs.append([block])
+        return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
     @property
     def quantization_error(self) -> float:
@@ -77,17 +93,35 @@ def build_model(
     torch.manual_seed(config.seed)
     base = load_base(config, num_classes, weights).to(device)
     base.requires_grad_(False)
+    _choose_attention(base, config, device)
     tensors = [*base.parameters(), *base.buffers()]
+    residue = [p for n, p in base.named_parameters() if n not in _block_weights(base)]
+    residue_bytes = tensor_bytes([*residue, *base.buffers()])
     base_parameters = sum(tensor.numel() for tensor in tensors)
     compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
     layers = quantize_model(base, config.quantization, compute_dtype, device)
     weights_bytes = base_bytes(base)
     preprocessing = preprocessing_of(base, config)
-    model = _add_lora(base, config)
+    if config.training.gradient_checkpointing:
+        checkpoint_blocks(base, config.model)
+    model = add_lora(base, config)
     model.to(device)
-    built = BuiltModel(model, layers, preprocessing, base_parameters, weights_bytes)
+    quantizable = weights_bytes - residue_bytes
+    built = BuiltModel(model, layers, preprocessing, base_parameters, weights_bytes, quantizable)
     _prove(built, config)
     return built
+
+
+def _block_weights(base: nn.Module) -> set[str]:
+    return {f"{name}.weight" for name in block_linears(base)}
+
+
+def _choose_attention(model: nn.Module, config: TrialConfig, device: torch.device) -> None:
+    """On the CPU in bf16, plain attention trains faster than the fused one (CHANGELOG.md)."""
+    if device.type == "cpu" and config.training.compute_dtype == "bf16":
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False  # type: ignore[assignment]
 
 
 def load_base(config: TrialConfig, num_classes: int, weights: Path | None = None) -> nn.Module:
@@ -244,7 +278,18 @@ def preprocessing_of(model: nn.Module, config: TrialConfig) -> Preprocessing:
     return Preprocessing(size, interpolation, tuple(wanted["mean"]), tuple(wanted["std"]))
 
 
-def _add_lora(base: nn.Module, config: TrialConfig) -> PeftModel:
+def checkpoint_blocks(base: nn.Module, name: str) -> None:
+    """Switches timm's gradient checkpointing on. Raises ``UserError`` for a model without it."""
+    try:
+        cast(Any, base).set_grad_checkpointing(True)
+    except (AttributeError, AssertionError):
+        raise UserError(
+            f"training.gradient_checkpointing = true: {name} has none in timm; leave it false"
+        ) from None
+
+
+def add_lora(base: nn.Module, config: TrialConfig) -> PeftModel:
+    """LoRA on the target layers and a trained copy of the head. Raises ``UserError``."""
     matching = [
         name
         for name, module in base.named_modules()
@@ -273,12 +318,17 @@ def _add_lora(base: nn.Module, config: TrialConfig) -> PeftModel:
     return model
 
 
-def base_bytes(model: nn.Module) -> int:
-    """Bytes of every parameter and buffer of ``model``, with the quantization state."""
+def model_tensors(model: nn.Module) -> list[Tensor]:
+    """Every parameter and buffer of ``model``, and the quantization state."""
     tensors = [parameter.data for parameter in model.parameters()] + list(model.buffers())
     for module in model.modules():
         tensors += state_tensors(module)
-    return tensor_bytes(tensors)
+    return tensors
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Bytes of ``model_tensors``, each once."""
+    return tensor_bytes(model_tensors(model))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

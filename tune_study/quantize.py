@@ -204,11 +204,11 @@ def quantize_model(
         reports.append(_measure(name, mode, original.weight.detach(), quantized))
     for report in reports:
         _prove(report)
-    _tell_peft(model, set(layers.values()))
+    tell_peft(model, set(layers.values()))
     return reports
 
 
-def _tell_peft(model: nn.Module, modes: set[str]) -> None:
+def tell_peft(model: nn.Module, modes: set[str]) -> None:
     """Without these marks PEFT wraps a quantized layer as a plain one, without an error."""
     model.is_loaded_in_8bit = "int8" in modes  # type: ignore[assignment]
     model.is_loaded_in_4bit = bool(modes - {"int8"})  # type: ignore[assignment]

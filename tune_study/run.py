@@ -18,6 +18,7 @@ from tune_study.config import TrialConfig, UserError, parse_assignment
 from tune_study.schema import GOOD_STATUSES
 
 if TYPE_CHECKING:
+    from tune_study.simulate import Simulation
     from tune_study.study import Checked
     from tune_study.trainable import RunContext
 
@@ -55,6 +56,16 @@ def study(
     validate_only: Annotated[bool, typer.Option(help="build and check every model")] = False,
     resume: Annotated[bool, typer.Option(help="refuse to begin a new study")] = False,
     retry_failed: Annotated[bool, typer.Option(help="run failed trials again")] = False,
+    simulate: Annotated[
+        bool, typer.Option(help="draw the trials from a model instead of training them")
+    ] = False,
+    effect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODE=DIFFERENCE", help="planted by --simulate, e.g. nf4=-0.01"),
+    ] = None,
+    seed_sd: Annotated[
+        float | None, typer.Option(min=0, max=1, help="of --simulate; default 0.004")
+    ] = None,
     dashboard: Annotated[bool, typer.Option(help="start Ray's dashboard")] = False,
 ) -> None:
     """Run a study of quantized LoRA fine-tuning; the same command continues an interrupted one."""
@@ -68,7 +79,9 @@ def study(
     assignments += [(f"data.{key}", size) for key, size in sizes.items() if size is not None]
     grid_name, space = studies.load_grid(grid)
     trials = studies.plan(space, assignments)[:max_experiments]
-    study_dir = (output_dir / _safe_name(name or grid_name)).resolve()
+    simulation = _simulation(simulate, effect or [], seed_sd)
+    default_name = f"{grid_name}-simulated" if simulation else grid_name
+    study_dir = (output_dir / _safe_name(name or default_name)).resolve()
     if resume and not (study_dir / "study.json").is_file():
         raise UserError(f"--resume: there is no study in {study_dir}; leave it out to begin one")
     context = RunContext(
@@ -77,8 +90,11 @@ def study(
         weights=weights.resolve() if weights else None,
         device=studies.choose_device(device),
         num_threads=_threads(max_concurrent),
+        simulation=simulation,
     )
-    _say_what_is_unusual(console, trials)
+    if simulation and (dry_run or validate_only):
+        raise UserError("--simulate trains nothing: leave out --dry-run and --validate-only")
+    _say_what_is_unusual(console, trials, simulation)
     checked = studies.preflight(trials, context)
     if dry_run:
         _print_plan(console, trials, checked, context)
@@ -107,6 +123,7 @@ def _run(
     command: str,
 ) -> int:
     """Runs what is to do, collects the tables, and returns the exit code."""
+    from analysis.report import write_report
     from tune_study import study as studies
     from tune_study.progress import Progress
 
@@ -131,6 +148,7 @@ def _run(
     studies.collect(context.study_dir)
     studies.prune(context.study_dir)
     console.print(f"results:     {context.study_dir}")
+    console.print(f"report:      {write_report(context.study_dir)}")
     console.print(f"TensorBoard: tensorboard --logdir {context.study_dir / 'tensorboard'}")
     if studies.Stop.requested:
         console.print(f"interrupted; continue with: {command}")
@@ -163,6 +181,17 @@ def _on_interrupt(progress: Any) -> Any:
     return handler
 
 
+def _simulation(simulate: bool, effects: list[str], seed_sd: float | None) -> Simulation | None:
+    from tune_study.simulate import Simulation, parse_effect
+
+    if simulate:
+        sd = {} if seed_sd is None else {"seed_sd": seed_sd}
+        return Simulation(effects=dict(map(parse_effect, effects)), **sd)
+    if effects or seed_sd is not None:
+        raise UserError("--effect and --seed-sd belong to --simulate; add it, or leave them out")
+    return None
+
+
 def _threads(max_concurrent: int) -> int:
     from tune_study.provenance import cores
 
@@ -175,8 +204,12 @@ def _safe_name(name: str) -> str:
     return name
 
 
-def _say_what_is_unusual(console: Console, trials: Sequence[TrialConfig]) -> None:
-    if any(not trial.pretrained for trial in trials):
+def _say_what_is_unusual(
+    console: Console, trials: Sequence[TrialConfig], simulation: Simulation | None
+) -> None:
+    if simulation:
+        console.print("note: SIMULATED: results are drawn from a model, nothing is trained")
+    elif any(not trial.pretrained for trial in trials):
         console.print("note: pretrained=false: the backbones start from RANDOM weights")
 
 
@@ -216,11 +249,11 @@ def _print_plan(
 
 
 def _quiet() -> None:
+    # At import it names a faster kernel of a package that is not there.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from tune_study.study import quiet_environment
 
     quiet_environment()
-    # It names a faster kernel of another package; `doctor` tells which kernels are in use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def main() -> None:

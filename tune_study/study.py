@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import inspect
+import json
 import logging
 import os
 import shutil
@@ -23,13 +24,14 @@ from search_spaces import grids
 from tune_study import provenance
 from tune_study.config import TrialConfig, UserError, assign, parse_trial
 from tune_study.data import Dataset, load
-from tune_study.estimate import skeleton_of
+from tune_study.estimate import refuse_what_cannot_fit
 from tune_study.files import read_json, write_json
 from tune_study.model import file_sha256, hub_weights, preprocessing_of, weights_file
+from tune_study.predict import skeleton_of
 from tune_study.progress import Progress
 from tune_study.quantize import block_linears, check_kernel, plan_layers
 from tune_study.schema import FINISHED_STATUSES, GOOD_STATUSES
-from tune_study.tensorboard import TensorBoardCallback
+from tune_study.tensorboard import TensorBoardCallback, axes_of
 from tune_study.trainable import RunContext, run_trial
 
 FORMAT = 1
@@ -134,6 +136,10 @@ def preflight(trials: Sequence[TrialConfig], context: RunContext) -> Checked:
 
     Raises ``UserError`` for the first that is missing or does not fit.
     """
+    if context.simulation is not None:
+        for trial in trials:
+            skeleton_of(trial.model, 10, trial.data.image_size)
+        return Checked({}, {"data": {}, "weights": {}})
     data: dict[str, Dataset] = {}
     seen: dict[str, Dataset] = {}
     sha256: dict[str, Any] = {"data": {}, "weights": {}}
@@ -149,6 +155,7 @@ def preflight(trials: Sequence[TrialConfig], context: RunContext) -> Checked:
         if key not in models:
             models.add(key)
             _check_model(trial, classes, context)
+        refuse_what_cannot_fit(trial, classes, torch.device(context.device))
         sha256["weights"].setdefault(trial.model, _weights_sha256(trial, context))
     return Checked(data, sha256)
 
@@ -212,6 +219,7 @@ def open_study(
     cells = {t.trial_id: {"trial_id": t.trial_id, **t.model_dump(mode="json")} for t in trials}
     created = _now()
     if old is not None:
+        _refuse_mixture(folder, old, context)
         before = {cell["trial_id"]: cell for cell in old["plan"]}
         _refuse_other_study(folder, before, cells, old["provenance"], checksums)
         cells = {**before, **cells}
@@ -222,7 +230,8 @@ def open_study(
     manifest = {
         "format": FORMAT,
         "study": folder.name,
-        "simulated": False,
+        "simulated": context.simulation is not None,
+        "simulation": context.simulation and context.simulation.model_dump(mode="json"),
         "created": created,
         "written": _now(),
         "command": command,
@@ -242,6 +251,19 @@ def open_study(
 def _merged(old: Mapping[str, Any] | None, checksums: Mapping[str, Any]) -> dict[str, Any]:
     before = old["provenance"] if old else {}
     return {kind: {**before.get(kind, {}), **checksums[kind]} for kind in ("data", "weights")}
+
+
+def _refuse_mixture(folder: Path, old: Mapping[str, Any], context: RunContext) -> None:
+    """A study is simulated, with one set of planted effects, or it is real."""
+    now = context.simulation and context.simulation.model_dump(mode="json")
+    if old.get("simulation") != now:
+        kinds = [
+            f"simulated with {kind}" if kind else "real" for kind in (old.get("simulation"), now)
+        ]
+        raise UserError(
+            f"--name {folder.name}: that study is {kinds[0]} and this one would be {kinds[1]}; "
+            "choose another --name"
+        )
 
 
 def _refuse_other_study(
@@ -373,7 +395,10 @@ def run(
                 name=_new_run(context.study_dir),
                 storage_path=str(context.study_dir),
                 stop=_EpochStopper(),
-                callbacks=[TensorBoardCallback(context.study_dir), progress],
+                callbacks=[
+                    TensorBoardCallback(context.study_dir, axes_of(_plan_of(context))),
+                    progress,
+                ],
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
                 verbose=0,
             ),
@@ -381,6 +406,11 @@ def run(
         tuner.fit()
     finally:
         ray.shutdown()
+
+
+def _plan_of(context: RunContext) -> list[dict[str, Any]]:
+    """The whole plan, of which this run may be a part."""
+    return json.loads((context.study_dir / "study.json").read_text())["plan"]
 
 
 def _new_run(study_dir: Path) -> str:
@@ -420,6 +450,12 @@ def quiet_environment() -> None:
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "TUNE_GLOBAL_CHECKPOINT_S": "30",
         "KINETO_LOG_LEVEL": "99",
+        # Every trial of a worker runs in a thread of its own: with an arena of memory for each, the
+        # worker of a long study grew from 1.5 to 3 GB.
+        "MALLOC_ARENA_MAX": "2",
+        # Spinning threads that wait for a core that something else holds are many times slower
+        # than sleeping ones (measured: CHANGELOG.md).
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)

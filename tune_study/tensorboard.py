@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,17 @@ SCALARS = {
     "loss_spikes": "gradients/loss_spikes",
     "gradient_cosine_successive": "gradients/cosine_successive",
     "stability_score": "gradients/stability_score",
+    "rss_bytes": "resources/rss_bytes",
+    "system_memory_used_bytes": "resources/system_memory_used_bytes",
+    "cpu_cores_used": "resources/cpu_cores_used",
+    "gpu_memory_bytes": "resources/gpu_memory_bytes",
     "best_val_accuracy": "compare/best_val_accuracy",
     "weights_bytes": "compare/weights_bytes",
     "peak_train_bytes": "compare/peak_train_bytes",
     "activation_bytes": "compare/activation_bytes",
     "quantization_error": "compare/quantization_error",
+    "gradient_cosine_start": "compare/gradient_cosine_start",
+    "feature_cosine": "compare/feature_cosine",
     "grad_norm_cv": "compare/grad_norm_cv",
 }
 FINAL = {"test_accuracy": "compare/test_accuracy", "test_loss": "compare/test_loss"}
@@ -43,18 +50,27 @@ METRICS = [tag for tag in (*SCALARS.values(), *FINAL.values()) if tag.startswith
 """The metric columns of the HParams table, the same in every trial."""
 
 
+_COLUMN_NAMES = {
+    "quantization.mode": "quantization",
+    "lora.r": "lora_r",
+    "lora.lora_alpha": "lora_alpha",
+}
+
+
 class TensorBoardCallback(TBXLoggerCallback):
     """Tune's TensorBoard logger, with three differences.
 
     It writes into ``<study>/tensorboard/<trial_id>``, at once, where Tune's own stages the files
     and copies them later. It begins each trial anew and gets its earlier epochs from the trial, so
-    that no epoch appears twice after a restart. And it writes the hyperparameters at the start,
-    the same set for every trial, so that HParams compares running trials too.
+    that no epoch appears twice after a restart. And it writes the hyperparameters at the start, so
+    that HParams compares running trials too: ``axes``, the same for every trial of a study.
     """
 
-    def __init__(self, study_dir: Path) -> None:
+    def __init__(self, study_dir: Path, axes: Sequence[str]) -> None:
+        """``axes`` are dotted fields of ``TrialConfig`` (see ``axes_of``)."""
         super().__init__()
         self._study_dir = study_dir
+        self._axes = axes
         self._last_epoch: dict[Trial, int] = {}
 
     def log_trial_start(self, trial: Trial) -> None:
@@ -65,7 +81,7 @@ class TensorBoardCallback(TBXLoggerCallback):
         writer = self._summary_writer_cls(str(folder), flush_secs=5)
         self._trial_writer[trial] = writer
         self._last_epoch[trial] = 0
-        experiment, start, _ = _hparams(trial)
+        experiment, start, _ = _hparams(trial, self._axes)
         writer.file_writer.add_summary(experiment)
         writer.file_writer.add_summary(start)
         writer.flush()
@@ -87,7 +103,7 @@ class TensorBoardCallback(TBXLoggerCallback):
         final = results.get("train", {}).get("test_metrics", {})
         self._add_scalars(trial, FINAL, final, self._last_epoch.pop(trial))
         writer = self._trial_writer.pop(trial)
-        writer.file_writer.add_summary(_hparams(trial)[2])
+        writer.file_writer.add_summary(_hparams(trial, self._axes)[2])
         writer.close()
 
     def _add_scalars(
@@ -99,18 +115,37 @@ class TensorBoardCallback(TBXLoggerCallback):
                 self._trial_writer[trial].add_scalar(tag, value, global_step=epoch)
 
 
-def _hparams(trial: Trial) -> tuple[Any, Any, Any]:
+def axes_of(plan: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The dotted fields in which the planned trials differ, and always mode and seed.
+
+    TensorBoard shows only the first few columns of its table: constants would hide the axes.
+    """
+    flat = [_flatten(cell) for cell in plan]
+    names = dict.fromkeys(name for cell in flat for name in cell if name != "trial_id")
+    return [
+        name
+        for name in names
+        if name in ("quantization.mode", "seed") or len({str(cell.get(name)) for cell in flat}) > 1
+    ]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _hparams(trial: Trial, axes: Sequence[str]) -> tuple[Any, Any, Any]:
     """tensorboardX's experiment, session start and session end summaries."""
-    config = trial.config["trial"]
-    axes = {
-        "model": config["model"],
-        "dataset": config["dataset"],
-        "lora_r": config["lora"]["r"],
-        "lora_alpha": config["lora"]["lora_alpha"],
-        "quantization": config["quantization"]["mode"],
-        "seed": config["seed"],
-        "learning_rate": config["training"]["learning_rate"],
-        "batch_size": config["training"]["per_device_train_batch_size"],
-        "pretrained": config["pretrained"],
+    config = _flatten(trial.config["trial"])
+    columns = {
+        _COLUMN_NAMES.get(name, name): value
+        if isinstance(value := config.get(name), (bool, int, float, str))
+        else str(value)
+        for name in axes
     }
-    return hparams(hparam_dict=axes, metric_dict=dict.fromkeys(METRICS, 0))
+    return hparams(hparam_dict=columns, metric_dict=dict.fromkeys(METRICS, 0))

@@ -24,11 +24,14 @@ from tune_study.data import (
     preprocess,
     train_batches,
 )
-from tune_study.gradients import GradientFlowMonitor
+from tune_study.gradients import GradientFlowMonitor, NoiseScale
 from tune_study.memory import StepMemory, measure_step
 from tune_study.model import COMPUTE_DTYPES, BuiltModel, trainable
 
 Row = dict[str, float]
+NO_NOISE_SCALE = dict.fromkeys(
+    ("gradient_noise_trace", "gradient_square", "gradient_noise_scale"), math.nan
+)
 
 
 @dataclass
@@ -46,6 +49,8 @@ class Training:
     generator: torch.Generator
     """Batch order and augmentation. Dropout draws from torch's global generator."""
     monitor: GradientFlowMonitor
+    noise: NoiseScale | None = None
+    """Only where the configuration asks for it."""
     history: list[Row] = field(default_factory=list)
     layer_gradients: list[list[float]] = field(default_factory=list)
     """Mean gradient norm of each trainable tensor, per epoch."""
@@ -115,6 +120,7 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
         schedule=schedule,
         generator=torch.Generator().manual_seed(config.seed),
         monitor=GradientFlowMonitor(parameters, warmup_steps=settings.warmup_steps),
+        noise=NoiseScale(parameters) if settings.gradient_noise_scale else None,
     )
 
 
@@ -178,7 +184,7 @@ def _train_epoch(training: Training) -> tuple[Row, list[float]]:
     learning_rate = math.nan
     for images, labels in batches:
         learning_rate = float(training.schedule.get_last_lr()[0])
-        loss, hits = _train_step(training, images, labels)
+        loss, hits = train_step(training, images, labels)
         losses.append(loss * len(labels))
         correct.append(hits)
     # The only reads of the device in the epoch.
@@ -189,24 +195,32 @@ def _train_epoch(training: Training) -> tuple[Row, list[float]]:
         "train_accuracy": int(torch.stack(correct).sum()) / total,
         "learning_rate": learning_rate,
         **gradients,
+        **(training.noise.end_epoch() if training.noise is not None else NO_NOISE_SCALE),
     }
     return row, layer_gradients
 
 
-def _train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """One optimizer step on uint8 ``images``: (mean loss, count of hits), on the device."""
     settings = training.config.training
     micro = settings.per_device_train_batch_size
+    noise = training.noise
+    if noise is not None and len(labels) <= micro:
+        micro = max(1, len(labels) // 2)  # the noise scale compares halves with the whole
     losses, hits = [], []
     for part, targets in zip(images.split(micro), labels.split(micro), strict=True):
         loss, scores = _forward(training, part, targets)
         # Of the step's mean loss, so that accumulation equals one large batch.
         share = loss * (len(targets) / len(labels))
         share.backward()
+        if noise is not None:
+            noise.observe_part(len(targets) / len(labels))
         losses.append(share.detach())
         hits.append((scores.detach().argmax(-1) == targets).sum())
     step_loss = torch.stack(losses).sum()
     norm = training.monitor.observe(step_loss)
+    if noise is not None:
+        noise.observe_step(norm, [len(targets) for targets in labels.split(micro)])
     torch.nn.utils.clip_grads_with_norm_(training.parameters.values(), settings.max_grad_norm, norm)
     training.optimizer.step()
     training.schedule.step()
@@ -224,10 +238,13 @@ def _forward(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor
 
 def autocast(training: Training) -> torch.autocast:
     """bf16 where the configuration asks for it; off for fp32."""
-    dtype = COMPUTE_DTYPES[training.config.training.compute_dtype]
-    return torch.autocast(
-        training.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
-    )
+    return autocast_of(training.config, training.device)
+
+
+def autocast_of(config: TrialConfig, device: torch.device) -> torch.autocast:
+    """The precision of every forward pass of a trial: bf16 autocast, or plain fp32."""
+    dtype = COMPUTE_DTYPES[config.training.compute_dtype]
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 @torch.inference_mode()

@@ -19,15 +19,20 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from ray import tune
 
-from tune_study import checkpoint, train
+from tune_study import checkpoint, simulate, train
 from tune_study.config import TrialConfig, UserError
 from tune_study.data import load
+from tune_study.fidelity import gradient_fidelity, output_fidelity, twin
 from tune_study.files import write_json
 from tune_study.memory import reset_rss_peak, rss_peak_bytes
 from tune_study.model import BuiltModel, build_model
+from tune_study.predict import predict
 from tune_study.provenance import commit, hardware, versions
+from tune_study.resources import ResourceMonitor
+from tune_study.simulate import Simulation
 from tune_study.train import Row, Training
 
+FIDELITY_AT_START = ("gradient_cosine_start", "feature_cosine")
 Report = Callable[[dict[str, Any], Path | None], None]
 """Takes a row and, for a new epoch, the folder of its checkpoint."""
 
@@ -42,6 +47,8 @@ class RunContext(BaseModel):
     weights: Path | None = None
     device: str = "cpu"
     num_threads: int = 1
+    simulation: Simulation | None = None
+    """Draws the trials instead of training them."""
 
 
 def run_trial(config: dict[str, Any], context: dict[str, Any]) -> None:
@@ -49,8 +56,11 @@ def run_trial(config: dict[str, Any], context: dict[str, Any]) -> None:
 
     An exception is written to ``error.json`` and raised again, so that Tune knows of it too.
     """
-    trial = TrialConfig.model_validate(config["trial"])
-    execute(trial, RunContext.model_validate(context), _tune_report)
+    trial, where = TrialConfig.model_validate(config["trial"]), RunContext.model_validate(context)
+    if where.simulation is not None:
+        simulate.execute(trial, where.simulation, where.study_dir, _tune_report)
+    else:
+        execute(trial, where, _tune_report)
 
 
 def _tune_report(row: dict[str, Any], folder: Path | None) -> None:
@@ -93,27 +103,64 @@ def _train(config: TrialConfig, context: RunContext, report: Report, record: _Re
     if found is not None:
         state, extra = checkpoint.load(found)
         training.load_state_dict(state)
-        record.memory = extra["memory"]
+        record.memory, record.fidelity = extra["memory"], extra.get("fidelity", {})
         for row in training.history:
             report(record.report_row(row), None)
     else:
-        record.memory = train.measure_memory(training)._asdict()
+        record.memory = _memory(config, built, training)
+        record.fidelity = _fidelity_at_start(training, context.weights)
     record.write("interrupted")
-    for row in train.fit(training):
-        record.write("interrupted")
-        with tempfile.TemporaryDirectory() as temporary:
-            checkpoint.save(
-                Path(temporary), config.trial_id, training.state_dict(), {"memory": record.memory}
-            )
-            report(record.report_row(row), Path(temporary))
+    with ResourceMonitor(device) as resources:
+        for row in train.fit(training):
+            row |= resources.read()  # the history holds the same row
+            record.write("interrupted")
+            with tempfile.TemporaryDirectory() as temporary:
+                extra = {"memory": record.memory, "fidelity": record.fidelity}
+                checkpoint.save(Path(temporary), config.trial_id, training.state_dict(), extra)
+                report(record.report_row(row), Path(temporary))
     status = train.finished(training)
     assert status is not None
+    with twin(training, context.weights) as other:
+        record.fidelity["end"] = gradient_fidelity(training, other)._asdict()
     if training.best:
         started = time.perf_counter()
         record.test_metrics = train.test(training)
         record.test_time_s = time.perf_counter() - started
         built.model.save_pretrained(str(record.folder / "adapter"), save_embedding_layers=False)
     record.write(status)
+
+
+def _memory(config: TrialConfig, built: BuiltModel, training: Training) -> dict[str, Any]:
+    """The ledger, measured and predicted, and what follows from it (``schema.TRIALS`` columns)."""
+    measured = train.measure_memory(training)
+    expected = predict(config, len(training.data.class_names), training.device)
+    peak = measured.peak_train_bytes or math.nan
+    saved = built.base_parameters * 4 - built.weights_bytes
+    return {
+        **measured._asdict(),
+        "predicted_activation_bytes": expected.ledger.activation_bytes,
+        "predicted_peak_train_bytes": expected.peak_train_bytes,
+        "quantizable_peak_fraction": built.quantizable_bytes / peak,
+        "peak_saving_fp32": saved / (peak + saved),
+    }
+
+
+def _fidelity_at_start(training: Training, weights: Path | None) -> dict[str, Any]:
+    with twin(training, weights) as other:
+        return {
+            "start": gradient_fidelity(training, other)._asdict(),
+            "outputs": output_fidelity(training, other, weights)._asdict(),
+        }
+
+
+def _fidelity_columns(fidelity: dict[str, Any]) -> dict[str, float]:
+    """The columns of ``schema.TRIALS``, as far as they are known."""
+    columns = dict(fidelity.get("outputs", {}))
+    for moment, suffix in (("start", "_start"), ("end", "")):
+        found = fidelity.get(moment, {})
+        columns[f"gradient_cosine{suffix}"] = found.get("cosine", math.nan)
+        columns[f"gradient_norm_ratio{suffix}"] = found.get("norm_ratio", math.nan)
+    return columns
 
 
 class _Record:
@@ -123,6 +170,8 @@ class _Record:
         self.config, self.context, self.folder = config, context, folder
         self.model_metrics: dict[str, Any] = {}
         self.memory: dict[str, Any] = {}
+        self.fidelity: dict[str, Any] = {}
+        self._analysis: dict[str, Any] = {}
         self.test_metrics: dict[str, float] = {}
         self.test_time_s = 0.0
         self.training: Training | None = None
@@ -136,9 +185,12 @@ class _Record:
             "total_parameters": built.base_parameters + parameters,
             "trainable_parameters": parameters,
             "quantized_layers": len(built.layers),
+            "quantized_blocks": built.quantized_blocks,
             "weights_bytes": built.weights_bytes,
             "weights_bytes_fp32": built.base_parameters * 4,
             "weights_bytes_16bit": built.base_parameters * 2,
+            "weights_saving_fp32": 1 - built.weights_bytes / (built.base_parameters * 4),
+            "weights_saving_16bit": 1 - built.weights_bytes / (built.base_parameters * 2),
             "quantization_error": built.quantization_error,
             "num_classes": len(training.data.class_names),
             "train_images": len(training.data.train.labels),
@@ -150,20 +202,21 @@ class _Record:
             {**layer._asdict(), "relative_error": layer.relative_error, "sqnr_db": layer.sqnr_db}
             for layer in built.layers
         ]
-        analysis = {
+        self._analysis = {
             "trial_id": self.config.trial_id,
             "mode": self.config.quantization.mode,
             "quantization_error": built.quantization_error,
             "layers": layers,
         }
-        write_json(self.folder / "quantization_analysis.json", analysis)
 
     def report_row(self, row: Row) -> dict[str, Any]:
         """What Tune gets: the epoch's columns, and the trial's bytes beside them."""
         constants = ("weights_bytes", "quantized_layers", "quantization_error")
         memory = ("peak_train_bytes", "activation_bytes")
+        fidelity = _fidelity_columns(self.fidelity)
         return {
             **row,
+            **{name: fidelity.get(name, math.nan) for name in FIDELITY_AT_START},
             **{name: self.model_metrics[name] for name in constants},
             **{name: _nan_if_none(self.memory.get(name)) for name in memory},
             "best_val_accuracy": max(
@@ -198,7 +251,7 @@ class _Record:
             "train": {
                 "training_results": self._training_results(history),
                 "test_metrics": self.test_metrics,
-                "model_metrics": self.model_metrics,
+                "model_metrics": {**self.model_metrics, **_fidelity_columns(self.fidelity)},
                 "resource_metrics": {
                     **self.memory,
                     "rss_peak_bytes": rss_peak_bytes(),
@@ -216,6 +269,8 @@ class _Record:
                 "epochs": self.training.layer_gradients,
             }
             write_json(self.folder / "gradients.json", gradients)
+            analysis = {**self._analysis, "fidelity": self.fidelity}
+            write_json(self.folder / "quantization_analysis.json", analysis)
         if error is not None:
             write_json(self.folder / "error.json", self._failure(error))
         write_json(self.folder / "results.json", self.content)
@@ -263,6 +318,11 @@ def _over_epochs(history: list[Row]) -> dict[str, float]:
     for name in means:
         finite = [row[name] for row in history if math.isfinite(row[name])]
         result[name] = statistics.fmean(finite) if finite else math.nan
+    noise, square = (
+        statistics.fmean(row.get(name, math.nan) for row in history)
+        for name in ("gradient_noise_trace", "gradient_square")
+    )
+    result["gradient_noise_scale"] = noise / square if square > 0 else math.nan
     return result
 
 

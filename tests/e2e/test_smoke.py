@@ -11,10 +11,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tune_study import schema
+from tune_study import resources, schema
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TIMES = ["train_time_s", "eval_time_s", "images_per_s", "epoch_time_s", "rss_peak_bytes"]
+TIMES += resources.COLUMNS
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:

@@ -1,0 +1,114 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from tune_study import fidelity, train
+from tune_study.data import load, preprocess
+from tune_study.fidelity import gradient_fidelity, output_fidelity, twin
+from tune_study.model import build_model
+
+CPU = torch.device("cpu")
+
+
+def started(config):
+    return train.start(config, build_model(config, 10), load("digits", None, config.data), CPU)
+
+
+def both(training):
+    with twin(training, None) as other:
+        return gradient_fidelity(training, other), output_fidelity(training, other, None)
+
+
+def test_full_precision_equals_its_twin_exactly(tiny):
+    training = started(tiny("none"))
+    for _ in range(2):  # before training and after
+        gradients, outputs = both(training)
+        assert (gradients.cosine, gradients.norm_ratio) == (1.0, 1.0)
+        known = [layer for layer in gradients.layers.values() if layer["cosine"] is not None]
+        assert known
+        assert all(layer == {"cosine": 1.0, "norm_ratio": 1.0} for layer in known)
+        assert tuple(outputs) == (1.0, 1.0, 0.0)
+        list(train.fit(training))
+
+
+def test_coarser_quantization_is_further_away(tiny):
+    found = {mode: both(started(tiny(mode))) for mode in ("int8", "nf4", "fp4")}
+    cosines = [gradients.cosine for gradients, _ in found.values()]
+    assert 1 > cosines[0] > cosines[1] > cosines[2] > 0.5
+    features = [outputs.feature_cosine for _, outputs in found.values()]
+    assert 1 > features[0] > features[1] > features[2] > 0.5
+    divergences = [outputs.pretrained_logit_kl for _, outputs in found.values()]
+    assert 0 < divergences[0] < divergences[1]
+    assert all(0.5 < outputs.pretrained_top1_agreement <= 1 for _, outputs in found.values())
+
+
+def test_gradients_are_those_of_the_plain_loss(tiny):
+    """The independent answer: both gradients by hand, without dropout, in one batch."""
+    training = started(tiny("nf4", lora={"lora_dropout": 0.0}))
+    list(train.fit(training))
+    with twin(training, None) as other:
+        found = gradient_fidelity(training, other)
+        sides = []
+        for model in (training.model, other):
+            model.train()
+            images, labels = (tensor[:32] for tensor in training.data.train)
+            with train.autocast(training):
+                scores = model(preprocess(images, training.preprocessing))
+            cross_entropy(scores.float(), labels).backward()
+            learning = {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
+            sides.append(torch.cat([g.flatten() for g in learning.values() if g is not None]))
+    expected = torch.cosine_similarity(*(side.double() for side in sides), dim=0)
+    assert found.cosine == pytest.approx(float(expected), abs=1e-3)
+    ratio = sides[0].norm() / sides[1].norm()
+    assert found.norm_ratio == pytest.approx(float(ratio), rel=1e-2)
+
+
+def test_before_the_first_step_only_b_and_the_head_have_a_gradient(tiny):
+    layers = both(started(tiny("nf4")))[0].layers
+    assert all(
+        (layer["cosine"] is None) == name.endswith("lora_A") for name, layer in layers.items()
+    )
+
+
+@pytest.mark.parametrize("mode", ["none", "int8", "nf4"])
+def test_it_leaves_no_trace(tiny, mode):
+    runs = []
+    for look in (False, True):
+        training = started(tiny(mode))
+        rows = []
+        for row in train.fit(training):
+            if look:
+                states = torch.get_rng_state(), training.generator.get_state()
+                both(training)
+                assert torch.equal(torch.get_rng_state(), states[0])
+                assert torch.equal(training.generator.get_state(), states[1])
+                assert all(p.grad is None for p in training.parameters.values())
+            rows.append((row["train_loss"], row["val_loss"], row["grad_norm_mean"]))
+        runs.append((rows, {n: p.detach().clone() for n, p in training.parameters.items()}))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(p, runs[1][1][n]) for n, p in runs[0][1].items())
+
+
+def test_a_model_without_a_pretrained_head_has_no_logits(tiny):
+    outputs = both(started(tiny("nf4", pretrained=False)))[1]
+    assert 0 < outputs.feature_cosine < 1
+    assert math.isnan(outputs.pretrained_top1_agreement)
+    assert math.isnan(outputs.pretrained_logit_kl)
+
+
+def test_a_wrong_twin_is_seen(tiny):
+    training = started(tiny("none"))
+    list(train.fit(training))
+    with twin(training, None) as other:
+        broken = copy.deepcopy(other)
+        with torch.no_grad():
+            broken.base_model.model.blocks[2].attn.qkv.base_layer.weight.mul_(1.05)
+        assert gradient_fidelity(training, broken).cosine < 1
+
+
+def test_products_that_are_not_finite_are_nan():
+    assert all(math.isnan(value) for value in fidelity._compare((math.nan, math.nan, 1.0)))
+    assert all(math.isnan(value) for value in fidelity._compare((0.0, 0.0, 1.0)))

@@ -1,0 +1,54 @@
+import math
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+from tune_study.resources import COLUMNS, ResourceMonitor
+
+CPU = torch.device("cpu")
+
+
+def test_a_planted_allocation_and_a_busy_core_are_seen():
+    with ResourceMonitor(CPU, interval_s=0.02) as monitor:
+        before = monitor.read()
+        block = torch.ones(64 * 2**20, dtype=torch.uint8)
+        until = time.process_time() + 0.2
+        while time.process_time() < until:
+            pass
+        during = monitor.read()
+    assert set(during) == set(COLUMNS)
+    assert during["rss_bytes"] - before["rss_bytes"] > 50 * 2**20
+    assert during["cpu_cores_used"] > 0
+    assert 0 < during["system_memory_used_bytes"] <= psutil.virtual_memory().total
+    assert math.isnan(during["gpu_memory_bytes"])  # unknown is not 0
+    assert block.numel()
+
+
+def watchers():
+    return [thread for thread in threading.enumerate() if thread.name == "resources"]
+
+
+def test_the_thread_ends_with_the_trial_even_when_it_fails():
+    seen = []
+
+    def trial():
+        with ResourceMonitor(CPU, interval_s=0.01):
+            seen.extend(watchers())
+            raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        trial()
+    assert len(seen) == 1
+    assert not watchers()
+
+
+def test_a_system_that_cannot_be_read_gives_nan_and_no_exception(monkeypatch):
+    def deny(*_):
+        raise psutil.AccessDenied
+
+    with ResourceMonitor(CPU, interval_s=0.01) as monitor:
+        monkeypatch.setattr(psutil, "virtual_memory", deny)
+        assert all(math.isnan(value) for value in monitor.read().values())

@@ -1,0 +1,196 @@
+"""How far a quantized model is from its full-precision twin: its gradients, features and logits.
+
+The images are the first ones of the training split, not augmented; test images play no part.
+Nothing here leaves a trace: random states, gradients and weights are as before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import timm
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
+
+from tune_study.config import QuantizationConfig, UserError
+from tune_study.data import preprocess
+from tune_study.model import build_model, classifier_names, load_base, trainable
+from tune_study.train import Training, autocast
+
+IMAGES = 32
+
+
+class GradientFidelity(NamedTuple):
+    """Gradients of the quantized model (q) against the twin's (f), over all LoRA tensors."""
+
+    cosine: float
+    """q.f / (|q| |f|); exactly 1 when they are equal."""
+    norm_ratio: float
+    """|q| / |f|."""
+    layers: dict[str, dict[str, float | None]]
+    """The same per trainable tensor, the head's included. ``None`` where a gradient is zero, as
+    that of every A is while B is 0, before the first step."""
+
+    def columns(self, suffix: str = "") -> dict[str, float]:
+        return {
+            f"gradient_cosine{suffix}": self.cosine,
+            f"gradient_norm_ratio{suffix}": self.norm_ratio,
+        }
+
+
+class OutputFidelity(NamedTuple):
+    """The untouched pretrained model, quantized against full precision, in evaluation mode.
+
+    NaN where there is no pretrained head. Named as the columns of ``schema.TRIALS``.
+    """
+
+    feature_cosine: float
+    """Mean over the images, of the pooled features before the head."""
+    pretrained_top1_agreement: float
+    pretrained_logit_kl: float
+    """Mean KL divergence in nats of the quantized model's classes from the twin's."""
+
+
+@contextmanager
+def twin(training: Training, weights: Path | None) -> Iterator[PeftModel]:
+    """The full-precision model of the same trial, in the same adapter state.
+
+    Random states are put back at the end, whatever is drawn in between.
+    """
+    config = training.config.model_copy(update={"quantization": QuantizationConfig()})
+    with _random_states(training.device):
+        classes = len(training.data.class_names)
+        built = build_model(config, classes, weights=weights, device=training.device)
+        with torch.no_grad():
+            for name, parameter in trainable(built.model).items():
+                parameter.copy_(training.parameters[name])
+        yield built.model
+
+
+@contextmanager
+def _random_states(device: torch.device) -> Iterator[None]:
+    mps = torch.mps.get_rng_state() if device.type == "mps" else None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    if mps is not None:
+        torch.mps.set_rng_state(mps)
+
+
+def gradient_fidelity(training: Training, other: nn.Module) -> GradientFidelity:
+    """Compares the gradients of ``training.model`` with those of its twin ``other``.
+
+    Both run the kernels of training, with dropout off: the two modes draw its masks in different
+    types, so that equal draws cannot be had.
+    """
+    theirs = _gradients(training, other, trainable(other))
+    ours = _gradients(training, training.model, training.parameters)
+    layers = {}
+    products = {name: _products(ours[name], theirs[name]) for name in ours}
+    for name, product in products.items():
+        cosine, ratio = _compare(product)
+        layers[name] = {"cosine": _none_if_nan(cosine), "norm_ratio": _none_if_nan(ratio)}
+    lora = [product for name, product in products.items() if ".lora_" in name]
+    total = tuple(math.fsum(column) for column in zip(*lora, strict=True))
+    return GradientFidelity(*_compare(cast(tuple[float, float, float], total)), layers)
+
+
+def _gradients(
+    training: Training, model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Gradients of the mean loss on the fixed images, in micro-batches of the trial's size."""
+    images, labels = (tensor[:IMAGES] for tensor in training.data.train)
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    for module in model.modules():
+        if "Drop" in type(module).__name__:  # torch's and timm's: masks would differ
+            module.eval()
+    micro = training.config.training.per_device_train_batch_size
+    with _random_states(training.device):
+        for part, targets in zip(images.split(micro), labels.split(micro), strict=True):
+            with autocast(training):
+                scores = model(preprocess(part, training.preprocessing))
+            loss = cross_entropy(scores.float(), targets) * (len(targets) / len(labels))
+            loss.backward()
+    found = {}
+    for name, parameter in parameters.items():
+        gradient = parameter.grad
+        found[name] = torch.zeros_like(parameter) if gradient is None else gradient
+        parameter.grad = None
+    for module, mode in modes.items():
+        module.training = mode
+    return found
+
+
+def _products(a: Tensor, b: Tensor) -> tuple[float, float, float]:
+    """a.b, a.a and b.b, in double precision on the CPU (MPS has none)."""
+    a, b = a.flatten().cpu().double(), b.flatten().cpu().double()
+    return float(a @ b), float(a @ a), float(b @ b)
+
+
+def _compare(products: tuple[float, float, float]) -> tuple[float, float]:
+    """(cosine, norm ratio) from a.b, a.a and b.b.
+
+    In IEEE arithmetic sqrt(x * x) is x, so equal vectors give exactly 1 and 1.
+    """
+    dot, ours, theirs = products
+    if not ours * theirs > 0:
+        return math.nan, math.nan
+    return dot / math.sqrt(ours * theirs), math.sqrt(ours) / math.sqrt(theirs)
+
+
+def output_fidelity(training: Training, other: PeftModel, weights: Path | None) -> OutputFidelity:
+    """Compares features and logits before any training, when the adapters add exactly nothing."""
+    ours, theirs = (_features(training, model) for model in (training.model, other))
+    cosine = float(cosine_similarity(ours, theirs, dim=-1).mean())
+    cosine = 1.0 if torch.equal(ours, theirs) else cosine
+    head = _pretrained_head(training, weights)
+    if head is None:
+        return OutputFidelity(cosine, math.nan, math.nan)
+    with torch.inference_mode():
+        log_q, log_p = (log_softmax(head(f.float()).double(), dim=-1) for f in (ours, theirs))
+    agreement = float((log_q.argmax(-1) == log_p.argmax(-1)).double().mean())
+    divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    return OutputFidelity(cosine, agreement, divergence)
+
+
+@torch.inference_mode()
+def _features(training: Training, model: nn.Module) -> Tensor:
+    """Pooled features before the head [images, channels], double, on the CPU."""
+    base: Any = cast(PeftModel, model).get_base_model()
+    was_training = model.training
+    model.eval()
+    parts = []
+    size = training.config.training.per_device_eval_batch_size
+    for part in training.data.train.images[:IMAGES].split(size):
+        with autocast(training):
+            pixels = preprocess(part, training.preprocessing)
+            parts.append(base.forward_head(base.forward_features(pixels), pre_logits=True))
+    model.train(was_training)
+    return torch.cat(parts).cpu().double()
+
+
+def _pretrained_head(training: Training, weights: Path | None) -> nn.Linear | None:
+    """The classifier that came with the pretrained weights, on the CPU, if there is one."""
+    config = training.config
+    settings = timm.get_pretrained_cfg(config.model)
+    classes = getattr(settings, "num_classes", 0) or 0
+    if not config.pretrained or classes <= 0:
+        return None
+    try:
+        with _random_states(torch.device("cpu")):
+            model = load_base(config, classes, weights)
+    except UserError:
+        return None  # the file holds the features alone
+    names = classifier_names(model)
+    head = model.get_submodule(names[0]) if len(names) == 1 else None
+    return head if isinstance(head, nn.Linear) else None
+
+
+def _none_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value

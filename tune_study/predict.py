@@ -1,0 +1,331 @@
+"""The ledger of a training step from the configuration alone: nothing is allocated or computed.
+
+The step runs on fake tensors, which have shapes and types and no content. Quantized layers are
+stood in for by layers that hold what bitsandbytes' layers hold until the backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import weakref
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+import bitsandbytes as bnb
+import timm
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.nn.functional import cross_entropy, linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from tune_study.config import QuantizationConfig, TrialConfig, UserError
+from tune_study.data import preprocess
+from tune_study.memory import Ledger
+from tune_study.model import (
+    COMPUTE_DTYPES,
+    add_lora,
+    checkpoint_blocks,
+    preprocessing_of,
+    trainable,
+)
+from tune_study.quantize import BLOCKSIZE, INT8_THRESHOLD, plan_layers, tell_peft
+
+NESTED_BLOCKSIZE = 256
+CODEBOOK_BYTES = 16 * 4
+NESTED_STATE_BYTES = 256 * 4 + 4
+"""The codebook of the second quantization, and its offset."""
+ADAM_STEP_BYTES = 4
+_NEEDS_CONTENT = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+SOURCE_SIDE = 32
+"""Side of the stored images in pixels; they are enlarged within the step."""
+
+
+class Prediction(NamedTuple):
+    """What a trial will hold, before it starts.
+
+    Exact but for ``ledger.activation_bytes`` and ``peak_train_bytes``, whose measured errors stand
+    in docs/memory.md.
+    """
+
+    weights_bytes: int
+    """Base model as it will be built, quantization state included."""
+    ledger: Ledger
+    peak_train_bytes: int | None
+    """``None``, as the activations, for a model whose shapes depend on the content of images."""
+
+
+def predict(config: TrialConfig, num_classes: int, device: torch.device) -> Prediction:
+    """The ledger and the peak of one training step of ``config`` on ``device``.
+
+    Trials that differ only in what cannot change the bytes of a step share one prediction.
+    Raises ``UserError`` for a model or setting that does not fit.
+    """
+    settings = config.training
+    key = TrialConfig(
+        model=config.model,
+        dataset="digits",
+        lora=config.lora.model_copy(update={"lora_alpha": 1}),
+        quantization=config.quantization,
+        data={"image_size": config.data.image_size},  # type: ignore[arg-type]
+        training={  # type: ignore[arg-type]
+            "per_device_train_batch_size": settings.per_device_train_batch_size,
+            "compute_dtype": settings.compute_dtype,
+            "gradient_checkpointing": settings.gradient_checkpointing,
+        },
+    )
+    # A configuration holds a dictionary, so it cannot be a key itself; its text can.
+    return _predict(key.model_dump_json(), num_classes, device.type)
+
+
+@cache
+def _predict(key: str, num_classes: int, device_type: str) -> Prediction:
+    config = TrialConfig.model_validate_json(key)
+    skeleton = skeleton_of(config.model, num_classes, config.data.image_size)
+    weights = expected_weights_bytes(skeleton, config)
+    state = expected_state_bytes(skeleton, config.quantization)
+    model = _stand_in(skeleton, config)
+    parameters = [p.numel() * p.element_size() for p in trainable(model).values()]
+    activations = most = None
+    with contextlib.suppress(*_NEEDS_CONTENT):
+        activations, most = _fake_step(model, skeleton, config, torch.device(device_type))
+    ledger = Ledger(
+        step_weights_bytes=weights - state - _cast_biases(model),
+        quantization_state_bytes=state,
+        adapter_bytes=sum(parameters),
+        gradient_bytes=sum(parameters),
+        optimizer_bytes=2 * sum(parameters) + ADAM_STEP_BYTES * len(parameters),
+        activation_bytes=activations,
+    )
+    return Prediction(weights, ledger, None if most is None else ledger.at_rest_bytes + most)
+
+
+@cache
+def skeleton_of(model: str, num_classes: int, image_size: int | None) -> nn.Module:
+    """The timm model without any numbers, on the ``meta`` device. Raises ``UserError``."""
+    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    try:
+        with torch.device("meta"):
+            return timm.create_model(model, num_classes=num_classes, **options)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise UserError(f"model = {model}: timm cannot build it so: {error}") from None
+
+
+def expected_weights_bytes(skeleton: nn.Module, config: TrialConfig) -> int:
+    """Bytes of the base model as it will be built: quantized layers, and the residue at fp32."""
+    total = 4 * sum(t.numel() for t in [*skeleton.parameters(), *skeleton.buffers()])
+    for name, mode in plan_layers(skeleton, config.quantization).items():
+        layer = cast(nn.Linear, skeleton.get_submodule(name))
+        full = 4 * layer.weight.numel()
+        total += linear_bytes(layer.out_features, layer.in_features, mode) - full
+    return total
+
+
+def expected_state_bytes(skeleton: nn.Module, quantization: QuantizationConfig) -> int:
+    """The part of ``expected_weights_bytes`` that is scales, codebooks and offsets."""
+    total = 0
+    for name, mode in plan_layers(skeleton, quantization).items():
+        layer = cast(nn.Linear, skeleton.get_submodule(name))
+        codes = math.ceil(layer.weight.numel() * (8 if mode == "int8" else 4) / 8)
+        total += linear_bytes(layer.out_features, layer.in_features, mode) - codes
+    return total
+
+
+def linear_bytes(out_features: int, in_features: int, mode: str) -> int:
+    """Bytes of one bitsandbytes weight [out, in] with its quantization state, without bias.
+
+    int8 keeps a float32 scale per row; 4 bit a float32 scale per block of 64 and the codebook;
+    double quantization one byte per block, and a float32 scale per 256 blocks (QLoRA, section 3).
+    """
+    weights = out_features * in_features
+    if mode == "int8":
+        return weights + 4 * out_features
+    blocks = math.ceil(weights / BLOCKSIZE)
+    if not mode.endswith("-dq"):
+        return math.ceil(weights / 2) + 4 * blocks + CODEBOOK_BYTES
+    nested = 4 * math.ceil(blocks / NESTED_BLOCKSIZE)
+    return math.ceil(weights / 2) + blocks + nested + CODEBOOK_BYTES + NESTED_STATE_BYTES
+
+
+class _Matmul8(torch.autograd.Function):
+    """Shapes, types and lifetimes of bitsandbytes' 8-bit product while training.
+
+    On the CPU that is ``MatMul8bitFp``, which dequantizes the weights and multiplies in floating
+    point; elsewhere ``MatMul8bitLt``, which quantizes its input too. Outlier columns are a matter
+    of content, and left out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out_features: int) -> Tensor:
+        ctx.dtype, ctx.shape, ctx.features = x.dtype, x.shape, (out_features, x.shape[-1])
+        # Both keep their input on the context, outside of autograd's saved tensors, until the
+        # whole graph is dropped; the first even where no gradient will flow.
+        if x.device.type == "cpu":
+            ctx.kept = x
+            return linear(x, x.new_empty(ctx.features))
+        ctx.kept = x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[0] else None
+        return x.new_empty(*x.shape[:-1], out_features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).contiguous()
+        weight = gradient.new_empty(ctx.features, dtype=ctx.dtype)
+        return (gradient.to(ctx.dtype) @ weight).view(ctx.shape), None
+
+
+class _Matmul4(torch.autograd.Function):
+    """As ``MatMul4Bit``, which keeps nothing but the codes, and those are at rest anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out_features: int) -> Tensor:
+        ctx.features = (out_features, x.shape[-1])
+        return x.new_empty(*x.shape[:-1], out_features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        weight = gradients[0].new_empty(ctx.features, dtype=torch.float32)
+        return gradients[0] @ weight.to(gradients[0].dtype), None
+
+
+class _Int8(bnb.nn.Linear8bitLt):
+    """Seen by PEFT as what it stands in for."""
+
+    bias_dtype = torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bias_dtype = x.dtype
+        return cast(Tensor, _Matmul8.apply(x, self.out_features))
+
+
+class _FourBit(bnb.nn.Linear4bit):
+    bias_dtype = torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bias_dtype = self.compute_dtype
+        out = _Matmul4.apply(x.to(self.compute_dtype), self.out_features)
+        return cast(Tensor, out).to(x.dtype)
+
+
+def _stand_in(skeleton: nn.Module, config: TrialConfig) -> nn.Module:
+    """The model of ``config`` with LoRA, on the ``meta`` device."""
+    base = copy.deepcopy(skeleton)
+    base.requires_grad_(False)
+    modes = plan_layers(base, config.quantization)
+    for name, mode in modes.items():
+        plain = cast(nn.Linear, base.get_submodule(name))
+        shape, bias = (plain.in_features, plain.out_features), plain.bias is not None
+        layer: nn.Module
+        if mode == "int8":
+            layer = _Int8(
+                *shape, bias=bias, has_fp16_weights=False, threshold=INT8_THRESHOLD, device="meta"
+            )
+        else:
+            dtype = COMPUTE_DTYPES[config.training.compute_dtype]
+            layer = _FourBit(*shape, bias=bias, compute_dtype=dtype, device="meta")
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, layer.requires_grad_(False))
+    tell_peft(base, set(modes.values()))
+    if config.training.gradient_checkpointing:
+        checkpoint_blocks(base, config.model)
+    # LoRA's initialisation seeds torch; a prediction must leave no trace.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return add_lora(base, config)
+
+
+def _cast_biases(model: nn.Module) -> int:
+    """Bytes that biases lose when bitsandbytes casts them, at a layer's first forward pass."""
+    return sum(
+        module.bias.numel() * (4 - module.bias_dtype.itemsize)
+        for module in model.modules()
+        if isinstance(module, (_Int8, _FourBit)) and module.bias is not None
+    )
+
+
+class _Held(TorchDispatchMode):
+    """Follows the storages that operations make: bytes held now, and the most ever held."""
+
+    def __init__(self, at_rest: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in at_rest}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:  # a view
+            return
+        self._known.add(key)
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._free, key, storage.nbytes())
+
+    def _free(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.now -= nbytes
+
+
+def _make_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> list[Tensor]:
+    """Gives every parameter and buffer a device, and no content. Returns them."""
+    fakes: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, (_Int8, _FourBit)):
+            continue  # nothing reads their weights
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                fake: Any = FakeTensor(mode, tensor.detach(), device)
+                if isinstance(tensor, nn.Parameter):
+                    fake = nn.Parameter(fake, tensor.requires_grad)
+                tensors[name] = fake
+                fakes.append(fake)
+    return fakes
+
+
+def _fake_step(
+    model: nn.Module, skeleton: nn.Module, config: TrialConfig, device: torch.device
+) -> tuple[int, int]:
+    """(bytes held when the backward pass begins, most bytes of forward and backward)."""
+    mode = FakeTensorMode()
+    at_rest = _make_fake(model, mode, device)
+    model.train()
+    batch = config.training.per_device_train_batch_size
+    dtype = COMPUTE_DTYPES[config.training.compute_dtype]
+    half = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    how = preprocessing_of(skeleton, config)
+    with mode:
+        shape = (batch, 3, SOURCE_SIDE, SOURCE_SIDE)
+        images = torch.empty(shape, dtype=torch.uint8, device=device)
+        labels = torch.zeros(batch, dtype=torch.int64, device=device)
+        with _Held([*at_rest, images, labels]) as held:
+            loss = _loss(model, images, labels, how, half)
+            activations = held.now
+            loss.backward()
+    return activations, held.most
+
+
+def _loss(model: nn.Module, images: Tensor, labels: Tensor, how: Any, half: Any) -> Tensor:
+    """As ``train._forward``: the same lifetimes, so that no tensor outlives its use."""
+    pixels = preprocess(images, how)
+    with half:
+        scores = model(pixels)
+    return cross_entropy(scores.float(), labels)

@@ -1,0 +1,135 @@
+"""Trials that are drawn, not trained: to test the analysis, and to plan a study. Always marked.
+
+The model of a trial with configuration c (model x data set x LoRA), mode m and seed s:
+
+    accuracy = 0.90 + a_c + effect_m + b_cm + u_cs + e_cms
+
+a_c ~ N(0, 0.02) is the configuration's, effect_m is planted (0 unless told), b_cm ~ N(0, 0.002) is
+how the effect differs between configurations (0 for ``none``), and u_cs, e_cms ~ N(0, seed_sd) are
+the seed's, shared by its modes and not. The validation accuracy of epoch t approaches it as
+1 - exp(-t / 2). Losses follow the accuracies; bytes are the exact expected ones of the weights;
+what has no model is missing. Every draw depends on the names alone, so the same study is drawn in
+any order and after any restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from tune_study.config import TrialConfig, UserError
+from tune_study.files import write_json
+from tune_study.predict import expected_weights_bytes, skeleton_of
+from tune_study.provenance import commit, hardware, versions
+from tune_study.schema import MODES
+
+BASE_ACCURACY, CONFIGURATION_SD, INTERACTION_SD, EPOCHS_TO_LEARN = 0.90, 0.02, 0.002, 2.0
+CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
+
+
+class Simulation(BaseModel):
+    """What is planted: the effect of each mode on the accuracy, and the seeds' deviation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    effects: dict[str, float] = {}
+    seed_sd: float = 0.004
+
+
+def parse_effect(text: str) -> tuple[str, float]:
+    """``"nf4=-0.01"`` -> ``("nf4", -0.01)``. Raises ``UserError``."""
+    mode, _, value = text.partition("=")
+    try:
+        effect = float(value)
+    except ValueError:
+        effect = math.nan
+    if mode not in MODES or mode == "none" or not abs(effect) < 1:
+        raise UserError(
+            f"--effect {text}: write it as MODE=DIFFERENCE with a mode of {', '.join(MODES[1:])} "
+            "and a difference in accuracy between -1 and 1, e.g. nf4=-0.01"
+        )
+    return mode, effect
+
+
+def draw(config: TrialConfig, simulation: Simulation) -> tuple[list[dict[str, Any]], float]:
+    """(the epochs' rows, the test accuracy) of one trial, by the model above."""
+    mode, names = config.quantization.mode, config.configuration
+    accuracy = BASE_ACCURACY + CONFIGURATION_SD * _normal("configuration", *names)
+    if mode != "none":
+        accuracy += simulation.effects.get(mode, 0.0)
+        accuracy += INTERACTION_SD * _normal("interaction", *names, mode)
+    accuracy += simulation.seed_sd * _normal("seed", *names, config.seed)
+    accuracy += simulation.seed_sd * _normal("trial", *names, mode, config.seed)
+    test = float(np.clip(accuracy, 0, 1))
+    rows = []
+    for epoch in range(1, config.training.num_train_epochs + 1):
+        learned = 1 - math.exp(-epoch / EPOCHS_TO_LEARN)
+        noise = 0.1 * simulation.seed_sd * _normal("epoch", *names, mode, config.seed, epoch)
+        val = float(np.clip(accuracy * learned + noise, 0, 1))
+        rows.append(
+            {
+                "epoch": epoch,
+                "train_loss": 0.9 * (1 - val) + 0.1,
+                "train_accuracy": min(1.0, val + 0.01),
+                "val_loss": (1 - val) + 0.1,
+                "val_accuracy": val,
+                "learning_rate": config.training.learning_rate,
+                "images_per_s": math.nan,
+            }
+        )
+    return rows, test
+
+
+def _normal(*names: object) -> float:
+    """A standard normal draw that belongs to ``names``."""
+    digest = hashlib.sha256(repr(names).encode()).digest()
+    return float(np.random.default_rng(int.from_bytes(digest[:16], "big")).standard_normal())
+
+
+def execute(config: TrialConfig, simulation: Simulation, study_dir: Path, report: Any) -> None:
+    """Reports the drawn epochs, and writes the trial's files as a real trial does."""
+    folder = study_dir / config.trial_id
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config.model_dump(mode="json"))
+    rows, test = draw(config, simulation)
+    for row in rows:
+        report(
+            {**row, "best_val_accuracy": max(r["val_accuracy"] for r in rows[: row["epoch"]])}, None
+        )
+    best = max(rows, key=lambda row: row["val_accuracy"])
+    skeleton = skeleton_of(config.model, CLASSES.get(config.dataset, 10), config.data.image_size)
+    parameters = sum(t.numel() for t in [*skeleton.parameters(), *skeleton.buffers()])
+    results = {
+        "trial_id": config.trial_id,
+        "status": "completed",
+        "simulated": True,
+        "error": None,
+        "run": {
+            "config": config.model_dump(mode="json"),
+            "device": None,
+            "simulation": simulation.model_dump(mode="json"),
+        },
+        "train": {
+            "training_results": {
+                "epochs_completed": len(rows),
+                "best_epoch": best["epoch"],
+                "val_accuracy": best["val_accuracy"],
+            },
+            "test_metrics": {"test_accuracy": test},
+            "model_metrics": {
+                "num_classes": CLASSES.get(config.dataset),
+                "weights_bytes": expected_weights_bytes(skeleton, config),
+                "weights_bytes_fp32": 4 * parameters,
+                "weights_bytes_16bit": 2 * parameters,
+            },
+            "resource_metrics": {"peak_source": "simulated: nothing was run"},
+            "epochs": rows,
+        },
+        "meta": {"versions": versions(), "commit": commit(), "hardware": hardware()},
+    }
+    write_json(folder / "results.json", results)
