@@ -261,3 +261,13 @@ def test_quantization_error_is_over_all_layers(tiny):
     assert 0 < built.quantization_error < 0.02
     assert build_model(tiny("none"), 10).quantization_error == 0
     assert base_bytes(nn.Linear(3, 2)) == 4 * 8
+
+
+def test_the_quantized_blocks_are_named(tiny):
+    def blocks(**quantization):
+        return build_model(tiny("nf4", quantization=quantization), 10).quantized_blocks
+
+    assert blocks(mode="none") == "none"
+    assert blocks(mode="nf4") == "0-5"
+    assert blocks(mode="nf4", skip_layers=["blocks.1.*"]) == "0,2-5"
+    assert blocks(mode="none", overrides={"blocks.3.attn.*": "int8"}) == "3"

@@ -1,6 +1,7 @@
 """The command line, in this process: mistakes are one sentence, exit code 2, and no folder."""
 
 import pytest
+import torch
 
 from tune_study import run, study
 
@@ -90,6 +91,18 @@ def test_an_empty_data_folder_and_missing_network(command, tmp_path, monkeypatch
     code, _, error = command("--grid", grid_file(tmp_path, model="deit_tiny_patch16_224"))
     assert code == 2
     assert "pretrained=false" in error
+    assert not (tmp_path / "ray_results").exists()
+
+
+def test_weights_that_do_not_fit_are_refused_before_a_study_begins(command, tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"no weights")
+    code, _, error = command("--grid", "demo", "--weights", "w.safetensors")
+    assert code == 2
+    assert "--weights" in error
+    torch.save({"cls_token": torch.zeros(1, 1, 7)}, tmp_path / "other.pth")
+    code, _, error = command("--grid", "demo", "--weights", "other.pth")
+    assert code == 2
+    assert "cls_token" in error
     assert not (tmp_path / "ray_results").exists()
 
 

@@ -54,7 +54,7 @@ class BuiltModel(NamedTuple):
 
     @property
     def quantized_blocks(self) -> str:
-        """Numbers of the blocks with quantized layers: ``0-11``, ``3``, ``0,2-4``, or nothing."""
+        """Numbers of the blocks with quantized layers: ``0-11``, ``3``, ``0,2-4``, or ``none``."""
         blocks = sorted({int(re.findall(r"blocks\.(\d+)\.", lay.name)[-1]) for lay in self.layers})
         runs: list[list[int]] = []
         for block in blocks:
@@ -62,7 +62,8 @@ class BuiltModel(NamedTuple):
                 runs[-1].append(block)
             else:
                 runs.append([block])
-        return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+        words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+        return ",".join(words) or "none"
 
     @property
     def quantization_error(self) -> float:
@@ -93,7 +94,7 @@ def build_model(
     torch.manual_seed(config.seed)
     base = load_base(config, num_classes, weights).to(device)
     base.requires_grad_(False)
-    _choose_attention(base, config, device)
+    choose_attention(base, config, device)
     tensors = [*base.parameters(), *base.buffers()]
     residue = [p for n, p in base.named_parameters() if n not in _block_weights(base)]
     residue_bytes = tensor_bytes([*residue, *base.buffers()])
@@ -116,7 +117,7 @@ def _block_weights(base: nn.Module) -> set[str]:
     return {f"{name}.weight" for name in block_linears(base)}
 
 
-def _choose_attention(model: nn.Module, config: TrialConfig, device: torch.device) -> None:
+def choose_attention(model: nn.Module, config: TrialConfig, device: torch.device) -> None:
     """On the CPU in bf16, plain attention trains faster than the fused one (CHANGELOG.md)."""
     if device.type == "cpu" and config.training.compute_dtype == "bf16":
         for module in model.modules():

@@ -35,6 +35,7 @@ from tune_study.model import (
     COMPUTE_DTYPES,
     add_lora,
     checkpoint_blocks,
+    choose_attention,
     preprocessing_of,
     trainable,
 )
@@ -97,7 +98,7 @@ def _predict(key: str, num_classes: int, device_type: str) -> Prediction:
     skeleton = skeleton_of(config.model, num_classes, config.data.image_size)
     weights = expected_weights_bytes(skeleton, config)
     state = expected_state_bytes(skeleton, config.quantization)
-    model = _stand_in(skeleton, config)
+    model = _stand_in(skeleton, config, torch.device(device_type))
     parameters = [p.numel() * p.element_size() for p in trainable(model).values()]
     activations = most = None
     with contextlib.suppress(*_NEEDS_CONTENT):
@@ -219,10 +220,11 @@ class _FourBit(bnb.nn.Linear4bit):
         return cast(Tensor, out).to(x.dtype)
 
 
-def _stand_in(skeleton: nn.Module, config: TrialConfig) -> nn.Module:
+def _stand_in(skeleton: nn.Module, config: TrialConfig, device: torch.device) -> nn.Module:
     """The model of ``config`` with LoRA, on the ``meta`` device."""
     base = copy.deepcopy(skeleton)
     base.requires_grad_(False)
+    choose_attention(base, config, device)
     modes = plan_layers(base, config.quantization)
     for name, mode in modes.items():
         plain = cast(nn.Linear, base.get_submodule(name))

@@ -36,7 +36,7 @@ class Progress(tune.Callback):
         self._bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self._task = self._bar.add_task("trials", total=total, completed=done)
         self._live = (
-            Live(self._render(), console=console, refresh_per_second=2)
+            Live(get_renderable=self._render, console=console, refresh_per_second=2)
             if console.is_terminal
             else None
         )
@@ -48,7 +48,6 @@ class Progress(tune.Callback):
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._live.update(self._render())
             self._live.stop()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,8 +109,6 @@ class Progress(tune.Callback):
 
     def _update(self) -> None:
         self._bar.update(self._task, completed=self._done)
-        if self._live:
-            self._live.update(self._render())
 
     def _left(self) -> str:
         if not self._epochs_seen:

@@ -26,7 +26,13 @@ from tune_study.config import TrialConfig, UserError, assign, parse_trial
 from tune_study.data import Dataset, load
 from tune_study.estimate import refuse_what_cannot_fit
 from tune_study.files import read_json, write_json
-from tune_study.model import file_sha256, hub_weights, preprocessing_of, weights_file
+from tune_study.model import (
+    file_sha256,
+    hub_weights,
+    load_base,
+    preprocessing_of,
+    weights_file,
+)
 from tune_study.predict import skeleton_of
 from tune_study.progress import Progress
 from tune_study.quantize import block_linears, check_kernel, plan_layers
@@ -144,6 +150,7 @@ def preflight(trials: Sequence[TrialConfig], context: RunContext) -> Checked:
     seen: dict[str, Dataset] = {}
     sha256: dict[str, Any] = {"data": {}, "weights": {}}
     models: set[str] = set()
+    bases: set[str] = set()
     for trial in trials:
         key = f"{trial.dataset} {trial.data.model_dump_json()}"
         if key not in seen:
@@ -155,6 +162,10 @@ def preflight(trials: Sequence[TrialConfig], context: RunContext) -> Checked:
         if key not in models:
             models.add(key)
             _check_model(trial, classes, context)
+        key = f"{trial.model} {classes} {trial.data.image_size} {trial.pretrained}"
+        if key not in bases:
+            bases.add(key)
+            load_base(trial, classes, context.weights)  # the weights are there, and fit
         refuse_what_cannot_fit(trial, classes, torch.device(context.device))
         sha256["weights"].setdefault(trial.model, _weights_sha256(trial, context))
     return Checked(data, sha256)

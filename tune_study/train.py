@@ -94,7 +94,7 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
     """A trial before its first epoch. The images move to ``device``, as uint8."""
     settings = config.training
     parameters = trainable(built.model)
-    steps_per_epoch = math.ceil(len(data.train.labels) / _images_per_step(config))
+    steps_per_epoch = math.ceil(len(data.train.labels) / images_per_step(config))
     # Weight decay is for matrices: biases are exempt, as in transformers' Trainer.
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters.values() if p.ndim >= 2]},
@@ -124,7 +124,7 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
     )
 
 
-def _images_per_step(config: TrialConfig) -> int:
+def images_per_step(config: TrialConfig) -> int:
     settings = config.training
     return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
 
@@ -178,7 +178,7 @@ def _train_epoch(training: Training) -> tuple[Row, list[float]]:
     training.model.train()
     losses: list[Tensor] = []
     correct: list[Tensor] = []
-    size = _images_per_step(training.config)
+    size = images_per_step(training.config)
     policy = augmentation(training.config.dataset, training.config.data)
     batches = train_batches(training.data.train, size, policy, training.generator)
     learning_rate = math.nan
