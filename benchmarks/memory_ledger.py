@@ -1,7 +1,7 @@
 """The ledger of a training step, predicted and measured, for docs/memory.md.
 
     python benchmarks/memory_ledger.py measure docs/figures/memory_ledger.json
-    python benchmarks/memory_ledger.py draw docs/figures/memory_ledger.json docs/figures/ledger.png
+    python benchmarks/memory_ledger.py draw docs/figures/memory_ledger.json FIGURE.png
 
 Bytes do not depend on what the weights are, so the models start from random ones.
 """
@@ -111,7 +111,8 @@ def draw(source: Path, target: Path) -> None:
         axis.plot(modes, peaks, "k_", markersize=24, label="measured peak")
         axis.set_title(f"{model.split('_patch')[0]}, batch {batch}", fontsize=10)
         axis.set_ylabel("MB")
-    axes[0, 0].legend(fontsize=7)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8)
     figure.suptitle("Bytes of one training step, measured (LoRA r 8, dropout 0.1, bf16, CPU)")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120, metadata={"Software": None})

@@ -23,7 +23,7 @@ EFFICIENCY = 0.4
 
 
 class Estimate(NamedTuple):
-    """``weights_bytes`` is exact, the peak within 1 % on the CPU, the seconds a factor of 2."""
+    """``weights_bytes`` is exact, the peak within 2 % on the CPU, the seconds within 2x."""
 
     weights_bytes: int
     peak_train_bytes: float

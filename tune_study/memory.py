@@ -69,7 +69,7 @@ class SavedTensors:
     """Context: counts what autograd saves for backward, shared storage once, parameters never.
 
     ``nbytes`` is at most the bytes held for backward: it misses what a function keeps outside of
-    autograd's saved tensors. LLM.int8() does so with every input (57 of 298 MB for DeiT-tiny at
+    autograd's saved tensors. LLM.int8() does so with every input (64 of 320 MB for DeiT-tiny at
     batch 8), and gradient checkpointing with the inputs of the blocks.
     """
 
