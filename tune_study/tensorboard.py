@@ -46,7 +46,7 @@ SCALARS = {
     "grad_norm_cv": "compare/grad_norm_cv",
 }
 FINAL = {"test_accuracy": "compare/test_accuracy", "test_loss": "compare/test_loss"}
-METRICS = [tag for tag in (*SCALARS.values(), *FINAL.values()) if tag.startswith("compare/")]
+METRICS = [tag for tag in (*FINAL.values(), *SCALARS.values()) if tag.startswith("compare/")]
 """The metric columns of the HParams table, the same in every trial."""
 
 
