@@ -136,6 +136,13 @@ def test_the_full_grid_on_real_images(command, tmp_path, cifar_dir):
     assert len({line.split()[0] for line in output.splitlines() if "deit_" in line}) >= 1
 
 
+def test_a_warm_up_that_never_ends_is_said(command):
+    options = ["--grid", "smoke", "--dry-run"]
+    assert "warm-up" not in command(*options)[1]
+    _, output, _ = command(*options, "--set", "training.warmup_steps=50")
+    assert "the warm-up of 50 steps never ends in the 4 steps" in output
+
+
 @pytest.mark.slow
 def test_the_full_grid_is_valid(command, cifar_dir):
     options = ["--grid", "full", "--data-dir", cifar_dir, "--set", "pretrained=false"]

@@ -97,6 +97,7 @@ def study(
         raise UserError("--simulate trains nothing: leave out --dry-run and --validate-only")
     _say_what_is_unusual(console, trials, simulation)
     checked = studies.preflight(trials, context)
+    _say_long_warm_up(console, trials, checked)
     if dry_run:
         _print_plan(console, trials, checked, context)
         return
@@ -212,6 +213,21 @@ def _say_what_is_unusual(
         console.print("note: SIMULATED: results are drawn from a model, nothing is trained")
     elif any(not trial.pretrained for trial in trials):
         console.print("note: pretrained=false: the backbones start from RANDOM weights")
+
+
+def _say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: Checked) -> None:
+    for trial in trials:
+        training = trial.training
+        size = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        if trial.trial_id in checked.data:
+            per_epoch = math.ceil(len(checked.data[trial.trial_id].train.labels) / size)
+            steps = per_epoch * training.num_train_epochs
+            if training.warmup_steps >= steps:
+                console.print(
+                    f"note: the warm-up of {training.warmup_steps} steps never ends in the {steps} "
+                    "steps of a trial; see --set training.warmup_steps"
+                )
+                return
 
 
 def _print_plan(
