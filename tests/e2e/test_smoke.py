@@ -127,6 +127,7 @@ def kill_ray() -> None:
     time.sleep(3)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_at_the_epoch_and_says_how_to_go_on(study, tmp_path):
     process = start(tmp_path)
     seen = wait_for_epoch(process)
