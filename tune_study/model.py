@@ -125,14 +125,19 @@ def choose_attention(model: nn.Module, config: TrialConfig, device: torch.device
                 module.fused_attn = False  # type: ignore[assignment]
 
 
+def refuse_unknown_model(name: str) -> None:
+    """Raises ``UserError`` for a name that timm does not know."""
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name}*")[:1] or ["deit_tiny_patch16_224"]
+        raise UserError(f"model = {name}: timm has no such model; try {close[0]}")
+
+
 def load_base(config: TrialConfig, num_classes: int, weights: Path | None = None) -> nn.Module:
     """The timm model at full precision on the CPU, with a new head of ``num_classes``.
 
     Raises ``UserError`` as ``build_model``.
     """
-    if not timm.is_model(config.model):
-        close = timm.list_models(f"*{config.model}*")[:1] or ["deit_tiny_patch16_224"]
-        raise UserError(f"model = {config.model}: timm has no such model; try {close[0]}")
+    refuse_unknown_model(config.model)
     options: dict[str, Any] = {"num_classes": num_classes}
     if config.data.image_size is not None:
         options["img_size"] = config.data.image_size

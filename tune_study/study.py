@@ -31,6 +31,7 @@ from tune_study.model import (
     hub_weights,
     load_base,
     preprocessing_of,
+    refuse_unknown_model,
     weights_file,
 )
 from tune_study.predict import skeleton_of
@@ -167,14 +168,13 @@ def preflight(trials: Sequence[TrialConfig], context: RunContext) -> Checked:
             bases.add(key)
             load_base(trial, classes, context.weights)  # the weights are there, and fit
         refuse_what_cannot_fit(trial, classes, torch.device(context.device))
-        sha256["weights"].setdefault(trial.model, _weights_sha256(trial, context))
+        if trial.model not in sha256["weights"]:  # a large file is read once, not once a trial
+            sha256["weights"][trial.model] = _weights_sha256(trial, context)
     return Checked(data, sha256)
 
 
 def _check_model(trial: TrialConfig, num_classes: int, context: RunContext) -> None:
-    if not timm.is_model(trial.model):
-        close = timm.list_models(f"*{trial.model}*")[:1] or ["deit_tiny_patch16_224"]
-        raise UserError(f"model = {trial.model}: timm has no such model; try {close[0]}")
+    refuse_unknown_model(trial.model)
     skeleton = skeleton_of(trial.model, num_classes, trial.data.image_size)
     preprocessing_of(skeleton, trial)
     linears = block_linears(skeleton)
@@ -228,7 +228,7 @@ def open_study(
     folder = context.study_dir
     old = read_json(folder / "study.json")
     cells = {t.trial_id: {"trial_id": t.trial_id, **t.model_dump(mode="json")} for t in trials}
-    created = _now()
+    created = provenance.now()
     if old is not None:
         _refuse_mixture(folder, old, context)
         before = {cell["trial_id"]: cell for cell in old["plan"]}
@@ -244,7 +244,7 @@ def open_study(
         "simulated": context.simulation is not None,
         "simulation": context.simulation and context.simulation.model_dump(mode="json"),
         "created": created,
-        "written": _now(),
+        "written": provenance.now(),
         "command": command,
         "grid": grid,
         "device": context.device,
@@ -470,7 +470,3 @@ def quiet_environment() -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import gc
 import math
 import statistics
@@ -27,7 +26,7 @@ from tune_study.files import write_json
 from tune_study.memory import reset_rss_peak, rss_peak_bytes
 from tune_study.model import BuiltModel, build_model
 from tune_study.predict import predict
-from tune_study.provenance import commit, hardware, versions
+from tune_study.provenance import commit, hardware, now, versions
 from tune_study.resources import ResourceMonitor
 from tune_study.simulate import Simulation
 from tune_study.train import Row, Training
@@ -176,7 +175,7 @@ class _Record:
         self.test_time_s = 0.0
         self.training: Training | None = None
         self.content: dict[str, Any] = {}
-        self._started_at = _now()
+        self._started_at = now()
 
     def built(self, built: BuiltModel, training: Training) -> None:
         self.training = training
@@ -246,7 +245,7 @@ class _Record:
                 "device": self.context.device,
                 "num_threads": self.context.num_threads,
                 "started_at": self._started_at,
-                "written_at": _now(),
+                "written_at": now(),
             },
             "train": {
                 "training_results": self._training_results(history),
@@ -334,7 +333,3 @@ def _first_line(error: Exception) -> str:
     with contextlib.suppress(IndexError):
         return str(error).splitlines()[0][:500]
     return ""
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
