@@ -21,10 +21,18 @@ def cifar_dir() -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny():
-    """``tiny(mode, **fields)``: the demo's backbone on a few digits, a second to train."""
+@pytest.fixture(scope="session")
+def settled():
+    """``settled(values)``: the trial as the command line would plan it on this machine."""
     from tune_study.config import parse_trial
+    from tune_study.estimate import settle_compute_dtype
+
+    return lambda values: settle_compute_dtype([parse_trial(values)], "cpu")[0][0]
+
+
+@pytest.fixture
+def tiny(settled):
+    """``tiny(mode, **fields)``: the demo's backbone on a few digits, a second to train."""
 
     def make(mode="nf4", **fields):
         values = {
@@ -43,6 +51,6 @@ def tiny():
         for name, value in fields.items():
             base = values.get(name)
             values[name] = {**base, **value} if isinstance(base, dict) else value
-        return parse_trial(values)
+        return settled(values)
 
     return make

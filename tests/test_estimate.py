@@ -1,10 +1,18 @@
 import pytest
 import torch
 
+from tune_study import estimate as estimates
 from tune_study import train
-from tune_study.config import UserError
+from tune_study.config import UserError, parse_trial
 from tune_study.data import load
-from tune_study.estimate import Estimate, estimate, free_bytes, refuse_what_cannot_fit
+from tune_study.estimate import (
+    Estimate,
+    bf16_slowness,
+    estimate,
+    free_bytes,
+    refuse_what_cannot_fit,
+    settle_compute_dtype,
+)
 from tune_study.model import build_model
 from tune_study.predict import expected_weights_bytes, predict, skeleton_of
 
@@ -91,3 +99,33 @@ def test_a_trial_that_cannot_fit_is_refused_with_both_numbers(tiny, monkeypatch)
         assert f"{number / 1e6:,.0f} MB" in str(caught.value)
     assert "per_device_train_batch_size" in str(caught.value)
     assert 10**8 < free_bytes(torch.device("cpu")) < 10**14
+
+
+def dtypes(*trials, planned=()):
+    settled, slowness = settle_compute_dtype(trials, "cpu", planned)
+    return [trial.training.compute_dtype for trial in settled], slowness
+
+
+def test_an_unnamed_compute_dtype_follows_the_device(monkeypatch):
+    values = {"model": "m", "dataset": "digits"}
+    unnamed = parse_trial({**values, "training": {"num_train_epochs": 3}})
+    named = parse_trial({**values, "training": {"compute_dtype": "bf16"}})
+    monkeypatch.setattr(estimates, "bf16_slowness", lambda device: 100.0)
+    assert dtypes(unnamed, named) == (["fp32", "bf16"], 100.0)
+    monkeypatch.setattr(estimates, "bf16_slowness", lambda device: 1.5)
+    assert dtypes(unnamed, named) == (["bf16", "bf16"], 1.0)
+
+
+def test_a_planned_study_keeps_its_compute_dtype_on_another_machine(monkeypatch):
+    unnamed = parse_trial({"model": "m", "dataset": "digits"})
+    fp32 = parse_trial({"model": "m", "dataset": "digits", "training": {"compute_dtype": "fp32"}})
+    monkeypatch.setattr(estimates, "bf16_slowness", lambda device: 100.0)
+    assert dtypes(unnamed, planned={unnamed.trial_id})[0] == ["bf16"]
+    monkeypatch.setattr(estimates, "bf16_slowness", lambda device: 1.0)
+    assert dtypes(unnamed, planned={fp32.trial_id})[0] == ["fp32"]
+
+
+def test_bf16_slowness_is_a_ratio_of_rates():
+    assert bf16_slowness("cpu") == estimates.matmul_rate("fp32", "cpu") / estimates.matmul_rate(
+        "bf16", "cpu"
+    )

@@ -663,7 +663,7 @@ def test_other_objects_and_other_trainables_are_refused() -> None:
 # ---- start-up
 
 
-def test_opening_a_full_study_is_fast_and_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
+def test_opening_a_full_study_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
     folder = synthetic.write_study(tmp_path / "full")
     program = (
         "import sys; from analysis import load, statistics\n"
@@ -673,15 +673,6 @@ def test_opening_a_full_study_is_fast_and_loads_neither_torch_nor_ray(tmp_path: 
         "assert not loaded & {'torch', 'ray', 'matplotlib', 'statsmodels'}, loaded\n"
     )
     root = Path(load.__file__).parents[1]
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=root, capture_output=True, text=True
-        )
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        if seconds[-1] < 2:
-            break
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert "nf4-dq" in done.stdout
-    assert min(seconds) < 2, seconds

@@ -25,11 +25,9 @@ def run(config, study_dir, run_name="run-1"):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    from tune_study.config import parse_trial
-
+def finished(tmp_path_factory, settled):
     study_dir = tmp_path_factory.mktemp("study")
-    config = parse_trial(
+    config = settled(
         {
             "model": "vit_glyphs_patch4_32",
             "dataset": "digits",

@@ -107,6 +107,7 @@ class TrainingConfig(_Record):
     early_stopping_patience: Annotated[int, Field(ge=0)] = 5
     """Epochs without a better validation accuracy before stopping; 0 never stops early."""
     compute_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Unless named, fp32 where the device has no kernel for bf16 (the command line says so)."""
     gradient_checkpointing: bool = False
     """Keeps only the blocks' inputs for backward and computes the rest a second time."""
     gradient_noise_scale: bool = False

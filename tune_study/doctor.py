@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tune_study import provenance, quantize, train
 from tune_study.config import TrialConfig, UserError, parse_trial
 from tune_study.data import load
-from tune_study.estimate import free_bytes
+from tune_study.estimate import TOO_SLOW, bf16_slowness, free_bytes, settle_compute_dtype
 from tune_study.model import build_model
 from tune_study.schema import MODES
 
@@ -55,6 +55,7 @@ def examine(device: torch.device) -> Iterator[Verdict]:
     yield devices()
     yield memory(device)
     yield disk(Path.cwd())
+    yield compute_dtype(device)
     for mode in QUANTIZED:
         yield dequantization(mode, device)
     for mode in QUANTIZED:
@@ -182,6 +183,14 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def compute_dtype(device: torch.device) -> Verdict:
+    """What trials compute in that do not name it. fp32 is no fault, and no silence either."""
+    slowness = bf16_slowness(device.type)
+    used = "fp32" if slowness > TOO_SLOW else "bf16"
+    found = f"trials use {used}; a bf16 matrix product takes {slowness:.2g} times as long as fp32"
+    return Verdict("compute dtype", True, found)
+
+
 def _layer(mode: str, device: torch.device) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -210,13 +219,13 @@ def training(mode: str, device: torch.device) -> Iterator[Verdict]:
 
 
 def _started(mode: str, device: torch.device) -> train.Training:
-    config = _trial(mode)
+    config = _trial(mode, device)
     data = load(config.dataset, None, config.data)
     return train.start(config, build_model(config, 10, device=device), data, device)
 
 
-def _trial(mode: str) -> TrialConfig:
-    return parse_trial(
+def _trial(mode: str, device: torch.device) -> TrialConfig:
+    trial = parse_trial(
         {
             "model": "vit_glyphs_patch4_32",
             "dataset": "digits",
@@ -225,6 +234,7 @@ def _trial(mode: str) -> TrialConfig:
             "training": {"per_device_train_batch_size": 32, "warmup_steps": 0},
         }
     )
+    return settle_compute_dtype([trial], device.type)[0][0]
 
 
 def _three_steps(mode: str, device: torch.device) -> tuple[list[Tensor], list[float]]:

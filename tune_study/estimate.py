@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,9 @@ BACKWARD_SHARE = 1.0
 """Backward work over forward work: the frozen weights need no gradient of their own."""
 EFFICIENCY = 0.4
 """Model work over the machine's matrix product rate, on two CPU cores; GPUs vary more."""
+TOO_SLOW = 4.0
+"""A device that multiplies bf16 this many times slower than fp32 has no kernel for it: x86 CPUs
+with AVX2 alone are 100 times slower (CHANGELOG.md), all others at most about as slow as fp32."""
 
 
 class Estimate(NamedTuple):
@@ -85,16 +89,56 @@ def _tokens(skeleton: nn.Module) -> int:
     return position.shape[1] if isinstance(position, torch.Tensor) and position.ndim == 3 else 197
 
 
+def settle_compute_dtype(
+    trials: Sequence[TrialConfig], device: str, planned: Collection[str] = ()
+) -> tuple[list[TrialConfig], float]:
+    """(trials, how many times slower than fp32 ``device`` multiplies bf16, where that mattered).
+
+    A trial that does not name its ``compute_dtype`` computes in bf16, but on a device without a
+    kernel for it in fp32; the second value is then over ``TOO_SLOW``, else 1. A trial whose id is
+    among ``planned`` (of the study that is continued) keeps what it was planned with.
+    """
+    settled, slowness = [], 1.0
+    for trial in trials:
+        if "compute_dtype" not in trial.training.model_fields_set:
+            fp32 = _with_compute_dtype(trial, "fp32")
+            if trial.trial_id not in planned and (
+                fp32.trial_id in planned or bf16_slowness(device) > TOO_SLOW
+            ):
+                trial, slowness = fp32, bf16_slowness(device)
+        settled.append(trial)
+    return settled, slowness
+
+
+def _with_compute_dtype(trial: TrialConfig, compute_dtype: str) -> TrialConfig:
+    training = trial.training.model_copy(update={"compute_dtype": compute_dtype})
+    return trial.model_copy(update={"training": training})
+
+
+def bf16_slowness(device: str) -> float:
+    """Time of a bf16 matrix product over that of an fp32 one, measured."""
+    return matmul_rate("fp32", device) / matmul_rate("bf16", device)
+
+
 @cache
 def matmul_rate(compute_dtype: str, device: str) -> float:
-    """Floating-point operations per second of a 1024 x 1024 matrix product, measured now."""
+    """Floating-point operations per second of a matrix product, measured now.
+
+    1024 x 1024 matrices; 256 x 256 where that is slow.
+    """
+    return _matmul_rate(
+        1024 if _matmul_rate(256, compute_dtype, device) > 1e10 else 256, compute_dtype, device
+    )
+
+
+def _matmul_rate(size: int, compute_dtype: str, device: str) -> float:
     dtype = torch.bfloat16 if compute_dtype == "bf16" else torch.float32
-    matrix = torch.randn(1024, 1024, device=device, dtype=dtype)
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
     count, elapsed = 0, 0.0
     float((matrix @ matrix)[0, 0])
-    while elapsed < 0.3:
+    while elapsed < 0.2:
         started = time.perf_counter()
         float((matrix @ matrix)[0, 0])  # reading it waits for the device
         elapsed += time.perf_counter() - started
         count += 1
-    return 2 * 1024**3 * count / elapsed
+    return 2 * size**3 * count / elapsed

@@ -259,6 +259,13 @@ def open_study(
     write_json(folder / "study.json", manifest)
 
 
+def planned_ids(study_dir: Path) -> set[str]:
+    """The trial ids of the study in that folder; none where there is no study yet."""
+    manifest = read_json(study_dir / "study.json")
+    plan = manifest.get("plan") if isinstance(manifest, dict) else None
+    return {cell["trial_id"] for cell in plan} if isinstance(plan, list) else set()
+
+
 def _merged(old: Mapping[str, Any] | None, checksums: Mapping[str, Any]) -> dict[str, Any]:
     before = old["provenance"] if old else {}
     return {kind: {**before.get(kind, {}), **checksums[kind]} for kind in ("data", "weights")}
