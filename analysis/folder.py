@@ -31,7 +31,10 @@ _TRIAL_FILES = {
     "quantization_analysis.json",
     "gradients.json",
     "error.json",
+    "out_of_memory.json",
+    "trial.log",
     "adapter",
+    "checkpoints",
 }
 
 

@@ -16,8 +16,8 @@ def saved(tiny, tmp_path):
     data = load("digits", None, config.data)
     training = train.start(config, build_model(config, 10), data, torch.device("cpu"))
     list(train.fit(training))
-    folder = tmp_path / "study" / "run-1" / config.trial_id / "checkpoint_000000"
-    checkpoint.save(folder, config.trial_id, training.state_dict(), {"memory": {"a": 1}})
+    trial = tmp_path / "study" / config.trial_id
+    folder = checkpoint.save(trial, training.state_dict(), {"memory": {"a": 1}})
     return config, training.state_dict(), folder
 
 
@@ -52,16 +52,28 @@ def test_a_state_file_that_is_not_ours_is_no_checkpoint(saved, text):
     assert not checkpoint.is_whole(folder, config.trial_id)
 
 
-def test_the_newest_whole_checkpoint_is_found_in_any_run(saved, tmp_path):
-    config, state, folder = saved
-    study = tmp_path / "study"
-    longer = dict(state, history=state["history"] * 3)
-    newer = study / "run-2" / config.trial_id / "checkpoint_000000"
-    checkpoint.save(newer, config.trial_id, longer, {})
-    assert checkpoint.newest(study, config.trial_id) == (newer, [])
+def test_the_newest_whole_checkpoint_is_found_and_two_are_kept(saved):
+    _, state, folder = saved
+    trial = folder.parents[1]
+    newer = checkpoint.save(trial, dict(state, history=state["history"] * 3), {})
+    assert checkpoint.newest(trial) == (newer, [])
     (newer / "best.safetensors").write_bytes(b"")
-    assert checkpoint.newest(study, config.trial_id) == (folder, [newer])
-    assert checkpoint.newest(study, "another") == (None, [])
+    assert checkpoint.newest(trial) == (folder, [newer])
+    newest = checkpoint.save(trial, dict(state, history=state["history"] * 12), {})
+    checkpoint.prune(trial)
+    assert checkpoint.candidates(trial) == [newest, newer]
+    checkpoint.prune(trial, keep=0)
+    assert checkpoint.newest(trial) == (None, [])
+    assert not folder.parent.exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(saved, monkeypatch):
+    config, state, folder = saved
+    monkeypatch.setattr(checkpoint, "save_file", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        checkpoint.save(folder.parents[1], state, {})
+    assert checkpoint.is_whole(folder, config.trial_id)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_loading_a_checkpoint_runs_no_code(saved):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tune_study import run, study
+from tune_study.estimate import settle_compute_dtype
 
 GRID = """
 from ray import tune
@@ -109,7 +110,7 @@ def test_weights_that_do_not_fit_are_refused_before_a_study_begins(command, tmp_
 def test_dry_run_shows_every_trial_and_writes_nothing(command, tmp_path):
     code, output, _ = command("--grid", "demo", "--dry-run")
     assert code == 0
-    trials = study.plan(study.load_grid("demo")[1])
+    trials = settle_compute_dtype(study.plan(study.load_grid("demo")[1]), "cpu")[0]
     for trial in trials:
         assert trial.trial_id in output
     assert "12 distinct ids" in output
@@ -155,7 +156,7 @@ def test_a_study_without_trials_to_run_says_so(command, tmp_path, monkeypatch, t
     from tune_study.files import write_json
 
     grid = grid_file(tmp_path)
-    trials = study.plan(study.load_grid(grid)[1])
+    trials = settle_compute_dtype(study.plan(study.load_grid(grid)[1]), "cpu")[0]
     folder = tmp_path / "ray_results" / "one"
 
     def finish(waiting, context, progress, **options):

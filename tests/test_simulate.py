@@ -16,7 +16,7 @@ def simulated(trials, folder, simulation=PLANTED):
     where = RunContext(study_dir=folder, simulation=simulation)
     study.open_study(trials, where, {"data": {}, "weights": {}}, grid="g", command="c")
     for trial in trials:
-        simulate.execute(trial, simulation, folder, lambda row, checkpoint: None)
+        simulate.execute(trial, simulation, folder, lambda row: None)
     return rebuild(folder)
 
 

@@ -3,25 +3,31 @@ import shutil
 
 import pytest
 
-from tune_study import resources, schema, train, trainable
+from tune_study import checkpoint, resources, schema, train, trainable
 from tune_study.trainable import RunContext, execute
 
 
-class Recorder:
-    """Stands in for Tune: keeps rows, and persists checkpoints as Tune would."""
-
-    def __init__(self, study_dir, trial_id, run="run-1"):
-        self.rows, self.folder = [], study_dir / run / trial_id
-
-    def __call__(self, row, folder):
-        self.rows.append(row)
-        if folder is not None:
-            shutil.copytree(folder, self.folder / f"checkpoint_{len(self.rows):06d}")
+def run(config, study_dir, **context):
+    """(results.json, the reported rows)."""
+    rows = []
+    where = RunContext(study_dir=study_dir, **context)
+    return execute(config, where, rows.append), rows
 
 
-def run(config, study_dir, run_name="run-1"):
-    recorder = Recorder(study_dir, config.trial_id, run_name)
-    return execute(config, RunContext(study_dir=study_dir), recorder), recorder
+def kill_after(epochs, rows):
+    """A report that ends the worker, as a kill would, once so many epochs are reported."""
+
+    def report(row):
+        rows.append(row)
+        if row["epoch"] == epochs:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def killed(config, study_dir, epochs):
+    with pytest.raises(KeyboardInterrupt):
+        execute(config, RunContext(study_dir=study_dir), kill_after(epochs, []))
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +63,12 @@ def test_results_fill_the_columns_of_the_trials_table(finished):
 
 
 def test_every_epoch_is_a_row_with_the_same_keys(finished):
-    _, _, results, recorder = finished
+    _, _, results, rows = finished
     epochs = results["train"]["epochs"]
     assert [row["epoch"] for row in epochs] == [1, 2, 3]
     columns = {column.name for column in schema.EPOCHS} - {"trial_id"}
     assert all(columns <= set(row) for row in epochs)
-    assert len({tuple(sorted(row)) for row in recorder.rows}) == 1
+    assert len({tuple(sorted(row)) for row in rows}) == 1
 
 
 def test_the_quantization_of_every_layer_is_written(finished):
@@ -96,39 +102,31 @@ def test_an_interrupted_trial_continues_and_ends_equal(finished, tmp_path):
         epochs = results["train"]["epochs"]
         return [{k: repr(v) for k, v in row.items() if k not in times} for row in epochs]
 
-    class Killed(Exception):
-        pass
-
-    recorder = Recorder(tmp_path, config.trial_id)
-
-    def kill_after_two(row, folder):
-        recorder(row, folder)
-        if row["epoch"] == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        execute(config, RunContext(study_dir=tmp_path), kill_after_two)
+    killed(config, tmp_path, 2)
     left = json.loads((tmp_path / config.trial_id / "results.json").read_text())
     assert left["status"] == "interrupted"
     assert left["train"]["training_results"]["epochs_completed"] == 2
 
     moved = tmp_path.parent / f"{tmp_path.name}-moved"
     tmp_path.rename(moved)
-    results, again = run(config, moved, "run-2")
-    assert [row["epoch"] for row in again.rows] == [1, 2, 3]  # replayed, then trained
+    results, again = run(config, moved)
+    assert [row["epoch"] for row in again] == [1, 2, 3]  # replayed, then trained
     assert comparable(results) == comparable(whole)
     assert results["train"]["test_metrics"] == whole["train"]["test_metrics"]
 
 
-def test_a_broken_checkpoint_falls_back_to_the_one_before(finished, tmp_path, capsys):
-    config, study_dir, whole, _ = finished
-    shutil.copytree(study_dir, tmp_path / "copy")
-    newest = max((tmp_path / "copy" / "run-1" / config.trial_id).iterdir())
+def test_a_broken_checkpoint_falls_back_to_the_one_before(finished, tmp_path):
+    config, _, whole, _ = finished
+    killed(config, tmp_path, 2)
+    newest = checkpoint.candidates(tmp_path / config.trial_id)[0]
+    assert newest.name == "epoch-00002"
     (newest / "adapter.safetensors").write_bytes(b"half")
-    results, again = run(config, tmp_path / "copy", "run-2")
+    results, again = run(config, tmp_path)
     assert results["train"]["test_metrics"] == whole["train"]["test_metrics"]
-    assert "not whole" in capsys.readouterr().err
-    assert len(again.rows) == 3
+    assert results["warnings"] == [
+        "checkpoint epoch-00002 is not whole: continues from the one before"
+    ]
+    assert [row["epoch"] for row in again] == [1, 2, 3]
 
 
 def test_an_exception_is_written_and_raised(tiny, tmp_path, monkeypatch):
@@ -170,7 +168,7 @@ def test_fidelity_is_known_at_start_and_end_and_survives_a_restart(finished, tmp
     assert fidelity["start"]["cosine"] == metrics["gradient_cosine_start"]
     copied = tmp_path / "copy"
     shutil.copytree(study_dir, copied)
-    again, _ = run(config, copied, "run-2")
+    again, _ = run(config, copied)
     names = [n for n in metrics if "gradient" in n or "feature" in n or "pretrained" in n]
     assert [again["train"]["model_metrics"][n] for n in names] == [metrics[n] for n in names]
 
@@ -192,7 +190,7 @@ def test_one_trial_after_another_equals_the_trial_alone(tiny, tmp_path):
     alone, _ = run(tiny("nf4"), tmp_path / "alone")
     for mode in ("int8", "none"):
         run(tiny(mode, seed=9), tmp_path / "shared")
-    after, _ = run(tiny("nf4"), tmp_path / "shared", "run-2")
+    after, _ = run(tiny("nf4"), tmp_path / "shared")
     for a, b in zip(alone["train"]["epochs"], after["train"]["epochs"], strict=True):
         assert a["train_loss"] == b["train_loss"]
         assert a["val_loss"] == b["val_loss"]

@@ -1,35 +1,43 @@
-"""Checkpoints: written by us, carried by Tune, checked before they are believed.
+"""Checkpoints: a folder per epoch under ``<study>/<trial_id>/checkpoints``, checked before use.
 
-Loading one runs no code: safetensors, JSON, and ``torch.load(weights_only=True)``.
+Each is written whole or not at all, and loading one runs no code: safetensors, JSON, and
+``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from tune_study.files import read_json, write_whole
+from tune_study.files import read_json, write_folder_whole
 from tune_study.model import file_sha256
 
 FORMAT = 1
+FOLDER = "checkpoints"
+KEPT = 2
+"""The newest, and the one before should the newest not be whole."""
 TENSORS = ("adapter", "best")
 """Adapter and head of the last epoch, and of the best one: a safetensors file each."""
 BINARY = ("optimizer", "schedule", "generators", "monitor")
 PLAIN = ("history", "layer_gradients", "best_epoch")
 
 
-def save(folder: Path, trial_id: str, state: dict[str, Any], extra: dict[str, Any]) -> None:
-    """Writes ``Training.state_dict()`` and ``extra`` (JSON) into ``folder``.
+def save(trial_folder: Path, state: dict[str, Any], extra: dict[str, Any]) -> Path:
+    """Writes ``Training.state_dict()`` and ``extra`` (JSON), and returns the folder.
 
-    ``state.json`` comes last and holds the checksum of the others: without it there is no
-    checkpoint.
+    Raises ``OSError`` and what torch and safetensors raise when it can't be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    path = trial_folder / FOLDER / f"epoch-{len(state['history']):05d}"
+    write_folder_whole(path, lambda folder: _write(folder, trial_folder.name, state, extra))
+    return path
+
+
+def _write(folder: Path, trial_id: str, state: dict[str, Any], extra: dict[str, Any]) -> None:
     for name in TENSORS:
         save_file(state[name], folder / f"{name}.safetensors")
     torch.save({name: state[name] for name in BINARY}, folder / "training.pt")
@@ -42,8 +50,15 @@ def save(folder: Path, trial_id: str, state: dict[str, Any], extra: dict[str, An
         "sha256": {name: file_sha256(folder / name) for name in files},
     }
     # Python's JSON, in which a NaN stays one and every float returns to the bit.
-    text = json.dumps(plain, indent=1)
-    write_whole(folder / "state.json", lambda temporary: temporary.write_text(text))
+    (folder / "state.json").write_text(json.dumps(plain, indent=1))
+
+
+def prune(trial_folder: Path, keep: int = KEPT) -> None:
+    """Removes all checkpoints but the ``keep`` newest."""
+    for folder in candidates(trial_folder)[keep:]:
+        shutil.rmtree(folder)
+    if not keep:
+        shutil.rmtree(trial_folder / FOLDER, ignore_errors=True)
 
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -60,28 +75,27 @@ def is_whole(folder: Path, trial_id: str) -> bool:
     plain = read_json(folder / "state.json")
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         return False
-    return plain.get("trial_id") == trial_id and all(
-        (folder / name).is_file() and file_sha256(folder / name) == digest
-        for name, digest in plain["sha256"].items()
+    digests = plain.get("sha256")
+    return (
+        plain.get("trial_id") == trial_id
+        and isinstance(digests, dict)
+        and all(
+            (folder / name).is_file() and file_sha256(folder / name) == digest
+            for name, digest in digests.items()
+        )
     )
 
 
-def epochs_in(folder: Path) -> int:
-    plain = read_json(folder / "state.json") or {}
-    return len(plain.get("state", {}).get("history", []))
+def candidates(trial_folder: Path) -> list[Path]:
+    """The trial's checkpoint folders, the newest first."""
+    return sorted((trial_folder / FOLDER).glob("epoch-*"), reverse=True)
 
 
-def candidates(study_dir: Path, trial_id: str) -> Iterator[Path]:
-    """The trial's checkpoint folders in all runs of the study, the most epochs first."""
-    folders = study_dir.glob(f"run-*/{trial_id}/checkpoint_*")
-    return iter(sorted(folders, key=lambda folder: (epochs_in(folder), folder), reverse=True))
-
-
-def newest(study_dir: Path, trial_id: str) -> tuple[Path | None, list[Path]]:
+def newest(trial_folder: Path) -> tuple[Path | None, list[Path]]:
     """The newest whole checkpoint, and the newer ones that are not whole."""
     broken: list[Path] = []
-    for folder in candidates(study_dir, trial_id):
-        if is_whole(folder, trial_id):
+    for folder in candidates(trial_folder):
+        if is_whole(folder, trial_folder.name):
             return folder, broken
         broken.append(folder)
     return None, broken

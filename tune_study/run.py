@@ -1,9 +1,14 @@
 """The command line: ``python -m tune_study.run --grid full``."""
 
+# ruff: noqa: E402  (Ray and torch read the environment while they are imported)
 from __future__ import annotations
 
-import logging
+from tune_study import environment
+
+environment.prepare()
+
 import math
+import os
 import shlex
 import signal
 import sys
@@ -23,7 +28,9 @@ if TYPE_CHECKING:
     from tune_study.study import Checked
     from tune_study.trainable import RunContext
 
-EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USER = 1, 2
+EXIT_STOPPED = {"disk": 1, "time": 124, "interrupt": 130, "terminate": 143}
+"""By the reason why a study stopped early: the shell's own codes for time and signals."""
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -57,6 +64,12 @@ def study(
     validate_only: Annotated[bool, typer.Option(help="build and check every model")] = False,
     resume: Annotated[bool, typer.Option(help="refuse to begin a new study")] = False,
     retry_failed: Annotated[bool, typer.Option(help="run failed trials again")] = False,
+    max_hours: Annotated[
+        float | None, typer.Option(min=0, help="stop at an epoch's end after so many hours")
+    ] = None,
+    keep_checkpoints: Annotated[
+        str, typer.Option(help="of finished trials: all, best (the adapter) or none")
+    ] = "best",
     simulate: Annotated[
         bool, typer.Option(help="draw the trials from a model instead of training them")
     ] = False,
@@ -71,8 +84,9 @@ def study(
 ) -> None:
     """Run a study of quantized LoRA fine-tuning; the same command continues an interrupted one."""
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-    _quiet()
     from tune_study import study as studies
+    from tune_study.limits import refuse_full_disk
+    from tune_study.supervise import only_run
     from tune_study.trainable import RunContext
 
     sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
@@ -92,6 +106,7 @@ def study(
         device=studies.choose_device(device),
         num_threads=_threads(max_concurrent),
         simulation=simulation,
+        keep_checkpoints=_one_of("--keep-checkpoints", keep_checkpoints, ("all", "best", "none")),
     )
     if simulation and (dry_run or validate_only):
         raise UserError("--simulate trains nothing: leave out --dry-run and --validate-only")
@@ -108,15 +123,20 @@ def study(
         console.print(f"{len(trials)}/{len(trials)} valid")
         return
     command = shlex.join(["python", "-m", "tune_study.run", *sys.argv[1:]])
-    studies.open_study(trials, context, checked.checksums, grid=grid, command=command)
-    if retry_failed:
-        studies.forget(trials, study_dir)
     options = {
         "max_concurrent": max_concurrent,
         "gpus_per_trial": gpus_per_trial,
         "dashboard": dashboard,
     }
-    raise typer.Exit(_run(console, trials, context, options, command))
+    with only_run(study_dir):
+        refuse_full_disk(study_dir)
+        for note in studies.open_study(
+            trials, context, checked.checksums, grid=grid, command=command
+        ):
+            console.print(f"note: {note}")
+        if retry_failed:
+            studies.forget(trials, study_dir)
+        raise typer.Exit(_run(console, trials, context, options, command, max_hours))
 
 
 def _run(
@@ -125,39 +145,86 @@ def _run(
     context: RunContext,
     options: dict[str, Any],
     command: str,
+    max_hours: float | None,
 ) -> int:
     """Runs what is to do, collects the tables, and returns the exit code."""
-    from analysis.report import write_report
     from tune_study import study as studies
-    from tune_study.progress import Progress
+    from tune_study.limits import disk_full
+    from tune_study.supervise import Stop
 
-    waiting = studies.todo(trials, context.study_dir)
+    study_dir = context.study_dir
+    waiting = studies.todo(trials, study_dir)
     done = len(trials) - len(waiting)
     if not waiting:
         console.print(f"nothing to do: all {len(trials)} trials of this study have ended")
     elif done:
         console.print(f"continuing: {done} of {len(trials)} trials have ended")
-    epochs = {trial.trial_id: trial.training.num_train_epochs for trial in waiting}
-    progress = Progress(console, context.study_dir, len(trials), done, epochs)
-    studies.Stop.reset()
-    before = signal.signal(signal.SIGINT, _on_interrupt(progress))
+    Stop.reset(max_hours)
     try:
-        if waiting:
-            with progress:
-                studies.run(waiting, context, progress, **options)
+        now = waiting and _train(console, waiting, context, options, command, len(trials))
+        studies.collect(study_dir)
+        _say_where(console, study_dir, report=not now)
+    except Exception as error:
+        if full := disk_full(error, study_dir):
+            raise full from error
+        raise
+    statuses = studies.statuses(trials, study_dir)
+    if Stop.reason and studies.todo(trials, study_dir):
+        console.print(f"{_STOPPED[Stop.reason]}; continue with: {command}")
+        return EXIT_STOPPED[Stop.reason]
+    return _judge(console, statuses, study_dir)
+
+
+_STOPPED = {
+    "disk": "stopped, because the disk is full: free some space",
+    "time": "stopped, because the time of --max-hours is over",
+    "interrupt": "interrupted",
+    "terminate": "terminated",
+}
+
+
+def _train(
+    console: Console,
+    waiting: Sequence[TrialConfig],
+    context: RunContext,
+    options: dict[str, Any],
+    command: str,
+    planned: int,
+) -> bool:
+    """Whether the user wanted to stop at once, in the middle of an epoch."""
+    from tune_study import study as studies
+    from tune_study.progress import Progress
+
+    epochs = {trial.trial_id: trial.training.num_train_epochs for trial in waiting}
+    progress = Progress(console, context.study_dir, planned, planned - len(waiting), epochs)
+
+    def on_dead_ray(name: str) -> None:
+        """The main thread waits for an answer of Ray's that will never come."""
+        progress.__exit__()
+        studies.collect(context.study_dir)
+        console.print(f"Ray's {name} process died; continue with: {command}")
+        sys.stdout.flush()
+        os._exit(EXIT_FAILED)
+
+    before = {number: signal.signal(number, _on_signal(progress)) for number in _SIGNALS}
+    try:
+        with progress:
+            studies.run(waiting, context, progress, on_dead_ray=on_dead_ray, **options)
     except KeyboardInterrupt:
-        studies.Stop.requested = True
+        return True
     finally:
-        signal.signal(signal.SIGINT, before)
-    studies.collect(context.study_dir)
-    studies.prune(context.study_dir)
-    console.print(f"results:     {context.study_dir}")
-    console.print(f"report:      {write_report(context.study_dir)}")
-    console.print(f"TensorBoard: tensorboard --logdir {context.study_dir / 'tensorboard'}")
-    if studies.Stop.requested:
-        console.print(f"interrupted; continue with: {command}")
-        return EXIT_INTERRUPTED
-    return _judge(console, studies.statuses(trials, context.study_dir), context.study_dir)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return False
+
+
+def _say_where(console: Console, study_dir: Path, *, report: bool) -> None:
+    from analysis.report import write_report
+
+    console.print(f"results:     {study_dir}")
+    if report:
+        console.print(f"report:      {write_report(study_dir)}")
+    console.print(f"TensorBoard: tensorboard --logdir {study_dir / 'tensorboard'}")
 
 
 def _judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
@@ -173,13 +240,16 @@ def _judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
     return EXIT_FAILED
 
 
-def _on_interrupt(progress: Any) -> Any:
-    from tune_study.study import Stop
+_SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
+
+
+def _on_signal(progress: Any) -> Any:
+    from tune_study.supervise import Stop
 
     def handler(signum: int, frame: object) -> None:
-        if Stop.requested:
+        if Stop.reason:
             raise KeyboardInterrupt
-        Stop.requested = True
+        Stop.request(_SIGNALS[signal.Signals(signum)])
         progress.say("stopping after this epoch; Ctrl-C again stops now")
 
     return handler
@@ -215,6 +285,12 @@ def _threads(max_concurrent: int) -> int:
     from tune_study.provenance import cores
 
     return max(1, cores() // max_concurrent)
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise UserError(f"{option} {value}: choose one of {', '.join(allowed)}")
+    return value
 
 
 def _safe_name(name: str) -> str:
@@ -284,24 +360,16 @@ def _print_plan(
     )
 
 
-def _quiet() -> None:
-    # At import it names a faster kernel of a package that is not there.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from tune_study.study import quiet_environment
-
-    quiet_environment()
-
-
 def main() -> None:
     """Entry point: the user's mistakes are one sentence on stderr and exit code 2."""
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER)
+        sys.exit(getattr(error, "exit_code", EXIT_USER))
     except KeyboardInterrupt:
-        print("interrupted before the study began", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(EXIT_STOPPED["interrupt"])
 
 
 if __name__ == "__main__":

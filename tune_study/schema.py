@@ -88,6 +88,7 @@ TRIALS: tuple[Column, ...] = (
     Column("peak_saving_fp32", "float", "fraction", "bytes saved against fp32 over that peak"),
     Column("peak_source", "str", "", "what measured the peak, or why it could not be"),
     Column("rss_peak_bytes", "int", "bytes", "peak resident memory of the worker process"),
+    Column("batch_halvings", "int", "", "times out of memory made the micro-batch smaller"),
     Column("batch_size", "int", "images", "micro-batch of one forward pass"),
     Column("gradient_accumulation_steps", "int", "", "micro-batches per optimizer step"),
     Column("train_time_s", "float", "s", "training, without evaluation"),

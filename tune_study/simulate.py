@@ -98,9 +98,7 @@ def execute(config: TrialConfig, simulation: Simulation, study_dir: Path, report
     write_json(folder / "config.json", config.model_dump(mode="json"))
     rows, test = draw(config, simulation)
     for row in rows:
-        report(
-            {**row, "best_val_accuracy": max(r["val_accuracy"] for r in rows[: row["epoch"]])}, None
-        )
+        report({**row, "best_val_accuracy": max(r["val_accuracy"] for r in rows[: row["epoch"]])})
     best = max(rows, key=lambda row: row["val_accuracy"])
     skeleton = skeleton_of(config.model, CLASSES.get(config.dataset, 10), config.data.image_size)
     parameters = sum(t.numel() for t in [*skeleton.parameters(), *skeleton.buffers()])

@@ -7,9 +7,8 @@ import importlib.util
 import inspect
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +37,7 @@ from tune_study.predict import skeleton_of
 from tune_study.progress import Progress
 from tune_study.quantize import block_linears, check_kernel, plan_layers
 from tune_study.schema import FINISHED_STATUSES, GOOD_STATUSES
+from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop
 from tune_study.tensorboard import TensorBoardCallback, axes_of
 from tune_study.trainable import RunContext, run_trial
 
@@ -219,14 +219,19 @@ def open_study(
     *,
     grid: str,
     command: str,
-) -> None:
+) -> list[str]:
     """Writes ``study.json``, or checks that the one there plans the same study.
 
     A plan that contains the old one extends it; one that the old one contains is a part of it.
-    Raises ``UserError`` for any other, and for changed data or weights.
+    Returns sentences for the user: what differs from the session before, such as versions.
+    Raises ``UserError`` for any other plan, and for changed data or weights.
     """
     folder = context.study_dir
     old = read_json(folder / "study.json")
+    notes = []
+    if old is None and (folder / "study.json").exists():
+        notes.append("study.json is not whole: it is written anew, from this command alone")
+        _refuse_other_data(trials, folder, checksums)
     cells = {t.trial_id: {"trial_id": t.trial_id, **t.model_dump(mode="json")} for t in trials}
     created = provenance.now()
     if old is not None:
@@ -235,7 +240,12 @@ def open_study(
         _refuse_other_study(folder, before, cells, old["provenance"], checksums)
         cells = {**before, **cells}
         created = old["created"]
-    elif folder.is_dir() and any(folder.iterdir()):
+        notes += _differences(old, context)
+    elif (
+        not notes
+        and folder.is_dir()
+        and any(not path.name.startswith(".") for path in folder.iterdir())
+    ):
         raise UserError(f"--name {folder.name}: {folder} is not empty and holds no study.json")
     folder.mkdir(parents=True, exist_ok=True)
     manifest = {
@@ -249,14 +259,60 @@ def open_study(
         "grid": grid,
         "device": context.device,
         "plan": list(cells.values()),
-        "provenance": {
-            "versions": provenance.versions(),
-            "commit": provenance.commit(),
-            "hardware": provenance.hardware(),
-            **_merged(old, checksums),
-        },
+        "provenance": {**_session(context), **_merged(old, checksums)},
+        "sessions": [
+            *(old or {}).get("sessions", []),
+            {"started": provenance.now(), "command": command, **_session(context)},
+        ],
     }
     write_json(folder / "study.json", manifest)
+    return notes
+
+
+def _session(context: RunContext) -> dict[str, Any]:
+    """What computes: recorded for every start of the study."""
+    return {
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        "hardware": provenance.hardware(),
+        "device": context.device,
+        "num_threads": context.num_threads,
+    }
+
+
+def _differences(old: Mapping[str, Any], context: RunContext) -> list[str]:
+    """One sentence when the study is continued with something else than it was run with so far."""
+    before = old["sessions"][-1] if old.get("sessions") else old["provenance"]
+    now = _session(context)
+    found = []
+    for kind in ("versions", "hardware"):
+        for name, value in now[kind].items():
+            if (then := before.get(kind, {}).get(name)) != value:
+                found.append(f"{name} was {then} and is {value}")
+    for name in ("commit", "device", "num_threads"):
+        if name in before and before[name] != now[name]:
+            found.append(f"{name} was {before[name]} and is {now[name]}")
+    if not found:
+        return []
+    return [
+        f"this study is continued with something else ({'; '.join(found)}): trials from before "
+        "and after may differ by more than their mode; study.json records both under sessions"
+    ]
+
+
+def _refuse_other_data(
+    trials: Sequence[TrialConfig], folder: Path, checksums: Mapping[str, Any]
+) -> None:
+    """Against what the trials saw. Raises ``UserError``."""
+    for trial in trials:
+        results = read_json(folder / trial.trial_id / "results.json")
+        metrics = results["train"]["model_metrics"] if isinstance(results, dict) else {}
+        then, now = metrics.get("data_sha256"), checksums["data"].get(trial.dataset, {})
+        if then is not None and now and then != now["sha256"]:
+            raise UserError(
+                f"--name {folder.name}: its trials saw another {trial.dataset} (sha256 "
+                f"{then[:12]}, now {now['sha256'][:12]}); choose another --name"
+            )
 
 
 def planned_ids(study_dir: Path) -> set[str]:
@@ -347,45 +403,21 @@ def forget(trials: Iterable[TrialConfig], study_dir: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-class Stop:
-    """Ctrl-C: the running trials end at their next epoch, checkpointed, and no other starts."""
-
-    requested = False
-    _at_epoch_end = False
-
-    @classmethod
-    def reset(cls) -> None:
-        cls.requested = cls._at_epoch_end = False
-
-
-class _EpochStopper(tune.Stopper):
-    """Tune asks it after every report. It has no state of its own, because Tune pickles it."""
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        Stop._at_epoch_end |= Stop.requested
-        return Stop.requested
-
-    def stop_all(self) -> bool:
-        return Stop._at_epoch_end
-
-
 def run(
     trials: Sequence[TrialConfig],
     context: RunContext,
     progress: Progress,
     *,
+    on_dead_ray: Callable[[str], None],
     max_concurrent: int = 1,
     gpus_per_trial: float | None = None,
     dashboard: bool = False,
 ) -> None:
-    """Runs ``trials`` with Ray Tune in a new run folder of the study.
+    """Runs ``trials`` with Ray Tune, and continues those whose worker died.
 
     Each trial continues from its own newest checkpoint, so nothing of an earlier run's Tune state
     is needed, and nothing of it is unpickled.
     """
-    if not trials:
-        return
-    cells = {trial.trial_id: trial.model_dump(mode="json") for trial in trials}
     gpus = 1 if context.device == "cuda" and gpus_per_trial is None else gpus_per_trial or 0
     resources = {"CPU": context.num_threads, TRIAL_SLOT: 1, "GPU": gpus}
     ray.init(
@@ -396,34 +428,50 @@ def run(
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    deaths = Deaths(context.study_dir, progress.say)
     try:
-        trainable = tune.with_parameters(run_trial, context=context.model_dump(mode="json"))
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, tune.PlacementGroupFactory([resources])),
-            param_space={
-                "trial_id": tune.grid_search(list(cells)),
-                "trial": tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]]),
-            },
-            tune_config=tune.TuneConfig(
-                reuse_actors=True,
-                trial_name_creator=lambda trial: trial.config["trial_id"],
-                trial_dirname_creator=lambda trial: trial.config["trial_id"],
-            ),
-            run_config=tune.RunConfig(
-                name=_new_run(context.study_dir),
-                storage_path=str(context.study_dir),
-                stop=_EpochStopper(),
-                callbacks=[
-                    TensorBoardCallback(context.study_dir, axes_of(_plan_of(context))),
-                    progress,
-                ],
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
-                verbose=0,
-            ),
-        )
-        tuner.fit()
+        with RayWatch(on_dead_ray):
+            waiting = list(trials)
+            while waiting and not Stop.requested():
+                _fit(waiting, context, [progress, deaths], resources)
+                waiting = deaths.to_continue(waiting)
     finally:
         ray.shutdown()
+
+
+def _fit(
+    trials: Sequence[TrialConfig],
+    context: RunContext,
+    callbacks: Sequence[tune.Callback],
+    resources: dict[str, float],
+) -> None:
+    """One Tuner, in a new run folder of the study."""
+    cells = {trial.trial_id: trial.model_dump(mode="json") for trial in trials}
+    trainable = tune.with_parameters(run_trial, context=context.model_dump(mode="json"))
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, tune.PlacementGroupFactory([resources])),
+        param_space={
+            "trial_id": tune.grid_search(list(cells)),
+            "trial": tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]]),
+        },
+        tune_config=tune.TuneConfig(
+            scheduler=Gate(),
+            reuse_actors=True,
+            trial_name_creator=lambda trial: trial.config["trial_id"],
+            trial_dirname_creator=lambda trial: trial.config["trial_id"],
+        ),
+        run_config=tune.RunConfig(
+            name=_new_run(context.study_dir),
+            storage_path=str(context.study_dir),
+            stop=EpochStopper(),
+            callbacks=[
+                TensorBoardCallback(context.study_dir, axes_of(_plan_of(context))),
+                *callbacks,
+            ],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
 
 
 def _plan_of(context: RunContext) -> list[dict[str, Any]]:
@@ -445,35 +493,3 @@ def collect(study_dir: Path) -> Study:
     study = rebuild(study_dir)
     write_tables(study, study_dir)
     return study
-
-
-def prune(study_dir: Path) -> None:
-    """Removes what later runs superseded: checkpoints of trials that ended well, empty runs."""
-    for folder in study_dir.glob("run-*/*/checkpoint_*"):
-        result = read_json(study_dir / folder.parent.name / "results.json")
-        if isinstance(result, dict) and result.get("status") in GOOD_STATUSES:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def quiet_environment() -> None:
-    """Settings that Ray and its workers read: no telemetry, no chatter, no stray cluster."""
-    settings = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-        # It would abort the whole study; a trial that runs out of memory is handled by itself.
-        "RAY_memory_monitor_refresh_ms": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "TUNE_GLOBAL_CHECKPOINT_S": "30",
-        "KINETO_LOG_LEVEL": "99",
-        # Every trial of a worker runs in a thread of its own: with an arena of memory for each, the
-        # worker of a long study grew from 1.5 to 3 GB.
-        "MALLOC_ARENA_MAX": "2",
-        # Spinning threads that wait for a core that something else holds are many times slower
-        # than sleeping ones (measured: CHANGELOG.md).
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)

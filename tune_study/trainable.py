@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
-import statistics
-import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 from ray import tune
 
 from tune_study import checkpoint, simulate, train
-from tune_study.config import TrialConfig, UserError
+from tune_study.config import TrialConfig
 from tune_study.data import load
+from tune_study.estimate import refuse_what_cannot_fit
 from tune_study.fidelity import gradient_fidelity, output_fidelity, twin
-from tune_study.files import write_json
-from tune_study.memory import reset_rss_peak, rss_peak_bytes
+from tune_study.files import write_folder_whole, write_json
+from tune_study.limits import (
+    STATES_PER_CHECKPOINT,
+    disk_full,
+    is_out_of_memory,
+    note_out_of_memory,
+    refuse_full_disk,
+    within_memory,
+)
+from tune_study.memory import reset_rss_peak
 from tune_study.model import BuiltModel, build_model
 from tune_study.predict import predict
-from tune_study.provenance import commit, hardware, now, versions
+from tune_study.record import Record
 from tune_study.resources import ResourceMonitor
 from tune_study.simulate import Simulation
-from tune_study.train import Row, Training
+from tune_study.train import Training
 
-FIDELITY_AT_START = ("gradient_cosine_start", "feature_cosine")
-Report = Callable[[dict[str, Any], Path | None], None]
-"""Takes a row and, for a new epoch, the folder of its checkpoint."""
+Report = Callable[[dict[str, Any]], None]
+LOCK_WAIT_S = 60
+"""How long a trial waits for the worker of a killed run to end."""
 
 
 class RunContext(BaseModel):
@@ -48,6 +53,8 @@ class RunContext(BaseModel):
     num_threads: int = 1
     simulation: Simulation | None = None
     """Draws the trials instead of training them."""
+    keep_checkpoints: Literal["all", "best", "none"] = "best"
+    """Of a trial that ended well: every epoch's, its best adapter, or nothing."""
 
 
 def run_trial(config: dict[str, Any], context: dict[str, Any]) -> None:
@@ -57,13 +64,9 @@ def run_trial(config: dict[str, Any], context: dict[str, Any]) -> None:
     """
     trial, where = TrialConfig.model_validate(config["trial"]), RunContext.model_validate(context)
     if where.simulation is not None:
-        simulate.execute(trial, where.simulation, where.study_dir, _tune_report)
+        simulate.execute(trial, where.simulation, where.study_dir, tune.report)
     else:
-        execute(trial, where, _tune_report)
-
-
-def _tune_report(row: dict[str, Any], folder: Path | None) -> None:
-    tune.report(row, checkpoint=tune.Checkpoint.from_directory(folder) if folder else None)
+        execute(trial, where, tune.report)
 
 
 def execute(config: TrialConfig, context: RunContext, report: Report) -> dict[str, Any]:
@@ -71,52 +74,89 @@ def execute(config: TrialConfig, context: RunContext, report: Report) -> dict[st
 
     The trial continues from its newest whole checkpoint under ``context.study_dir``, wherever that
     folder has been moved to; the rows before it are reported again first, so that the logs of
-    every run are complete.
+    every run are complete. Out of memory, it goes on with a smaller micro-batch. Raises
+    ``DiskFull`` and leaves the trial to be continued; any other exception ends it.
     """
     torch.set_num_threads(context.num_threads)
     reset_rss_peak()
     folder = context.study_dir / config.trial_id
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "error.json").unlink(missing_ok=True)
-    write_json(folder / "config.json", config.model_dump(mode="json"))
-    record = _Record(config, context, folder)
-    try:
-        _train(config, context, report, record)
-    except Exception as error:
-        record.write("oom" if isinstance(error, torch.OutOfMemoryError) else "error", error)
-        raise
-    finally:
-        gc.collect()  # the next trial of this worker starts without the tensors of this one
+    with FileLock(folder / ".lock", timeout=LOCK_WAIT_S):
+        record = Record(config, folder, context.device, context.num_threads)
+        report = _each_epoch_once(report)
+        try:
+            while not _attempt(config, context, report, record):
+                _release_memory()
+        finally:
+            _release_memory()  # the next trial of this worker starts without this one's tensors
     return record.content
 
 
-def _train(config: TrialConfig, context: RunContext, report: Report, record: _Record) -> None:
-    device = torch.device(context.device)
+def _each_epoch_once(report: Report) -> Report:
+    """A second attempt replays epochs that Tune has already seen."""
+    seen = 0
+
+    def once(row: dict[str, Any]) -> None:
+        nonlocal seen
+        if row["epoch"] > seen:
+            seen = int(row["epoch"])
+            report(row)
+
+    return once
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def _attempt(config: TrialConfig, context: RunContext, report: Report, record: Record) -> bool:
+    """Whether the trial ended; ``False`` when it ran out of memory and can try with less."""
+    try:
+        (record.folder / "error.json").unlink(missing_ok=True)
+        write_json(record.folder / "config.json", config.model_dump(mode="json"))
+        record.effective = within_memory(config, record.folder)
+        _train(context, report, record)
+    except Exception as error:
+        if full := disk_full(error, context.study_dir):
+            raise full from error
+        micro = record.effective.training.per_device_train_batch_size
+        out_of_memory = is_out_of_memory(error)
+        if not out_of_memory or micro == 1:
+            record.write("oom" if out_of_memory else "error", error)
+            raise
+        note_out_of_memory(record.folder, micro, f"{type(error).__name__}: {error}")
+        smaller = within_memory(config, record.folder).training
+        record.warn(
+            f"out of memory with micro-batches of {micro} images: goes on from the last epoch with "
+            f"{smaller.per_device_train_batch_size}, {smaller.gradient_accumulation_steps} a step"
+        )
+        record.training = None
+        return False
+    return True
+
+
+def _train(context: RunContext, report: Report, record: Record) -> None:
+    config, device = record.effective, torch.device(context.device)
     data = load(config.dataset, context.data_dir, config.data)
+    _refuse_to_start(config, context, len(data.class_names))
     built = build_model(config, len(data.class_names), weights=context.weights, device=device)
     training = train.start(config, built, data, device)
     record.built(built, training)
-    found, broken = checkpoint.newest(context.study_dir, config.trial_id)
-    for path in broken:
-        print(f"{config.trial_id}: {path.name} is not whole; using the one before", file=sys.stderr)
-    if found is not None:
-        state, extra = checkpoint.load(found)
-        training.load_state_dict(state)
-        record.memory, record.fidelity = extra["memory"], extra.get("fidelity", {})
-        for row in training.history:
-            report(record.report_row(row), None)
-    else:
-        record.memory = _memory(config, built, training)
-        record.fidelity = _fidelity_at_start(training, context.weights)
+    _continue(training, built, context, record)
+    for row in training.history:
+        report(record.report_row(row))
     record.write("interrupted")
     with ResourceMonitor(device) as resources:
         for row in train.fit(training):
             row |= resources.read()  # the history holds the same row
+            _save(training, context, record)
             record.write("interrupted")
-            with tempfile.TemporaryDirectory() as temporary:
-                extra = {"memory": record.memory, "fidelity": record.fidelity}
-                checkpoint.save(Path(temporary), config.trial_id, training.state_dict(), extra)
-                report(record.report_row(row), Path(temporary))
+            record.log(f"epoch {row['epoch']}: validation accuracy {row['val_accuracy']:.4f}")
+            report(record.report_row(row))
     status = train.finished(training)
     assert status is not None
     with twin(training, context.weights) as other:
@@ -125,8 +165,56 @@ def _train(config: TrialConfig, context: RunContext, report: Report, record: _Re
         started = time.perf_counter()
         record.test_metrics = train.test(training)
         record.test_time_s = time.perf_counter() - started
-        built.model.save_pretrained(str(record.folder / "adapter"), save_embedding_layers=False)
+        if context.keep_checkpoints != "none":
+            write_folder_whole(record.folder / "adapter", lambda path: _save_adapter(built, path))
     record.write(status)
+    record.log(status)
+    if status != "diverged" and context.keep_checkpoints != "all":
+        checkpoint.prune(record.folder, keep=0)
+
+
+def _refuse_to_start(config: TrialConfig, context: RunContext, classes: int) -> None:
+    """Raises ``UserError`` when memory, ``DiskFull`` when the disk is clearly not enough."""
+    device = torch.device(context.device)
+    refuse_what_cannot_fit(config, classes, device)
+    adapter_bytes = predict(config, classes, device).ledger.adapter_bytes
+    refuse_full_disk(context.study_dir, STATES_PER_CHECKPOINT * adapter_bytes)
+
+
+def _continue(training: Training, built: BuiltModel, context: RunContext, record: Record) -> None:
+    """Loads the newest whole checkpoint, or measures what is measured before the first step."""
+    config = record.effective
+    found, broken = checkpoint.newest(record.folder)
+    for path in broken:
+        record.warn(f"checkpoint {path.name} is not whole: continues from the one before")
+    extra: dict[str, Any] = {}
+    if found is not None:
+        state, extra = checkpoint.load(found)
+        training.load_state_dict(state)
+        record.memory, record.fidelity = extra["memory"], extra.get("fidelity", {})
+        record.log(f"continues after epoch {len(training.history)}, from {found.name}")
+    else:
+        record.log(f"starts on {context.device}")
+    if extra.get("micro_batch") != config.training.per_device_train_batch_size:
+        record.memory = _memory(config, built, training)
+    if found is None:
+        record.fidelity = _fidelity_at_start(training, context.weights)
+
+
+def _save(training: Training, context: RunContext, record: Record) -> None:
+    extra = {
+        "memory": record.memory,
+        "fidelity": record.fidelity,
+        "micro_batch": training.config.training.per_device_train_batch_size,
+    }
+    checkpoint.save(record.folder, training.state_dict(), extra)
+    if context.keep_checkpoints != "all":
+        checkpoint.prune(record.folder)
+
+
+def _save_adapter(built: BuiltModel, folder: Path) -> None:
+    """In PEFT's layout."""
+    built.model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def _memory(config: TrialConfig, built: BuiltModel, training: Training) -> dict[str, Any]:
@@ -150,186 +238,3 @@ def _fidelity_at_start(training: Training, weights: Path | None) -> dict[str, An
             "start": gradient_fidelity(training, other)._asdict(),
             "outputs": output_fidelity(training, other, weights)._asdict(),
         }
-
-
-def _fidelity_columns(fidelity: dict[str, Any]) -> dict[str, float]:
-    """The columns of ``schema.TRIALS``, as far as they are known."""
-    columns = dict(fidelity.get("outputs", {}))
-    for moment, suffix in (("start", "_start"), ("end", "")):
-        found = fidelity.get(moment, {})
-        columns[f"gradient_cosine{suffix}"] = found.get("cosine", math.nan)
-        columns[f"gradient_norm_ratio{suffix}"] = found.get("norm_ratio", math.nan)
-    return columns
-
-
-class _Record:
-    """``results.json`` of one trial, as far as it is known."""
-
-    def __init__(self, config: TrialConfig, context: RunContext, folder: Path) -> None:
-        self.config, self.context, self.folder = config, context, folder
-        self.model_metrics: dict[str, Any] = {}
-        self.memory: dict[str, Any] = {}
-        self.fidelity: dict[str, Any] = {}
-        self._analysis: dict[str, Any] = {}
-        self.test_metrics: dict[str, float] = {}
-        self.test_time_s = 0.0
-        self.training: Training | None = None
-        self.content: dict[str, Any] = {}
-        self._started_at = now()
-
-    def built(self, built: BuiltModel, training: Training) -> None:
-        self.training = training
-        parameters = sum(p.numel() for p in training.parameters.values())
-        self.model_metrics = {
-            "total_parameters": built.base_parameters + parameters,
-            "trainable_parameters": parameters,
-            "quantized_layers": len(built.layers),
-            "quantized_blocks": built.quantized_blocks,
-            "weights_bytes": built.weights_bytes,
-            "weights_bytes_fp32": built.base_parameters * 4,
-            "weights_bytes_16bit": built.base_parameters * 2,
-            "weights_saving_fp32": 1 - built.weights_bytes / (built.base_parameters * 4),
-            "weights_saving_16bit": 1 - built.weights_bytes / (built.base_parameters * 2),
-            "quantization_error": built.quantization_error,
-            "num_classes": len(training.data.class_names),
-            "train_images": len(training.data.train.labels),
-            "val_images": len(training.data.val.labels),
-            "test_images": len(training.data.test.labels),
-            "data_sha256": training.data.sha256,
-        }
-        layers = [
-            {**layer._asdict(), "relative_error": layer.relative_error, "sqnr_db": layer.sqnr_db}
-            for layer in built.layers
-        ]
-        self._analysis = {
-            "trial_id": self.config.trial_id,
-            "mode": self.config.quantization.mode,
-            "quantization_error": built.quantization_error,
-            "layers": layers,
-        }
-
-    def report_row(self, row: Row) -> dict[str, Any]:
-        """What Tune gets: the epoch's columns, and the trial's bytes beside them."""
-        constants = ("weights_bytes", "quantized_layers", "quantization_error")
-        memory = ("peak_train_bytes", "activation_bytes")
-        fidelity = _fidelity_columns(self.fidelity)
-        return {
-            **row,
-            **{name: fidelity.get(name, math.nan) for name in FIDELITY_AT_START},
-            **{name: self.model_metrics[name] for name in constants},
-            **{name: _nan_if_none(self.memory.get(name)) for name in memory},
-            "best_val_accuracy": max(
-                (r["val_accuracy"] for r in self._history()[: int(row["epoch"])]), default=math.nan
-            ),
-        }
-
-    def _history(self) -> list[Row]:
-        return self.training.history if self.training else []
-
-    def write(self, status: str, error: Exception | None = None) -> None:
-        """Writes ``results.json`` whole, and ``gradients.json``, and ``error.json`` if need be."""
-        history = self._history()
-        settings = self.config.training
-        sentence = None if error is None else f"{type(error).__name__}: {_first_line(error)}"
-        if isinstance(error, UserError):
-            sentence = _first_line(error)
-        if status == "diverged":
-            sentence = f"the loss was not finite in epoch {len(history)}"
-        self.content = {
-            "trial_id": self.config.trial_id,
-            "status": status,
-            "simulated": False,
-            "error": sentence,
-            "run": {
-                "config": self.config.model_dump(mode="json"),
-                "device": self.context.device,
-                "num_threads": self.context.num_threads,
-                "started_at": self._started_at,
-                "written_at": now(),
-            },
-            "train": {
-                "training_results": self._training_results(history),
-                "test_metrics": self.test_metrics,
-                "model_metrics": {**self.model_metrics, **_fidelity_columns(self.fidelity)},
-                "resource_metrics": {
-                    **self.memory,
-                    "rss_peak_bytes": rss_peak_bytes(),
-                    "batch_size": settings.per_device_train_batch_size,
-                    "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-                    "device": self.context.device,
-                },
-                "epochs": history,
-            },
-            "meta": {"versions": versions(), "commit": commit(), "hardware": hardware()},
-        }
-        if self.training is not None:
-            gradients = {
-                "layers": list(self.training.parameters),
-                "epochs": self.training.layer_gradients,
-            }
-            write_json(self.folder / "gradients.json", gradients)
-            analysis = {**self._analysis, "fidelity": self.fidelity}
-            write_json(self.folder / "quantization_analysis.json", analysis)
-        if error is not None:
-            write_json(self.folder / "error.json", self._failure(error))
-        write_json(self.folder / "results.json", self.content)
-
-    def _failure(self, error: Exception) -> dict[str, Any]:
-        return {
-            "trial_id": self.config.trial_id,
-            "type": type(error).__name__,
-            "message": str(error),
-            "traceback": "".join(traceback.format_exception(error)),
-            "config": self.config.model_dump(mode="json"),
-            "last_epoch": len(self._history()),
-        }
-
-    def _training_results(self, history: list[Row]) -> dict[str, Any]:
-        if not history:
-            return {"epochs_completed": 0}
-        train_time = math.fsum(row["train_time_s"] for row in history)
-        epoch_time = math.fsum(row["epoch_time_s"] for row in history)
-        training = self.training
-        assert training is not None
-        return {
-            "epochs_completed": len(history),
-            "best_epoch": training.best_epoch or None,
-            "val_accuracy": training.best_accuracy,
-            "train_time_s": train_time,
-            "eval_time_s": epoch_time - train_time + self.test_time_s,
-            "images_per_s": statistics.median(row["images_per_s"] for row in history),
-            **_over_epochs(history),
-        }
-
-
-def _over_epochs(history: list[Row]) -> dict[str, float]:
-    """The gradient columns of the whole trial: counts add up, the rest is the mean of epochs."""
-    counts = ("grad_explosions", "loss_spikes")
-    means = (
-        "grad_norm_mean",
-        "grad_norm_std",
-        "grad_norm_cv",
-        "stability_score",
-        "gradient_cosine_successive",
-    )
-    result: dict[str, float] = {name: sum(int(row[name]) for row in history) for name in counts}
-    result["grad_vanishing_layers"] = max(int(row["grad_vanishing_layers"]) for row in history)
-    for name in means:
-        finite = [row[name] for row in history if math.isfinite(row[name])]
-        result[name] = statistics.fmean(finite) if finite else math.nan
-    noise, square = (
-        statistics.fmean(row.get(name, math.nan) for row in history)
-        for name in ("gradient_noise_trace", "gradient_square")
-    )
-    result["gradient_noise_scale"] = noise / square if square > 0 else math.nan
-    return result
-
-
-def _nan_if_none(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _first_line(error: Exception) -> str:
-    with contextlib.suppress(IndexError):
-        return str(error).splitlines()[0][:500]
-    return ""

@@ -1,0 +1,235 @@
+"""What a trial leaves: ``results.json`` and the files beside it, as far as they are known."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tune_study.config import TrialConfig, UserError
+from tune_study.files import read_json, write_json
+from tune_study.limits import out_of_memory_events
+from tune_study.memory import rss_peak_bytes
+from tune_study.model import BuiltModel
+from tune_study.provenance import commit, hardware, now, versions
+from tune_study.train import Row, Training
+
+FIDELITY_AT_START = ("gradient_cosine_start", "feature_cosine")
+LOG_FILE = "trial.log"
+LOG_TAIL_LINES = 50
+
+
+def fidelity_columns(fidelity: dict[str, Any]) -> dict[str, float]:
+    """The columns of ``schema.TRIALS``, as far as they are known."""
+    columns = dict(fidelity.get("outputs", {}))
+    for moment, suffix in (("start", "_start"), ("end", "")):
+        found = fidelity.get(moment, {})
+        columns[f"gradient_cosine{suffix}"] = found.get("cosine", math.nan)
+        columns[f"gradient_norm_ratio{suffix}"] = found.get("norm_ratio", math.nan)
+    return columns
+
+
+class Record:
+    """``results.json`` of one trial, as far as it is known, and its log."""
+
+    def __init__(self, config: TrialConfig, folder: Path, device: str, num_threads: int) -> None:
+        self.config, self.folder = config, folder
+        self._device, self._num_threads = device, num_threads
+        before = read_json(folder / "results.json")
+        said = before.get("warnings") if isinstance(before, dict) else None
+        self.warnings: list[str] = said if isinstance(said, list) else []
+        """Sentences for the user: what went wrong and was mended."""
+        self.effective = config
+        """``config`` with the micro-batch that memory allowed."""
+        self.model_metrics: dict[str, Any] = {}
+        self.memory: dict[str, Any] = {}
+        self.fidelity: dict[str, Any] = {}
+        self._analysis: dict[str, Any] = {}
+        self.test_metrics: dict[str, float] = {}
+        self.test_time_s = 0.0
+        self.training: Training | None = None
+        self.content: dict[str, Any] = {}
+        self._started_at = now()
+
+    def log(self, line: str) -> None:
+        """A line of ``trial.log``, with the time."""
+        with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(f"{now()} {line}\n")
+
+    def warn(self, sentence: str) -> None:
+        """For the log, and for the user."""
+        self.warnings.append(sentence)
+        self.log(f"warning: {sentence}")
+
+    def built(self, built: BuiltModel, training: Training) -> None:
+        self.training = training
+        parameters = sum(p.numel() for p in training.parameters.values())
+        self.model_metrics = {
+            "total_parameters": built.base_parameters + parameters,
+            "trainable_parameters": parameters,
+            "quantized_layers": len(built.layers),
+            "quantized_blocks": built.quantized_blocks,
+            "weights_bytes": built.weights_bytes,
+            "weights_bytes_fp32": built.base_parameters * 4,
+            "weights_bytes_16bit": built.base_parameters * 2,
+            "weights_saving_fp32": 1 - built.weights_bytes / (built.base_parameters * 4),
+            "weights_saving_16bit": 1 - built.weights_bytes / (built.base_parameters * 2),
+            "quantization_error": built.quantization_error,
+            "num_classes": len(training.data.class_names),
+            "train_images": len(training.data.train.labels),
+            "val_images": len(training.data.val.labels),
+            "test_images": len(training.data.test.labels),
+            "data_sha256": training.data.sha256,
+        }
+        layers = [
+            {**layer._asdict(), "relative_error": layer.relative_error, "sqnr_db": layer.sqnr_db}
+            for layer in built.layers
+        ]
+        self._analysis = {
+            "trial_id": self.config.trial_id,
+            "mode": self.config.quantization.mode,
+            "quantization_error": built.quantization_error,
+            "layers": layers,
+        }
+
+    def report_row(self, row: Row) -> dict[str, Any]:
+        """What Tune gets: the epoch's columns, and the trial's bytes beside them."""
+        constants = ("weights_bytes", "quantized_layers", "quantization_error")
+        memory = ("peak_train_bytes", "activation_bytes")
+        fidelity = fidelity_columns(self.fidelity)
+        return {
+            **row,
+            **{name: fidelity.get(name, math.nan) for name in FIDELITY_AT_START},
+            **{name: self.model_metrics[name] for name in constants},
+            **{name: _nan_if_none(self.memory.get(name)) for name in memory},
+            "best_val_accuracy": max(
+                (r["val_accuracy"] for r in self._history()[: int(row["epoch"])]), default=math.nan
+            ),
+        }
+
+    def _history(self) -> list[Row]:
+        return self.training.history if self.training else []
+
+    def write(self, status: str, error: Exception | None = None) -> None:
+        """Writes ``results.json`` whole, and ``gradients.json``, and ``error.json`` if need be."""
+        history = self._history()
+        settings = self.effective.training
+        sentence = None if error is None else f"{type(error).__name__}: {_first_line(error)}"
+        if isinstance(error, UserError):
+            sentence = _first_line(error)
+        if status == "diverged":
+            sentence = f"the loss was not finite in epoch {len(history)}"
+        self.content = {
+            "trial_id": self.config.trial_id,
+            "status": status,
+            "simulated": False,
+            "error": sentence,
+            "warnings": self.warnings,
+            "run": {
+                "config": self.config.model_dump(mode="json"),
+                "device": self._device,
+                "num_threads": self._num_threads,
+                "started_at": self._started_at,
+                "written_at": now(),
+            },
+            "train": {
+                "training_results": self._training_results(history),
+                "test_metrics": self.test_metrics,
+                "model_metrics": {**self.model_metrics, **fidelity_columns(self.fidelity)},
+                "resource_metrics": {
+                    **self.memory,
+                    "rss_peak_bytes": rss_peak_bytes(),
+                    "batch_halvings": len(out_of_memory_events(self.folder)),
+                    "batch_size": settings.per_device_train_batch_size,
+                    "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+                    "device": self._device,
+                },
+                "epochs": history,
+            },
+            "meta": {"versions": versions(), "commit": commit(), "hardware": hardware()},
+        }
+        if self.training is not None:
+            gradients = {
+                "layers": list(self.training.parameters),
+                "epochs": self.training.layer_gradients,
+            }
+            write_json(self.folder / "gradients.json", gradients)
+            analysis = {**self._analysis, "fidelity": self.fidelity}
+            write_json(self.folder / "quantization_analysis.json", analysis)
+        if error is not None:
+            self.log(f"{status}: {type(error).__name__}: {error}")
+            write_json(self.folder / "error.json", self._failure(error))
+        write_json(self.folder / "results.json", self.content)
+
+    def _failure(self, error: Exception) -> dict[str, Any]:
+        return {
+            "trial_id": self.config.trial_id,
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+            "config": self.config.model_dump(mode="json"),
+            "last_epoch": len(self._history()),
+            "log_tail": log_tail(self.folder),
+        }
+
+    def _training_results(self, history: list[Row]) -> dict[str, Any]:
+        if not history:
+            return {"epochs_completed": 0}
+        train_time = math.fsum(row["train_time_s"] for row in history)
+        epoch_time = math.fsum(row["epoch_time_s"] for row in history)
+        training = self.training
+        assert training is not None
+        return {
+            "epochs_completed": len(history),
+            "best_epoch": training.best_epoch or None,
+            "val_accuracy": training.best_accuracy,
+            "train_time_s": train_time,
+            "eval_time_s": epoch_time - train_time + self.test_time_s,
+            "images_per_s": statistics.median(row["images_per_s"] for row in history),
+            **_over_epochs(history),
+        }
+
+
+def _over_epochs(history: list[Row]) -> dict[str, float]:
+    """The gradient columns of the whole trial: counts add up, the rest is the mean of epochs."""
+    counts = ("grad_explosions", "loss_spikes")
+    means = (
+        "grad_norm_mean",
+        "grad_norm_std",
+        "grad_norm_cv",
+        "stability_score",
+        "gradient_cosine_successive",
+    )
+    result: dict[str, float] = {name: sum(int(row[name]) for row in history) for name in counts}
+    result["grad_vanishing_layers"] = max(int(row["grad_vanishing_layers"]) for row in history)
+    for name in means:
+        finite = [row[name] for row in history if math.isfinite(row[name])]
+        result[name] = statistics.fmean(finite) if finite else math.nan
+    noise, square = (
+        statistics.fmean(row.get(name, math.nan) for row in history)
+        for name in ("gradient_noise_trace", "gradient_square")
+    )
+    result["gradient_noise_scale"] = noise / square if square > 0 else math.nan
+    return result
+
+
+def _nan_if_none(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def log_tail(folder: Path) -> list[str]:
+    """The last lines of a trial's log."""
+    try:
+        text = (folder / LOG_FILE).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return text.splitlines()[-LOG_TAIL_LINES:]
+
+
+def _first_line(error: Exception) -> str:
+    with contextlib.suppress(IndexError):
+        return str(error).splitlines()[0][:500]
+    return ""
