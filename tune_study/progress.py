@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Progress(tune.Callback):
         self._epochs = epochs
         self._total, self._done, self._failed = total, done, 0
         self._running: dict[str, dict[str, Any]] = {}
+        self._said: set[tuple[str, str]] = set()
         self._started = time.monotonic()
         self._epochs_left = sum(epochs.values())
         self._epochs_seen = 0
@@ -79,8 +81,7 @@ class Progress(tune.Callback):
             self.say(
                 f"{trial_id}: epoch {epoch}/{self._epochs[trial_id]}, "
                 f"loss {result['train_loss']:.4f}, "
-                f"validation accuracy {result['val_accuracy']:.4f}, "
-                f"{result['images_per_s']:.0f} images/s"
+                f"validation accuracy {result['val_accuracy']:.4f}" + _speed(result)
             )
         self._update()
 
@@ -94,6 +95,10 @@ class Progress(tune.Callback):
         state = self._running.pop(trial_id, {"epoch": 0})
         results = read_json(self._study_dir / trial_id / "results.json") or {}
         status = results.get("status", "error")
+        for sentence in results.get("warnings", []):
+            if (trial_id, sentence) not in self._said:
+                self._said.add((trial_id, sentence))
+                self.say(f"{trial_id}: {sentence}")
         if status in ("interrupted", "pending"):
             self._update()
             return
@@ -130,6 +135,12 @@ class Progress(tune.Callback):
             )
         summary = Text(f"{self._done} done, {self._failed} failed; {self._left()}")
         return Group(table, self._bar, summary)
+
+
+def _speed(result: dict[str, Any]) -> str:
+    """A simulated trial has none."""
+    speed = result["images_per_s"]
+    return "" if math.isnan(speed) else f", {speed:.0f} images/s"
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,6 @@ environment.prepare()
 import math
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -194,6 +193,7 @@ def _train(
     """Whether the user wanted to stop at once, in the middle of an epoch."""
     from tune_study import study as studies
     from tune_study.progress import Progress
+    from tune_study.supervise import Stop
 
     epochs = {trial.trial_id: trial.training.num_train_epochs for trial in waiting}
     progress = Progress(console, context.study_dir, planned, planned - len(waiting), epochs)
@@ -206,15 +206,12 @@ def _train(
         sys.stdout.flush()
         os._exit(EXIT_FAILED)
 
-    before = {number: signal.signal(number, _on_signal(progress)) for number in _SIGNALS}
     try:
         with progress:
             studies.run(waiting, context, progress, on_dead_ray=on_dead_ray, **options)
     except KeyboardInterrupt:
+        Stop.request("interrupt")
         return True
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return False
 
 
@@ -238,21 +235,6 @@ def _judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
         console.print(f"  {trial_id}: {status} (see {study_dir / trial_id})")
     console.print("run them again with --retry-failed added to the command")
     return EXIT_FAILED
-
-
-_SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
-
-
-def _on_signal(progress: Any) -> Any:
-    from tune_study.supervise import Stop
-
-    def handler(signum: int, frame: object) -> None:
-        if Stop.reason:
-            raise KeyboardInterrupt
-        Stop.request(_SIGNALS[signal.Signals(signum)])
-        progress.say("stopping after this epoch; Ctrl-C again stops now")
-
-    return handler
 
 
 def _simulation(simulate: bool, effects: list[str], seed_sd: float | None) -> Simulation | None:

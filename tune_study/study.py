@@ -37,7 +37,7 @@ from tune_study.predict import skeleton_of
 from tune_study.progress import Progress
 from tune_study.quantize import block_linears, check_kernel, plan_layers
 from tune_study.schema import FINISHED_STATUSES, GOOD_STATUSES
-from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop
+from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop, graceful_signals
 from tune_study.tensorboard import TensorBoardCallback, axes_of
 from tune_study.trainable import RunContext, run_trial
 
@@ -428,9 +428,11 @@ def run(
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    # What a trial died of stands in its error.json, and we say so: no traceback beside it.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     deaths = Deaths(context.study_dir, progress.say)
     try:
-        with RayWatch(on_dead_ray):
+        with graceful_signals(progress.say), RayWatch(on_dead_ray):
             waiting = list(trials)
             while waiting and not Stop.requested():
                 _fit(waiting, context, [progress, deaths], resources)

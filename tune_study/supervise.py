@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -79,6 +80,30 @@ class Stop:
         if cls._deadline is not None and time.monotonic() >= cls._deadline:
             cls.request("time")
         return cls.reason is not None
+
+
+_SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
+
+
+@contextmanager
+def graceful_signals(say: Callable[[str], None]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the study to stop, the second is a ``KeyboardInterrupt``.
+
+    Comes after ``ray.init``, which takes SIGTERM for itself.
+    """
+
+    def handler(signum: int, frame: object) -> None:
+        if Stop.reason:
+            raise KeyboardInterrupt
+        Stop.request(_SIGNALS[signal.Signals(signum)])
+        say("stopping after this epoch; Ctrl-C again stops now")
+
+    before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 class EpochStopper(tune.Stopper):

@@ -1,0 +1,112 @@
+"""Kills the smoke study at random moments until it completes, again and again, and compares.
+
+    python -m tests.e2e.crash --kills 25 --seed 1
+
+Each run starts the study, kills a part of it (``harness.TARGETS``) at a seeded moment, starts the
+same command again, and may be killed again. When the study has completed, its tables and adapters
+must equal those of an uninterrupted one to the last bit. A line per run; exit code 1 if one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.e2e import harness
+
+ANOTHER_KILL = 0.25
+"""Probability of a further kill after each one."""
+PATIENCE_S = 900
+
+
+def uninterrupted(folder: Path) -> float:
+    """Seconds that the whole study takes."""
+    begun = time.monotonic()
+    code, output = harness.finish(harness.start(folder), folder, PATIENCE_S)
+    if code != 0:
+        raise SystemExit(f"the uninterrupted study failed:\n{output}")
+    return time.monotonic() - begun
+
+
+def crash(folder: Path, expected: Path, duration_s: float, rng: random.Random) -> str:
+    """One study, killed until it completes: what was done to it. Raises ``AssertionError``."""
+    done = []
+    kills = 1
+    while rng.random() < ANOTHER_KILL:
+        kills += 1
+    while True:
+        process = harness.start(folder)
+        if kills:
+            kills -= 1
+            done.append(_one_kill(process, folder, duration_s, rng))
+        try:
+            code, output = harness.finish(process, folder, PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            harness.kill(process, "everything")
+            raise AssertionError(f"{', '.join(done)}: the study hangs") from None
+        if code == 0 and not kills:
+            break
+        # A dead worker is continued by the study itself; the other kills end the command.
+        assert code in (0, 1, -9), f"{', '.join(done)}: exit code {code}\n{output}"
+        assert len(done) < 20, f"{', '.join(done)}: it never completes\n{output}"
+    try:
+        harness.compare(folder / "smoke", expected)
+        harness.no_epoch_twice(folder / "smoke")
+    except AssertionError as error:
+        raise AssertionError(f"{', '.join(done)}: {error}") from None
+    return ", ".join(done)
+
+
+def _one_kill(
+    process: subprocess.Popen, folder: Path, duration_s: float, rng: random.Random
+) -> str:
+    target, moment = rng.choice(harness.TARGETS), rng.uniform(0, 0.95 * duration_s)
+    begun = time.monotonic()
+    while time.monotonic() - begun < moment and process.poll() is None:
+        time.sleep(0.05)
+    found = process.poll() is None and harness.kill(process, target)
+    words = f"{target} at {time.monotonic() - begun:.1f} s" + ("" if found else " (none there)")
+    if target == "power":
+        process.wait()
+        cut = harness.cut_power(folder / "smoke", rng) if (folder / "smoke").exists() else []
+        words += f" ({', '.join(cut)} cut)"
+    return words
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=5, help="studies to kill")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=1, help="number of the first study")
+    options = parser.parse_args(arguments)
+    failed = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        whole = Path(temporary) / "whole"
+        duration_s = uninterrupted(whole)
+        print(f"uninterrupted: {duration_s:.0f} s", flush=True)
+        for number in range(options.first, options.first + options.kills):
+            folder = Path(temporary) / str(number)
+            rng = random.Random(f"{options.seed}/{number}")
+            begun = time.monotonic()
+            try:
+                words = crash(folder, whole / "smoke", duration_s, rng)
+                verdict = "equal"
+            except AssertionError as error:
+                failed += 1
+                verdict, words = "FAILED", str(error)
+            took = time.monotonic() - begun
+            print(f"{number}: {verdict} after {took:.0f} s: {words}", flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+    print(f"{options.kills - failed} of {options.kills} equal (seed {options.seed})")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Studies as a user starts them, killed as a machine kills them, and compared to the last bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import psutil
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tune_study import resources
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TIMES = ["train_time_s", "eval_time_s", "images_per_s", "epoch_time_s", "rss_peak_bytes"]
+TIMES += resources.COLUMNS
+TARGETS = ("driver", "worker", "raylet", "everything", "power")
+"""What dies by SIGKILL. ``power`` is everything, and the files written last lose their end."""
+
+
+def start(output_dir: Path, *arguments: object, grid: str = "smoke") -> subprocess.Popen:
+    """The study's command in a session of its own, its output in ``<output_dir>/output.txt``."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "tune_study.run", "--grid", grid, "--output-dir", output_dir]
+    with (output_dir / "output.txt").open("w") as output:
+        return subprocess.Popen(
+            [str(part) for part in (*command, *arguments)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+
+
+def finish(process: subprocess.Popen, output_dir: Path, timeout_s: float = 900) -> tuple[int, str]:
+    """(exit code, output)."""
+    code = process.wait(timeout=timeout_s)
+    return code, (output_dir / "output.txt").read_text()
+
+
+def descendants(process: subprocess.Popen, name: str = "") -> list[psutil.Process]:
+    """Living processes below it whose name begins so: ``raylet``, ``ray::`` (workers)."""
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return [child for child in children if _name(child).startswith(name)]
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def kill(process: subprocess.Popen, target: str) -> bool:
+    """SIGKILL for ``target``; ``False`` when there is none at this moment."""
+    if target == "driver":
+        process.kill()
+        return True
+    names = {"worker": "ray::ImplicitFunc", "raylet": "raylet"}
+    victims = descendants(process, names.get(target, ""))
+    if target in ("everything", "power"):
+        process.kill()
+    for victim in victims:
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            continue  # it went first
+    return bool(victims)
+
+
+def cut_power(study_dir: Path, rng: random.Random, most: int = 3) -> list[str]:
+    """Truncates up to ``most`` of the files written last, anywhere; returns their names."""
+    files = [path for path in study_dir.rglob("*") if path.is_file() and path.stat().st_size]
+    files.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in files[:most]:
+        with path.open("rb+") as file:
+            file.truncate(rng.randrange(path.stat().st_size))
+    return [str(path.relative_to(study_dir)) for path in files[:most]]
+
+
+def interrupt(process: subprocess.Popen, number: int = signal.SIGINT) -> None:
+    """As a terminal does it: the whole process group gets the signal."""
+    os.killpg(process.pid, number)
+
+
+def compare(study_dir: Path, expected: Path) -> None:
+    """Raises ``AssertionError`` unless both tables are equal to the bit, times and RSS excepted."""
+    for table in ("trials", "epochs"):
+        ours, theirs = (pd.read_parquet(f / f"{table}.parquet") for f in (study_dir, expected))
+        drop = [name for name in TIMES if name in ours]
+        pd.testing.assert_frame_equal(
+            ours.drop(columns=drop), theirs.drop(columns=drop), check_exact=True
+        )
+    for trial_id in pd.read_parquet(study_dir / "trials.parquet")["trial_id"]:
+        ours, theirs = (
+            (folder / trial_id / "adapter" / "adapter_model.safetensors").read_bytes()
+            for folder in (study_dir, expected)
+        )
+        assert ours == theirs, f"the adapters of {trial_id} differ"
+
+
+def no_epoch_twice(study_dir: Path) -> None:
+    """In ``result.json`` of every run, and in TensorBoard's events. Raises ``AssertionError``."""
+    for path in study_dir.glob("run-*/*/result.json"):
+        text = path.read_text()
+        whole = text[: text.rfind("\n") + 1]  # the last line of a killed run may be half
+        epochs = [json.loads(line)["epoch"] for line in whole.splitlines()]
+        assert epochs == list(range(1, len(epochs) + 1)), f"{path}: {epochs}"
+    epochs = pd.read_parquet(study_dir / "epochs.parquet").groupby("trial_id")["epoch"]
+    for trial_id, rows in epochs:
+        events = EventAccumulator(str(study_dir / "tensorboard" / str(trial_id)))
+        events.Reload()
+        points = [point.step for point in events.Scalars("loss/train")]
+        assert points == list(rows), f"TensorBoard shows epochs {points} of {trial_id}"
