@@ -125,7 +125,9 @@ def test_a_planned_study_keeps_its_compute_dtype_on_another_machine(monkeypatch)
     assert dtypes(unnamed, planned={fp32.trial_id})[0] == ["fp32"]
 
 
-def test_bf16_slowness_is_a_ratio_of_rates():
-    assert bf16_slowness("cpu") == estimates.matmul_rate("fp32", "cpu") / estimates.matmul_rate(
-        "bf16", "cpu"
-    )
+def test_bf16_slowness_is_a_ratio_of_times_and_leaves_the_threads(monkeypatch):
+    rates = {"fp32": 150e9, "bf16": 1.5e9}
+    monkeypatch.setattr(estimates, "_matmul_rate", lambda size, dtype, device: rates[dtype])
+    threads = torch.get_num_threads()
+    assert bf16_slowness.__wrapped__("cpu") == pytest.approx(100)
+    assert torch.get_num_threads() == threads

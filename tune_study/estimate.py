@@ -115,9 +115,18 @@ def _with_compute_dtype(trial: TrialConfig, compute_dtype: str) -> TrialConfig:
     return trial.model_copy(update={"training": training})
 
 
+@cache
 def bf16_slowness(device: str) -> float:
-    """Time of a bf16 matrix product over that of an fp32 one, measured."""
-    return matmul_rate("fp32", device) / matmul_rate("bf16", device)
+    """Time of a bf16 matrix product over that of an fp32 one, measured.
+
+    With one thread: on a busy machine several wait for each other, and both kinds look slow.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _matmul_rate(256, "fp32", device) / _matmul_rate(256, "bf16", device)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @cache
