@@ -93,9 +93,11 @@ def decide(found: Searched) -> list[Decision]:
 
 def _line(found: Searched, question: str, row: pd.Series) -> Decision:
     values = [f"{name_of(name)} {value_of(name, row[name])}" for name in found.objectives]
-    evidence = f"{', '.join(values)}; test accuracy {percent(row['test_accuracy'], 2)}"
-    sample = f"trial {row['number']}, the best of {len(found.trials)}, one seed"
-    return Decision(question, in_words(found, str(row["trial_id"])), evidence, sample, False)
+    test = f"test accuracy {percent(row['test_accuracy'], 2)}"
+    evidence = f"{', '.join(values)}; {test}. {in_words(found, str(row['trial_id']))}."
+    sample = f"the best of {len(found.trials)}, one seed"
+    answer = f"trial {row['number']}: {row['quantization']}"
+    return Decision(question, answer, evidence, sample, False)
 
 
 def front_table(found: Searched) -> Table:
@@ -109,10 +111,11 @@ def front_table(found: Searched) -> Table:
     cells["test accuracy"] = _cell("test_accuracy")
     for name in names:
         cells[parameter_of(name)] = _parameter(found, name)
+    cells["trial id"] = text("trial_id")
     caption = (
         "The Pareto set: trials that no other beats" if len(found.objectives) > 1 else "The best"
     )
-    return table_of("pareto_set", caption, front, cells, note=_note(found))
+    return table_of("pareto_set", caption, front, cells, note=_note(found), wide=(len(cells) - 1,))
 
 
 def _cell(name: str) -> Any:
@@ -156,16 +159,24 @@ def section(found: Searched, trials: pd.DataFrame) -> Section:
 
 
 def _importances(found: Searched) -> Table:
+    table = found.importances
+    rows = table.pivot(index="parameter", columns="objective", values="importance")
+    rows["trials"] = table.groupby("parameter")["trials"].max()
+    rows = rows.sort_values(str(table["objective"].iloc[0]), ascending=False).reset_index()
+    cells: dict[str, Any] = {"parameter": lambda row: parameter_of(row["parameter"])}
+    for name in found.objectives:
+        if name in rows:
+            cells[f"share for the {name_of(name)}"] = _share(name)
+    cells["trials"] = text("trials")
     return table_of(
         "importances",
-        "Importance of each parameter",
-        found.importances,
-        {
-            "objective": lambda row: name_of(row["objective"]),
-            "parameter": lambda row: parameter_of(row["parameter"]),
-            "share of the variance": lambda row: percent(row["importance"], 0),
-            "trials": text("trials"),
-        },
+        "How much each parameter mattered",
+        rows,
+        cells,
         note="fANOVA: the share of the variance between trials that a random forest explains by "
-        "the parameter. A parameter that only some trials have is judged among those alone.",
+        "the parameter. One that only some trials have is judged among those alone.",
     )
+
+
+def _share(name: str) -> Any:
+    return lambda row: percent(row[name], 0)

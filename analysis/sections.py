@@ -28,7 +28,10 @@ from tune_study import schema
 def sections(found: Findings) -> list[Section]:
     """The chapters after the decision table, in the order of the report."""
     if found.search is not None:
-        about_memory = memory(found)._replace(figures=("memory_ledger",))
+        chapter = memory(found)
+        about_memory = chapter._replace(
+            paragraphs=chapter.paragraphs[:1], figures=("memory_ledger",)
+        )
         of_search = search_section.section(found.search, found.study.trials)
         return [of_search, about_memory, trials(found), methods(found)]
     return [
