@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import typer.main
 
-from tune_study import run
+from tests.test_search import drive
+from tune_study import run, study
 
 PAGE = (Path(__file__).parents[1] / "docs" / "search.md").read_text()
 COMMANDS = [
@@ -25,8 +26,20 @@ def test_every_option_on_the_page_exists():
         assert option in known, option
 
 
-def test_the_simulated_commands_run(tmp_path, monkeypatch, capsys):
+def without_ray(waiting, context, progress, *, search, **options):
+    """The suggested trials one by one in this process, in place of ``study.run``."""
+    search.begin(progress)
+    drive(search)
+    search.finish()
+
+
+@pytest.mark.parametrize(
+    "in_this_process", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["quick", "ray"]
+)
+def test_the_simulated_commands_run(tmp_path, monkeypatch, capsys, in_this_process):
     monkeypatch.chdir(tmp_path)
+    if in_this_process:
+        monkeypatch.setattr(study, "run", without_ray)
     space = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert space is not None
     (tmp_path / "my_space.py").write_text(space[1])
@@ -46,4 +59,5 @@ def test_the_simulated_commands_run(tmp_path, monkeypatch, capsys):
         assert len(trials) == planned
         assert (folders / name / "report" / "report.html").is_file()
         assert (folders / name / "optuna.sqlite3").is_file()
-    assert "pruned" in set(pd.read_parquet(folders / "pruned" / "trials.parquet")["status"])
+    if not in_this_process:
+        assert "pruned" in set(pd.read_parquet(folders / "pruned" / "trials.parquet")["status"])
