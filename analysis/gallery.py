@@ -18,8 +18,8 @@ KEYS = (
     "memory_ledger",
     "qlora_ratios",
     "seed_spread",
-    *search_figures.KEYS,
 )
+"""Of a grid; a search has ``search_figures.KEYS`` and the ledger."""
 
 
 def draw_all(found: Findings) -> dict[str, Drawn]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis import latex, summary
+from analysis import latex, search_figures, summary
 from analysis.decisions import WORDS, Decision
 from analysis.drawing import Drawn, png, save, short
 from analysis.findings import Findings, compute
@@ -89,7 +89,7 @@ def _put(path: Path, data: bytes) -> None:
 
 def _write_figures(page: Page, folder: Path) -> None:
     """Print-quality files; those of a figure that is now empty are removed."""
-    for key in KEYS:
+    for key in (*KEYS, *search_figures.KEYS):
         if key not in page.figures or not save(page.figures[key], folder):
             for kind in ("png", "pdf"):
                 (folder / f"{key}.{kind}").unlink(missing_ok=True)
@@ -124,7 +124,7 @@ def make_page(found: Findings) -> Page:
         scope=_scope(trials, progress),
         decisions=[_cleaned(line) for line in found.decisions],
         modes=[(clean(mode), WORDS.get(mode, "unknown mode")) for mode in modes_of(trials)],
-        glance=glance(found) if found.search is None else front_table(found.search),
+        glance=glance(found) if found.search is None else _of_search(found),
         sections=[cleaned(section) for section in sections(found)],
         figures=draw_all(found),
     )
@@ -133,6 +133,11 @@ def make_page(found: Findings) -> Page:
 def _cleaned(line: Decision) -> Decision:
     question, answer, evidence, sample = (clean(text) for text in line[:4])
     return line._replace(question=question, answer=answer, evidence=evidence, sample=sample)
+
+
+def _of_search(found: Findings) -> Table:
+    assert found.search is not None
+    return cleaned(Section("", "", [], [front_table(found.search)])).tables[0]
 
 
 def _unsuggested(found: Findings) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.decisions import Decision
+from analysis.drawing import short
 from analysis.layout import Section, Table, table_of, text
 from analysis.search import Searched, costs_of
 from analysis.wording import MISSING, known, listing, megabytes, number, percent, plural
@@ -53,12 +54,12 @@ def parameter_of(name: str) -> str:
     words = field.rpartition(".")[2].removeprefix("per_device_train_").replace("_", " ")
     if field == "quantization.mode":
         words = "quantization"
-    return words if computed in ("", "name") else f"{words} / {computed}"
+    return short(words if computed in ("", "name") else f"{words} / {computed}")
 
 
 def suggested(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return MISSING if value is None else str(value)
+        return MISSING if value is None else short(str(value), 40)
     return f"{value:.3g}".replace("e-0", "e-")
 
 

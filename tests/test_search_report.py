@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import findings, report, search
+from analysis import findings, gallery, report, search, search_figures
 from analysis.load import read_study
+from tests.test_figures import test_no_text_is_cut_off_or_covers_another as check_texts
 from tests.test_search import drive, opened, settings
 from tune_study import study
 from tune_study.importance import importances
@@ -96,6 +97,24 @@ def test_the_report_shows_the_search_and_compares_no_modes(folder):
     number = found.search.trials.loc[best, "number"]
     assert found.decisions[0].answer.startswith(f"trial {number}: ")
     assert not any(line.decided for line in found.decisions)
+
+
+@pytest.mark.parametrize("key", search_figures.KEYS)
+def test_its_figures_are_readable(folder, key):
+    found = findings.compute(read_study(folder))
+    evil = "lora." + "$x_" * 60
+    table = found.search.importances
+    table.loc[table["parameter"] == "lora.r", "parameter"] = evil
+    check_texts(key, gallery.draw_all(found))
+
+
+def test_names_from_a_stranger_stay_on_one_line(folder):
+    found = findings.compute(read_study(folder))
+    for params in found.search.parameters.values():
+        params["evil\u202ename"] = "a\nb" * 50
+    page = report.make_page(found)
+    cells = [*page.glance.columns, *(cell for row in page.glance.rows for cell in row)]
+    assert all(text.isprintable() for text in cells)
 
 
 def test_an_unfinished_search_says_what_is_missing(tmp_path):
