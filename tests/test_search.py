@@ -322,7 +322,8 @@ def test_killed_before_the_plan_was_written(whole, tmp_path):
     lost = manifest["plan"].pop()
     del manifest["search"]["params"][lost["trial_id"]]
     write_json(tmp_path / "study.json", manifest)
-    drive(opened(tmp_path, settings(num_samples=16)))
+    again = drive(opened(tmp_path, settings(num_samples=16)))
+    assert states(again) == ["COMPLETE"] * 16  # it was asked once, and is continued
     assert planned(tmp_path) == planned(whole)
 
 

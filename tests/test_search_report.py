@@ -117,6 +117,17 @@ def test_names_from_a_stranger_stay_on_one_line(folder):
     assert all(text.isprintable() for text in cells)
 
 
+def test_trials_of_one_rank_and_seed_are_no_pairs(tmp_path):
+    """They differ in learning rate and more, though the configuration's columns are equal."""
+    fixed = [("training.num_train_epochs", 2), ("lora.r", 8), ("lora.lora_alpha", 16)]
+    drive(opened(tmp_path, settings(num_samples=8, assignments=fixed)))
+    found = findings.compute(read_study(tmp_path))
+    assert {"none", "nf4"} <= set(found.study.trials["quantization"])
+    assert not found.comparison["mean_difference"].notna().any()
+    assert found.differences.empty
+    assert found.seed_spread.empty
+
+
 def test_an_unfinished_search_says_what_is_missing(tmp_path):
     drive(opened(tmp_path, settings(num_samples=9)), stop_after=4, kill=True)
     study.collect(tmp_path)
