@@ -16,6 +16,7 @@ import ray
 import timm
 import torch
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.search.variant_generator import generate_variants
 
 from analysis.load import Study, rebuild, write_tables
@@ -42,6 +43,13 @@ from tune_study.tensorboard import TensorBoardCallback, axes_of
 from tune_study.trainable import RunContext, run_trial
 
 FORMAT = 1
+AWS_SECRETS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SECURITY_TOKEN",
+    "AWS_SESSION_TOKEN",
+)
+"""What Tune hands to its workers by way of a log file (seen with Ray 2.60)."""
 TRIAL_SLOT = "trial_slot"
 """A resource of ours that limits the trials at a time: with Tune's own limit, grid trials are
 created lazily, and an interrupted study would not know of those to come."""
@@ -428,6 +436,8 @@ def run(
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    # Ray would write them into a log that everyone may read; local workers inherit them anyway.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(AWS_SECRETS)
     # What a trial died of stands in its error.json, and we say so: no traceback beside it.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     deaths = Deaths(context.study_dir, progress.say)
