@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -42,6 +43,7 @@ from tune_study.tensorboard import TensorBoardCallback, axes_of
 from tune_study.trainable import RunContext, run_trial
 
 FORMAT = 1
+MOST_TRIALS = 10_000
 TRIAL_SLOT = "trial_slot"
 """A resource of ours that limits the trials at a time: with Tune's own limit, grid trials are
 created lazily, and an interrupted study would not know of those to come."""
@@ -60,16 +62,16 @@ def load_grid(grid: str) -> tuple[str, dict[str, Any]]:
                 f"--grid {grid}: choose one of {', '.join(built_in)}, or path/to/file.py:function"
             )
         return grid, getattr(grids, grid)()
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
         raise UserError(f"--grid {grid}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise UserError(f"--grid {grid}: {path} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         space = getattr(module, function)()
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(f"--grid {grid}: {type(error).__name__}: {error}") from error
     if not isinstance(space, dict):
         raise UserError(f"--grid {grid}: it returned {type(space).__name__}, not a param_space")
@@ -86,14 +88,13 @@ def plan(
     one trial. Raises ``UserError`` for a field or value that is not allowed.
     """
     try:
-        variants = [spec for _, spec in generate_variants({"config": dict(param_space)})]
-    except ValueError as error:
+        _check_space(param_space)
+        cells = generate_variants({"config": dict(param_space)})
+        variants = [spec for _, spec in itertools.islice(cells, MOST_TRIALS + 1)]
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--grid: {error}") from None
-    if _samples(param_space):
-        raise UserError(
-            "--grid: it draws values (tune.choice, tune.uniform, ...); a grid names them, with "
-            "tune.grid_search"
-        )
+    if len(variants) > MOST_TRIALS:
+        raise UserError(f"--grid: it has more than {MOST_TRIALS} cells; shorten an axis")
     trials: dict[str, TrialConfig] = {}
     for variant in variants:
         values = variant["config"]
@@ -108,10 +109,27 @@ def plan(
     )
 
 
-def _samples(space: Any) -> bool:
+def _check_space(space: Any) -> None:
+    """Raises ``UserError`` for what Tune would draw or stumble over, at any depth."""
+    if isinstance(space, tune.search.sample.Domain) or _is_alone(space, "eval"):
+        raise UserError(
+            "--grid: it draws values (tune.choice, tune.uniform, ...); a grid names them, with "
+            "tune.grid_search"
+        )
+    if _is_alone(space, "grid_search") and not (
+        isinstance(space["grid_search"], list) and space["grid_search"]
+    ):
+        raise UserError("--grid: tune.grid_search wants a list with at least one value")
     if isinstance(space, Mapping):
-        return any(_samples(value) for value in space.values())
-    return isinstance(space, tune.search.sample.Domain)
+        if not all(isinstance(key, str) for key in space):
+            raise UserError("--grid: the names in a param_space must be text")
+        space = list(space.values())
+    for inner in space if isinstance(space, list | tuple) else ():
+        _check_space(inner)
+
+
+def _is_alone(space: Any, key: str) -> bool:
+    return isinstance(space, Mapping) and list(space) == [key]
 
 
 def choose_device(device: str) -> str:
