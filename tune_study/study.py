@@ -12,11 +12,12 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ray
 import timm
 import torch
+from pydantic import BaseModel, ValidationError
 from ray import tune
 from ray.tune.search.variant_generator import generate_variants
 
@@ -38,7 +39,7 @@ from tune_study.model import (
 from tune_study.predict import skeleton_of
 from tune_study.progress import Progress
 from tune_study.quantize import block_linears, check_kernel, plan_layers
-from tune_study.schema import FINISHED_STATUSES, GOOD_STATUSES
+from tune_study.schema import FINISHED_STATUSES, GOOD_STATUSES, STATUSES
 from tune_study.tensorboard import TensorBoardCallback, axes_of
 from tune_study.trainable import RunContext, run_trial
 
@@ -244,7 +245,7 @@ def open_study(
     Raises ``UserError`` for any other, and for changed data or weights.
     """
     folder = context.study_dir
-    old = read_json(folder / "study.json")
+    old = _manifest(folder)
     cells = {t.trial_id: {"trial_id": t.trial_id, **t.model_dump(mode="json")} for t in trials}
     created = provenance.now()
     if old is not None:
@@ -255,7 +256,6 @@ def open_study(
         created = old["created"]
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--name {folder.name}: {folder} is not empty and holds no study.json")
-    folder.mkdir(parents=True, exist_ok=True)
     manifest = {
         "format": FORMAT,
         "study": folder.name,
@@ -274,14 +274,58 @@ def open_study(
             **_merged(old, checksums),
         },
     }
-    write_json(folder / "study.json", manifest)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "study.json", manifest)
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {folder.parent}: {folder} can't be written to ({error.strerror}); "
+            "choose another --output-dir or --name"
+        ) from None
+
+
+class _Named(BaseModel):
+    trial_id: str
+
+
+class _Input(BaseModel):
+    sha256: str | None
+
+
+class _Provenance(BaseModel):
+    data: dict[str, _Input]
+    weights: dict[str, _Input]
+
+
+class _Manifest(BaseModel):
+    """What must be right in a study.json for it to be continued."""
+
+    format: Literal[1]
+    created: str
+    plan: list[_Named]
+    provenance: _Provenance
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """study.json, or ``None`` when there is no whole one. Raises ``UserError`` for another's."""
+    found = read_json(folder / "study.json")
+    if found is not None:
+        try:
+            _Manifest.model_validate(found)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])[:100]
+            raise UserError(
+                f"--name {folder.name}: its study.json is not of this version of tune-study "
+                f"({where or 'the whole'}: {first['msg']}); choose another --name"
+            ) from None
+    return found
 
 
 def planned_ids(study_dir: Path) -> set[str]:
     """The trial ids of the study in that folder; none where there is no study yet."""
-    manifest = read_json(study_dir / "study.json")
-    plan = manifest.get("plan") if isinstance(manifest, dict) else None
-    return {cell["trial_id"] for cell in plan} if isinstance(plan, list) else set()
+    manifest = _manifest(study_dir) or {"plan": []}
+    return {cell["trial_id"] for cell in manifest["plan"]}
 
 
 def _merged(old: Mapping[str, Any] | None, checksums: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,7 +387,7 @@ def statuses(trials: Iterable[TrialConfig], study_dir: Path) -> dict[str, str]:
     for trial in trials:
         result = read_json(study_dir / trial.trial_id / "results.json")
         status = result.get("status") if isinstance(result, dict) else None
-        found[trial.trial_id] = status or "pending"
+        found[trial.trial_id] = status if status in STATUSES else "pending"
     return found
 
 
