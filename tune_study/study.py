@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import inspect
-import itertools
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,8 +68,8 @@ def load_grid(grid: str) -> tuple[str, dict[str, Any]]:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"--grid {grid}: {path} is no Python file; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
     try:
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         space = getattr(module, function)()
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
@@ -89,13 +89,11 @@ def plan(
     one trial. Raises ``UserError`` for a field or value that is not allowed.
     """
     try:
-        _check_space(param_space)
-        cells = generate_variants({"config": dict(param_space)})
-        variants = [spec for _, spec in itertools.islice(cells, MOST_TRIALS + 1)]
+        if (count := _cells(param_space)) > MOST_TRIALS:
+            raise UserError(f"--grid: it has {count:,} cells, {MOST_TRIALS:,} are allowed")
+        variants = [spec for _, spec in generate_variants({"config": dict(param_space)})]
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--grid: {error}") from None
-    if len(variants) > MOST_TRIALS:
-        raise UserError(f"--grid: it has more than {MOST_TRIALS} cells; shorten an axis")
     trials: dict[str, TrialConfig] = {}
     for variant in variants:
         values = variant["config"]
@@ -110,23 +108,23 @@ def plan(
     )
 
 
-def _check_space(space: Any) -> None:
-    """Raises ``UserError`` for what Tune would draw or stumble over, at any depth."""
+def _cells(space: Any) -> int:
+    """How many cells a grid has. Raises ``UserError`` for what Tune would draw or stumble over."""
     if isinstance(space, tune.search.sample.Domain) or _is_alone(space, "eval"):
         raise UserError(
             "--grid: it draws values (tune.choice, tune.uniform, ...); a grid names them, with "
             "tune.grid_search"
         )
-    if _is_alone(space, "grid_search") and not (
-        isinstance(space["grid_search"], list) and space["grid_search"]
-    ):
-        raise UserError("--grid: tune.grid_search wants a list with at least one value")
+    if _is_alone(space, "grid_search"):
+        values = space["grid_search"]
+        if not isinstance(values, list) or not values:
+            raise UserError("--grid: tune.grid_search wants a list with at least one value")
+        return sum(_cells(value) for value in values)
     if isinstance(space, Mapping):
         if not all(isinstance(key, str) for key in space):
             raise UserError("--grid: the names in a param_space must be text")
         space = list(space.values())
-    for inner in space if isinstance(space, list | tuple) else ():
-        _check_space(inner)
+    return math.prod(_cells(value) for value in space) if isinstance(space, list | tuple) else 1
 
 
 def _is_alone(space: Any, key: str) -> bool:
