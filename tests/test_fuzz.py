@@ -36,7 +36,11 @@ from tune_study.simulate import parse_effect
 
 
 @fuzz(300)
-@given(mutated(TRIAL, VALUES) | st.dictionaries(TEXT | st.sampled_from(list(TRIAL)), VALUES))
+@given(
+    mutated(TRIAL, VALUES)
+    | st.dictionaries(TEXT | st.sampled_from(list(TRIAL)), VALUES)
+    | st.builds(lambda m, d: {**TRIAL, "model": m, "dataset": f"folder:{d}"}, TEXT, TEXT)
+)
 def test_a_configuration_is_a_trial_with_a_safe_id_or_refused(values):
     trial = outcome(lambda: parse_trial(values), UserError)
     if trial is not None:
@@ -48,6 +52,21 @@ def test_a_configuration_is_a_trial_with_a_safe_id_or_refused(values):
         assert len(name) <= 255
         stored = json.loads(json.dumps(trial.model_dump(mode="json")))
         assert parse_trial(stored).trial_id == name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lora.target_modules", "a{9999999999}"),
+        ("lora.target_modules", "(" * 2000),
+        ("seed", 10**5000),
+        ("training.num_train_epochs", -(10**5000)),
+    ],
+    ids=["repeats", "depth", "seed", "epochs"],
+)
+def test_a_value_that_python_itself_gives_up_on_is_refused(field, value):
+    with pytest.raises(UserError, match=field):
+        parse_trial(assign(TRIAL, field, value))
 
 
 @fuzz(120)
