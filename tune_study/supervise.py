@@ -36,9 +36,9 @@ def only_run(study_dir: Path) -> Iterator[None]:
 
     The system lets go of the lock when a run dies, however it dies.
     """
-    study_dir.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(study_dir / ".lock"), study_dir / ".run.json"
     try:
+        study_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         run = read_json(owner)
@@ -46,6 +46,11 @@ def only_run(study_dir: Path) -> Iterator[None]:
         raise UserError(
             f"--name {study_dir.name}: {who} is running this study; wait for it, stop it, or "
             "choose another --name"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {study_dir.parent}: {study_dir} can't be written to ({error.strerror}); "
+            "choose another --output-dir or --name"
         ) from None
     try:
         write_json(owner, {"pid": os.getpid(), "since": now()})
