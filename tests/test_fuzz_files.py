@@ -93,8 +93,7 @@ def saved(tmp_path_factory):
     state = {name: {} for name in (*checkpoint.BINARY, *checkpoint.PLAIN)}
     state |= {"history": [{"epoch": 1}]}
     state |= {name: {"x": torch.zeros(2)} for name in checkpoint.TENSORS}
-    folder = root / "run-1" / "trial" / "checkpoint_000000"
-    checkpoint.save(folder, "trial", state, {})
+    folder = checkpoint.save(root / "trial", state, {})
     return root, "trial", folder
 
 
@@ -110,7 +109,7 @@ def test_a_checkpoint_is_whole_and_loads_or_is_passed_over(tmp_path, saved, data
         file.write_bytes(data.draw(files_like(json.loads(file.read_text()))))
     else:
         file.write_bytes(data.draw(damaged(file.read_bytes())))
-    found, broken = checkpoint.newest(root, saved[1])
+    found, broken = checkpoint.newest(root / saved[1])
     assert (found, broken) in ((folder, []), (None, [folder]))
     if found is not None:
         state, _ = checkpoint.load(found)

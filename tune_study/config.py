@@ -160,6 +160,9 @@ class TrialConfig(_Record):
         for name, default in _JOINED_LATER.items():
             if values["training"][name] == default:
                 del values["training"][name]
+        overrides = values["quantization"]["overrides"]
+        if len(overrides) > 1:  # their order decides: the last match wins
+            values["quantization"]["overrides"] = list(overrides.items())
         canonical = json.dumps(values, sort_keys=True)
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
         dataset = "folder_" + Path(self.dataset).name if ":" in self.dataset else self.dataset

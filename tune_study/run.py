@@ -97,6 +97,7 @@ def study(
     trials = studies.plan(space, assignments)[:max_experiments]
     simulation = _simulation(simulate, effect or [], _finite("--seed-sd", seed_sd))
     _finite("--gpus-per-trial", gpus_per_trial)
+    _finite("--max-hours", max_hours)
     default_name = f"{grid_name}-simulated" if simulation else grid_name
     study_dir = _resolved(
         "--output-dir", output_dir / _safe_name(default_name if name is None else name)

@@ -291,6 +291,7 @@ def open_study(
             {"started": provenance.now(), "command": command, **_session(context)},
         ],
     }
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "study.json", manifest)
     return notes
 
