@@ -256,7 +256,7 @@ def open_study(
     folder = context.study_dir
     old = _manifest(folder)
     notes = []
-    if old is None and (folder / "study.json").exists():
+    if old is None and (folder / "study.json").is_file():
         notes.append("study.json is not whole: it is written anew, from this command alone")
         _refuse_other_data(trials, folder, checksums)
     cells = {t.trial_id: {"trial_id": t.trial_id, **t.model_dump(mode="json")} for t in trials}
