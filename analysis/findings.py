@@ -14,10 +14,12 @@ from analysis import (
     literature,
     ratios,
     references,
+    search_section,
     statistics,
     summaries,
 )
 from analysis.load import Study
+from analysis.search import Searched, searched
 from tune_study import schema
 
 GRADIENT_METRICS = (
@@ -63,18 +65,22 @@ class Findings(NamedTuple):
     literature: literature.Literature
     decisions: list[decisions.Decision]
     problems: list[str]
+    search: Searched | None = None
+    """Of a search; its trials differ in more than mode and seed, so nothing is paired."""
 
 
 def compute(study: Study, *, baseline: str = "none") -> Findings:
     """All tables of the report. Deterministic: resampling starts from a fixed generator."""
-    trials, epochs = study.trials, study.epochs
+    trials, epochs, asked = study.trials, study.epochs, searched(study)
+    # What a search tried differs in more than mode and seed: no comparison gets to see it.
+    paired = trials if asked is None else trials.assign(status="pending")
     layers = footprint.quantized_parameters(study.path, trials)
     memory = footprint.memory_ratios(trials, layers)
     ledger = summaries.memory_ledger(trials)
-    speed = ratios.metric_ratios(trials, metric="images_per_s", baseline=baseline)
-    comparison = _compare(trials, "test_accuracy", baseline)
-    spread = summaries.seed_spread(trials)
-    per_trial = convergence.convergence_table(epochs, trials)
+    speed = ratios.metric_ratios(paired, metric="images_per_s", baseline=baseline)
+    comparison = _compare(paired, "test_accuracy", baseline)
+    spread = summaries.seed_spread(paired)
+    per_trial = convergence.convergence_table(epochs, paired)
     heat, problems = summaries.layer_gradients(study.path, trials)
     published = literature.load()
     return Findings(
@@ -82,30 +88,33 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
         simulated=bool(study.manifest.get("simulated")),
         counts=counts(trials),
         comparison=comparison,
-        differences=configuration_differences(trials, baseline),
-        by_dataset=_by_dataset(trials, baseline),
+        differences=configuration_differences(paired, baseline),
+        by_dataset=_by_dataset(paired, baseline),
         cells=summaries.cells(trials),
         seed_spread=spread,
         seed_sds=summaries.pooled_sd(spread),
-        friedman=statistics.friedman(trials),
-        mixed=statistics.mixed_model(trials, baseline=baseline),
-        leave_one_out=statistics.leave_one_out(trials, baseline=baseline),
+        friedman=statistics.friedman(paired),
+        mixed=statistics.mixed_model(paired, baseline=baseline),
+        leave_one_out=statistics.leave_one_out(paired, baseline=baseline),
         memory=memory,
         ledger=ledger,
-        peaks=footprint.peak_ratios(ledger, baseline),
+        peaks=footprint.peak_ratios(ledger if asked is None else ledger[:0], baseline),
         speed=speed,
         convergence=per_trial,
         convergence_comparison=convergence.compare_convergence(per_trial, baseline=baseline),
         early_stopping=convergence.early_stopping(per_trial),
         gradients=means_per_mode(trials, GRADIENT_METRICS),
-        gradient_comparison=_comparisons(trials, GRADIENT_METRICS[:3], baseline),
+        gradient_comparison=_comparisons(paired, GRADIENT_METRICS[:3], baseline),
         layers=heat,
-        ours=ratios.our_ratios(trials, baseline=baseline),
-        qlora=ratios.qlora_ratios(trials, published),
-        vision=references.vision_references(trials, published),
+        ours=ratios.our_ratios(paired, baseline=baseline),
+        qlora=ratios.qlora_ratios(paired, published),
+        vision=references.vision_references(paired, published),
         literature=published,
-        decisions=decisions.decide(trials, comparison, memory, ledger, speed, baseline=baseline),
+        decisions=decisions.decide(trials, comparison, memory, ledger, speed, baseline=baseline)
+        if asked is None
+        else search_section.decide(asked),
         problems=[*study.problems, *problems],
+        search=asked,
     )
 
 

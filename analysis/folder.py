@@ -19,6 +19,9 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
 _STUDY_FILES = {
     "study.json",
     *(f"{table}.{kind}" for table in ("trials", "epochs") for kind in ("csv", "parquet")),
+    "optuna.sqlite3",
+    "optuna.sqlite3-journal",
+    "search.json",
     "quantization_experiments_summary.json",
     "quantization_detailed_analysis.json",
     "report",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from analysis import curves, figures, summaries
+from analysis import curves, figures, search_figures, summaries
 from analysis.drawing import Drawn, mark_simulated
 from analysis.findings import Findings
 from analysis.layout import clean
@@ -18,12 +18,19 @@ KEYS = (
     "memory_ledger",
     "qlora_ratios",
     "seed_spread",
+    *search_figures.KEYS,
 )
 
 
 def draw_all(found: Findings) -> dict[str, Drawn]:
-    """Every figure by its key; empty ones say why. Simulated studies are marked in each."""
-    drawn = [*_outcomes(found), *_over_epochs(found), *_memory(found), _literature(found)]
+    """Every figure by its key; empty ones say why. Simulated studies are marked in each.
+
+    A search has its own, and of the others the ledger alone: its trials are no comparison.
+    """
+    if found.search is not None:
+        drawn = [*search_figures.draw(found.search), _ledger(found)]
+    else:
+        drawn = [*_outcomes(found), *_over_epochs(found), *_memory(found), _literature(found)]
     if found.simulated:
         drawn = [mark_simulated(figure) for figure in drawn]
     return {figure.key: figure for figure in drawn}
@@ -116,14 +123,18 @@ def _memory(found: Findings) -> list[Drawn]:
             label="peak, MB",
             empty="no trial measured the peak of a training step on this machine",
         ),
-        figures.plot_ledger(
-            found.ledger,
-            title="Where the memory of a training step goes",
-            caption="Mean over trials. Parts that nobody measured are left out; the diamond is the "
-            "measured peak, which includes temporary buffers.",
-            parts=summaries.LEDGER,
-        ),
+        _ledger(found),
     ]
+
+
+def _ledger(found: Findings) -> Drawn:
+    return figures.plot_ledger(
+        found.ledger,
+        title="Where the memory of a training step goes",
+        caption="Mean over trials. Parts that nobody measured are left out; the diamond is the "
+        "measured peak, which includes temporary buffers.",
+        parts=summaries.LEDGER,
+    )
 
 
 def _literature(found: Findings) -> Drawn:

@@ -23,6 +23,7 @@ from analysis.findings import Findings, compute
 from analysis.gallery import KEYS, draw_all
 from analysis.layout import Section, Table, clean, cleaned
 from analysis.load import StudyError, read_study
+from analysis.search_section import front_table
 from analysis.sections import sections
 from analysis.summaries import modes_of
 from analysis.tables import write_whole
@@ -89,7 +90,7 @@ def _put(path: Path, data: bytes) -> None:
 def _write_figures(page: Page, folder: Path) -> None:
     """Print-quality files; those of a figure that is now empty are removed."""
     for key in KEYS:
-        if not save(page.figures[key], folder):
+        if key not in page.figures or not save(page.figures[key], folder):
             for kind in ("png", "pdf"):
                 (folder / f"{key}.{kind}").unlink(missing_ok=True)
 
@@ -111,8 +112,10 @@ def make_page(found: Findings) -> Page:
     manifest, trials = found.study.manifest, found.study.trials
     progress = summary.progress(trials)
     marks = ["simulated"] if found.simulated else []
-    marks += [] if progress["complete"] else ["unfinished"]
-    title = f"What quantization costs: {clean(str(manifest.get('study')))}"
+    complete = progress["complete"] and not _unsuggested(found)
+    marks += [] if complete else ["unfinished"]
+    subject = "What quantization costs" if found.search is None else "A search"
+    title = f"{subject}: {clean(str(manifest.get('study')))}"
     return Page(
         title=f"{title} ({', '.join(marks)})" if marks else title,
         simulated=found.simulated,
@@ -121,7 +124,7 @@ def make_page(found: Findings) -> Page:
         scope=_scope(trials, progress),
         decisions=[_cleaned(line) for line in found.decisions],
         modes=[(clean(mode), WORDS.get(mode, "unknown mode")) for mode in modes_of(trials)],
-        glance=glance(found),
+        glance=glance(found) if found.search is None else front_table(found.search),
         sections=[cleaned(section) for section in sections(found)],
         figures=draw_all(found),
     )
@@ -130,6 +133,13 @@ def make_page(found: Findings) -> Page:
 def _cleaned(line: Decision) -> Decision:
     question, answer, evidence, sample = (clean(text) for text in line[:4])
     return line._replace(question=question, answer=answer, evidence=evidence, sample=sample)
+
+
+def _unsuggested(found: Findings) -> int:
+    """Trials that a search is still to suggest."""
+    if found.search is None:
+        return 0
+    return max(0, found.search.num_samples - len(found.study.trials))
 
 
 def _banners(found: Findings, progress: dict[str, Any]) -> list[str]:
@@ -141,10 +151,11 @@ def _banners(found: Findings, progress: dict[str, Any]) -> list[str]:
             "trained. They say nothing about real models and are compared with no publication."
         )
     by_status = progress["by_status"]
-    if not progress["complete"]:
-        waiting = by_status["pending"] + by_status["interrupted"]
+    if (unsuggested := _unsuggested(found)) or not progress["complete"]:
+        waiting = by_status["pending"] + by_status["interrupted"] + unsuggested
+        planned = plural(progress["planned"] + unsuggested, "trial")
         banners.append(
-            f"UNFINISHED. {progress['finished']} of {plural(progress['planned'], 'trial')} have "
+            f"UNFINISHED. {progress['finished']} of {planned} have "
             f"ended, {waiting} are still to run. Everything below can change."
         )
     failed = [(name, by_status[name]) for name in ("diverged", "oom", "error") if by_status[name]]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import search_section
 from analysis.accuracy_section import accuracy
 from analysis.cost_sections import memory, speed
 from analysis.findings import Findings
@@ -26,6 +27,13 @@ from tune_study import schema
 
 def sections(found: Findings) -> list[Section]:
     """The chapters after the decision table, in the order of the report."""
+    if found.search is not None:
+        chapter = memory(found)
+        about_memory = chapter._replace(
+            paragraphs=chapter.paragraphs[:1], figures=("memory_ledger",)
+        )
+        of_search = search_section.section(found.search, found.study.trials)
+        return [of_search, about_memory, trials(found), methods(found)]
     return [
         accuracy(found),
         memory(found),
@@ -87,6 +95,8 @@ def methods(found: Findings) -> Section:
         "Test images never influenced a choice: the test accuracy is read once, at the epoch "
         "with the best validation accuracy.",
     ]
+    if found.search is not None:
+        paragraphs = [search_section.METHODS, paragraphs[-1]]
     rows = [[name, value] for name, value in provenance(found.study.manifest)]
     table = Table("provenance", "Where this comes from", ("what", "value"), rows, "", (1,))
     return Section("methods", "Methods and provenance", paragraphs, [table])

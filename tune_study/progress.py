@@ -29,7 +29,7 @@ class Progress(tune.Callback):
         self._console = console
         self._study_dir = study_dir
         self._epochs = epochs
-        self._total, self._done, self._failed = total, done, 0
+        self._total, self._done, self._done_before, self._failed = total, done, done, 0
         self._running: dict[str, dict[str, Any]] = {}
         self._said: set[tuple[str, str]] = set()
         self._started = time.monotonic()
@@ -55,6 +55,12 @@ class Progress(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its callbacks for a restore of its own, which we never use."""
         return {}
+
+    def expect(self, trial_id: str, epochs: int) -> None:
+        """A trial that was not planned at the start: a search has suggested it."""
+        if trial_id not in self._epochs:
+            self._epochs[trial_id] = epochs
+            self._epochs_left += epochs
 
     def say(self, line: str) -> None:
         """One line above the live display, or in the log."""
@@ -107,6 +113,8 @@ class Progress(tune.Callback):
         if status in GOOD_STATUSES:
             test = results["train"]["test_metrics"]["test_accuracy"]
             self.say(f"{trial_id}: {status}, test accuracy {test:.4f} [{self._done}/{self._total}]")
+        elif status == "pruned":
+            self.say(f"{trial_id}: {results['error']} [{self._done}/{self._total}]")
         else:
             self._failed += 1
             self.say(f"{trial_id}: {status}: {results.get('error')} [{self._done}/{self._total}]")
@@ -118,7 +126,9 @@ class Progress(tune.Callback):
     def _left(self) -> str:
         if not self._epochs_seen:
             return "time left unknown until the first epoch ends"
-        seconds = (time.monotonic() - self._started) / self._epochs_seen * self._epochs_left
+        unplanned = self._total - self._done_before - len(self._epochs)
+        left = self._epochs_left + unplanned * sum(self._epochs.values()) / len(self._epochs)
+        seconds = (time.monotonic() - self._started) / self._epochs_seen * left
         return f"about {duration(seconds)} left"
 
     def _render(self) -> Group:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tune_study.config import TrialConfig, UserError, parse_assignment
-from tune_study.schema import GOOD_STATUSES
+from tune_study.schema import PLANNED_ENDS
 
 if TYPE_CHECKING:
     from tune_study.simulate import Simulation
@@ -38,8 +38,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def study(
     grid: Annotated[
-        str, typer.Option(help="full, demo, smoke, or path/to/my_grid.py:my_function")
-    ] = "demo",
+        str | None,
+        typer.Option(help="demo (the default), full, smoke, or path/to/my_grid.py:my_function"),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="study folder; default: the grid's name")] = None,
     output_dir: Annotated[Path, typer.Option(help="where study folders lie")] = Path("ray_results"),
     set_: Annotated[
@@ -81,10 +82,33 @@ def study(
     seed_sd: Annotated[
         float | None, typer.Option(min=0, max=1, help="of --simulate; default 0.004")
     ] = None,
+    search: Annotated[
+        str | None, typer.Option(help="optuna: search a space instead of running a grid")
+    ] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(help="qlora (the default), demo, or path/to/my_space.py:my_function"),
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="trials of a search; default 40")
+    ] = None,
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="one or two: val_accuracy, weights_bytes, peak_train_bytes, train_time_s"
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="asha prunes a search with one objective; default fifo")
+    ] = None,
+    search_seed: Annotated[
+        int | None, typer.Option(min=0, help="of what a search suggests; default 0")
+    ] = None,
     dashboard: Annotated[bool, typer.Option(help="start Ray's dashboard")] = False,
 ) -> None:
     """Run a study of quantized LoRA fine-tuning; the same command continues an interrupted one."""
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    from tune_study import space as spaces
     from tune_study import study as studies
     from tune_study.limits import refuse_full_disk
     from tune_study.supervise import only_run
@@ -93,8 +117,22 @@ def study(
     sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
     assignments = [parse_assignment(text) for text in set_ or []]
     assignments += [(f"data.{key}", size) for key, size in sizes.items() if size is not None]
-    grid_name, space = studies.load_grid(grid)
-    trials = studies.plan(space, assignments)[:max_experiments]
+    settings = spaces.settings(
+        search=search,
+        space=space,
+        num_samples=num_samples,
+        objectives=objective,
+        scheduler=scheduler,
+        seed=search_seed,
+        assignments=assignments,
+        find=studies.function_of,
+    )
+    if settings:
+        spaces.refuse_grid_options(settings, grid, max_experiments, dry_run, simulate)
+        grid_name, trials = settings.name, spaces.largest(spaces.probes(settings))
+    else:
+        grid_name, param_space = studies.load_grid(grid or "demo")
+        trials = studies.plan(param_space, assignments)[:max_experiments]
     simulation = _simulation(simulate, effect or [], _finite("--seed-sd", seed_sd))
     _finite("--gpus-per-trial", gpus_per_trial)
     _finite("--max-hours", max_hours)
@@ -115,6 +153,7 @@ def study(
     )
     if simulation and (dry_run or validate_only):
         raise UserError("--simulate trains nothing: leave out --dry-run and --validate-only")
+    drawn = trials
     if not simulation:
         trials = _settle_compute_dtype(console, trials, context)
     _say_what_is_unusual(console, trials, simulation)
@@ -128,19 +167,31 @@ def study(
         console.print(f"{len(trials)}/{len(trials)} valid")
         return
     command = shlex.join(["python", "-m", "tune_study.run", *sys.argv[1:]])
-    options = {
+    options: dict[str, Any] = {
         "max_concurrent": max_concurrent,
         "gpus_per_trial": gpus_per_trial,
         "dashboard": dashboard,
     }
     with only_run(study_dir):
         refuse_full_disk(study_dir)
+        if settings:
+            settled = "fp32" if trials != drawn else None
+            settings, trials = spaces.continued(settings, study_dir, compute_dtype=settled)
         for note in studies.open_study(
-            trials, context, checked.checksums, grid=grid, command=command
+            trials,
+            context,
+            checked.checksums,
+            grid=settings.space if settings else grid or "demo",
+            command=command,
+            search=settings.record() if settings else None,
         ):
             console.print(f"note: {note}")
         if retry_failed:
             studies.forget(trials, study_dir)
+        if settings:
+            from tune_study.search import Search
+
+            options["search"] = Search(settings, context, trials)
         raise typer.Exit(_run(console, trials, context, options, command, max_hours))
 
 
@@ -158,15 +209,18 @@ def _run(
     from tune_study.supervise import Stop
 
     study_dir = context.study_dir
+    search = options.get("search")
     waiting = studies.todo(trials, study_dir)
     done = len(trials) - len(waiting)
-    if not waiting:
-        console.print(f"nothing to do: all {len(trials)} trials of this study have ended")
+    planned = search.planned if search else len(trials)
+    if done >= planned:
+        console.print(f"nothing to do: all {planned} trials of this study have ended")
     elif done:
-        console.print(f"continuing: {done} of {len(trials)} trials have ended")
+        console.print(f"continuing: {done} of {planned} trials have ended")
     Stop.reset(max_hours)
     try:
-        now = waiting and _train(console, waiting, context, options, command, len(trials))
+        now = done < planned and _train(console, waiting, context, options, command, planned, done)
+        trials = search.trials if search else trials
         studies.collect(study_dir)
         _say_where(console, study_dir, report=not now)
     except Exception as error:
@@ -174,7 +228,8 @@ def _run(
             raise full from error
         raise
     statuses = studies.statuses(trials, study_dir)
-    if Stop.reason and studies.todo(trials, study_dir):
+    unfinished = studies.todo(trials, study_dir) or len(trials) < planned
+    if Stop.reason and unfinished:
         console.print(f"{_STOPPED[Stop.reason]}; continue with: {command}")
         return EXIT_STOPPED[Stop.reason]
     return _judge(console, statuses, study_dir)
@@ -195,6 +250,7 @@ def _train(
     options: dict[str, Any],
     command: str,
     planned: int,
+    done: int,
 ) -> bool:
     """Whether the user wanted to stop at once, in the middle of an epoch."""
     from tune_study import study as studies
@@ -202,7 +258,7 @@ def _train(
     from tune_study.supervise import Stop
 
     epochs = {trial.trial_id: trial.training.num_train_epochs for trial in waiting}
-    progress = Progress(console, context.study_dir, planned, planned - len(waiting), epochs)
+    progress = Progress(console, context.study_dir, planned, done, epochs)
 
     def on_dead_ray(name: str) -> None:
         """The main thread waits for an answer of Ray's that will never come."""
@@ -232,7 +288,7 @@ def _say_where(console: Console, study_dir: Path, *, report: bool) -> None:
 
 def _judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
     """0 when every planned trial ended well; else 1, after a list of those that did not."""
-    bad = {trial: status for trial, status in statuses.items() if status not in GOOD_STATUSES}
+    bad = {trial: status for trial, status in statuses.items() if status not in PLANNED_ENDS}
     if not bad:
         console.print(f"all {len(statuses)} trials ended well")
         return 0

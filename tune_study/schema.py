@@ -13,6 +13,7 @@ MODES = ("none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq")
 STATUSES = (
     "completed",
     "early_stopped",
+    "pruned",
     "diverged",
     "oom",
     "error",
@@ -21,7 +22,9 @@ STATUSES = (
 )
 GOOD_STATUSES = ("completed", "early_stopped")
 """The trial trained as planned and has a test accuracy."""
-FINISHED_STATUSES = ("completed", "early_stopped", "diverged", "oom", "error")
+PLANNED_ENDS = (*GOOD_STATUSES, "pruned")
+"""Nothing went wrong: a search stopped a ``pruned`` trial, because others did better."""
+FINISHED_STATUSES = (*PLANNED_ENDS, "diverged", "oom", "error")
 """Nothing is left to run. ``interrupted`` and ``pending`` trials run when the study is resumed."""
 
 

@@ -96,13 +96,22 @@ def execute(config: TrialConfig, simulation: Simulation, study_dir: Path, report
     folder = study_dir / config.trial_id
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config.model_dump(mode="json"))
-    rows, test = draw(config, simulation)
+    rows, _ = draw(config, simulation)
     for row in rows:
         report({**row, "best_val_accuracy": max(r["val_accuracy"] for r in rows[: row["epoch"]])})
+    write_json(folder / "results.json", results_of(config, simulation))
+
+
+def results_of(
+    config: TrialConfig, simulation: Simulation, epochs: int | None = None
+) -> dict[str, Any]:
+    """The drawn results.json; for a trial that ended after ``epochs``, without a test."""
+    rows, test = draw(config, simulation)
+    rows = rows[:epochs]
     best = max(rows, key=lambda row: row["val_accuracy"])
     skeleton = skeleton_of(config.model, CLASSES.get(config.dataset, 10), config.data.image_size)
     parameters = sum(t.numel() for t in [*skeleton.parameters(), *skeleton.buffers()])
-    results = {
+    return {
         "trial_id": config.trial_id,
         "status": "completed",
         "simulated": True,
@@ -118,7 +127,7 @@ def execute(config: TrialConfig, simulation: Simulation, study_dir: Path, report
                 "best_epoch": best["epoch"],
                 "val_accuracy": best["val_accuracy"],
             },
-            "test_metrics": {"test_accuracy": test},
+            "test_metrics": {"test_accuracy": test} if epochs is None else {},
             "model_metrics": {
                 "num_classes": CLASSES.get(config.dataset),
                 "weights_bytes": expected_weights_bytes(skeleton, config),
@@ -130,4 +139,3 @@ def execute(config: TrialConfig, simulation: Simulation, study_dir: Path, report
         },
         "meta": {"versions": versions(), "commit": commit(), "hardware": hardware()},
     }
-    write_json(folder / "results.json", results)

@@ -12,7 +12,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import ray
 import timm
@@ -41,10 +42,14 @@ from tune_study.model import (
 from tune_study.predict import skeleton_of
 from tune_study.progress import Progress
 from tune_study.quantize import block_linears, check_kernel, plan_layers
-from tune_study.schema import FINISHED_STATUSES, GOOD_STATUSES, STATUSES
+from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS, STATUSES
+from tune_study.space import merged, refuse_other_search
 from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop, graceful_signals
 from tune_study.tensorboard import TensorBoardCallback, axes_of
 from tune_study.trainable import RunContext, run_trial
+
+if TYPE_CHECKING:
+    from tune_study.search import Search
 
 FORMAT = 1
 AWS_SECRETS = (
@@ -65,28 +70,42 @@ def load_grid(grid: str) -> tuple[str, dict[str, Any]]:
 
     Raises ``UserError``.
     """
-    built_in = [name for name, _ in inspect.getmembers(grids, inspect.isfunction)]
-    path, colon, function = grid.rpartition(":")
-    if not colon:
-        if grid not in built_in:
-            raise UserError(
-                f"--grid {grid}: choose one of {', '.join(built_in)}, or path/to/file.py:function"
-            )
-        return grid, getattr(grids, grid)()
-    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
-        raise UserError(f"--grid {grid}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--grid {grid}: {path} is no Python file; its name must end in .py")
+    name, function = function_of("--grid", grid, grids)
     try:
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        space = getattr(module, function)()
+        space = function()
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(f"--grid {grid}: {type(error).__name__}: {error}") from error
     if not isinstance(space, dict):
         raise UserError(f"--grid {grid}: it returned {type(space).__name__}, not a param_space")
-    return function, space
+    return name, space
+
+
+def function_of(option: str, value: str, module: ModuleType) -> tuple[str, Callable[..., Any]]:
+    """(name, function) of a public one of ``module``, or of ``path/to/file.py:function``.
+
+    Raises ``UserError``.
+    """
+    functions = inspect.getmembers(module, inspect.isfunction)
+    built_in = [name for name, _ in functions if not name.startswith("_")]
+    path, colon, name = value.rpartition(":")
+    if not colon:
+        if value not in built_in:
+            raise UserError(
+                f"{option} {value}: choose one of {', '.join(built_in)}, or "
+                "path/to/file.py:function"
+            )
+        return value, getattr(module, value)
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
+        raise UserError(f"{option} {value}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{option} {value}: {path} is no Python file; its name must end in .py")
+    try:
+        own = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(own)
+        return name, getattr(own, name)
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        raise UserError(f"{option} {value}: {type(error).__name__}: {error}") from error
 
 
 def plan(
@@ -246,8 +265,11 @@ def open_study(
     *,
     grid: str,
     command: str,
+    search: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Writes ``study.json``, or checks that the one there plans the same study.
+
+    ``search`` is the record of a search (``space.Settings``), whose plan grows as it goes on.
 
     A plan that contains the old one extends it; one that the old one contains is a part of it.
     Returns sentences for the user: what differs from the session before, such as versions.
@@ -263,6 +285,7 @@ def open_study(
     created = provenance.now()
     if old is not None:
         _refuse_mixture(folder, old, context)
+        refuse_other_search(folder.name, old.get("search"), search)
         before = {cell["trial_id"]: cell for cell in old["plan"]}
         _refuse_other_study(folder, before, cells, old["provenance"], checksums)
         cells = {**before, **cells}
@@ -284,6 +307,7 @@ def open_study(
         "command": command,
         "grid": grid,
         "device": context.device,
+        **({"search": merged((old or {}).get("search"), search)} if search else {}),
         "plan": list(cells.values()),
         "provenance": {**_session(context), **_merged(old, checksums)},
         "sessions": [
@@ -454,7 +478,7 @@ def todo(
     trials: Sequence[TrialConfig], study_dir: Path, *, retry_failed: bool = False
 ) -> list[TrialConfig]:
     """The trials that are still to be run, or to be continued."""
-    done = GOOD_STATUSES if retry_failed else FINISHED_STATUSES
+    done = PLANNED_ENDS if retry_failed else FINISHED_STATUSES
     found = statuses(trials, study_dir)
     return [trial for trial in trials if found[trial.trial_id] not in done]
 
@@ -463,7 +487,7 @@ def forget(trials: Iterable[TrialConfig], study_dir: Path) -> None:
     """Removes what failed trials left, so that they start from the beginning."""
     found = statuses(trials, study_dir)
     for trial_id, status in found.items():
-        if status in FINISHED_STATUSES and status not in GOOD_STATUSES:
+        if status in FINISHED_STATUSES and status not in PLANNED_ENDS:
             for folder in [study_dir / trial_id, *study_dir.glob(f"run-*/{trial_id}")]:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -477,8 +501,11 @@ def run(
     max_concurrent: int = 1,
     gpus_per_trial: float | None = None,
     dashboard: bool = False,
+    search: Search | None = None,
 ) -> None:
     """Runs ``trials`` with Ray Tune, and continues those whose worker died.
+
+    A ``search`` is asked for the trials instead, until it has no more.
 
     Each trial continues from its own newest checkpoint, so nothing of an earlier run's Tune state
     is needed, and nothing of it is unpickled.
@@ -500,10 +527,16 @@ def run(
     deaths = Deaths(context.study_dir, progress.say)
     try:
         with graceful_signals(progress.say), RayWatch(on_dead_ray):
+            if search:
+                search.begin(progress)
             waiting = list(trials)
-            while waiting and not Stop.requested():
-                _fit(waiting, context, [progress, deaths], resources)
-                waiting = deaths.to_continue(waiting)
+            while (waiting or search) and not Stop.requested():
+                _fit(waiting, context, [progress, deaths], resources, search, max_concurrent)
+                waiting = deaths.to_continue(search.trials if search else waiting)
+                if not waiting:
+                    break
+            if search:
+                search.finish()
     finally:
         ray.shutdown()
 
@@ -513,18 +546,21 @@ def _fit(
     context: RunContext,
     callbacks: Sequence[tune.Callback],
     resources: dict[str, float],
+    search: Search | None,
+    max_concurrent: int,
 ) -> None:
     """One Tuner, in a new run folder of the study."""
     cells = {trial.trial_id: trial.model_dump(mode="json") for trial in trials}
+    grid = {
+        "trial_id": tune.grid_search(list(cells)),
+        "trial": tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]]),
+    }
     trainable = tune.with_parameters(run_trial, context=context.model_dump(mode="json"))
     tuner = tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([resources])),
-        param_space={
-            "trial_id": tune.grid_search(list(cells)),
-            "trial": tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]]),
-        },
+        param_space={} if search else grid,
         tune_config=tune.TuneConfig(
-            scheduler=Gate(),
+            **(search.tune_config(max_concurrent) if search else {"scheduler": Gate()}),
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.config["trial_id"],
             trial_dirname_creator=lambda trial: trial.config["trial_id"],
@@ -534,7 +570,9 @@ def _fit(
             storage_path=str(context.study_dir),
             stop=EpochStopper(),
             callbacks=[
-                TensorBoardCallback(context.study_dir, axes_of(_plan_of(context))),
+                TensorBoardCallback(
+                    context.study_dir, axes_of(search.drawn() if search else _plan_of(context))
+                ),
                 *callbacks,
             ],
             verbose=0,

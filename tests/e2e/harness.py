@@ -21,10 +21,14 @@ TARGETS = ("driver", "worker", "raylet", "everything", "power")
 """What dies by SIGKILL. ``power`` is everything, and the files written last lose their end."""
 
 
-def start(output_dir: Path, *arguments: object, grid: str = "smoke") -> subprocess.Popen:
-    """The study's command in a session of its own, its output in ``<output_dir>/output.txt``."""
+def start(output_dir: Path, *arguments: object, grid: str | None = "smoke") -> subprocess.Popen:
+    """The study's command in a session of its own, its output in ``<output_dir>/output.txt``.
+
+    ``grid=None`` is for a search, whose options are among the ``arguments``.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tune_study.run", "--grid", grid, "--output-dir", output_dir]
+    command = [sys.executable, "-m", "tune_study.run", "--output-dir", output_dir]
+    command += [] if grid is None else ["--grid", grid]
     with (output_dir / "output.txt").open("w") as output:
         return subprocess.Popen(
             [str(part) for part in (*command, *arguments)],

@@ -1,0 +1,182 @@
+"""The report of a search: what to take from it, its Pareto set, and what mattered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from analysis.decisions import Decision
+from analysis.layout import Section, Table, table_of, text
+from analysis.search import Searched, costs_of
+from analysis.wording import MISSING, known, listing, megabytes, number, percent, plural
+from tune_study import schema
+
+NAMES = {
+    "val_accuracy": "validation accuracy",
+    "weights_bytes": "base weights",
+    "peak_train_bytes": "peak of a training step",
+    "train_time_s": "training time",
+}
+BEST = {
+    "val_accuracy": "You want the best validation accuracy",
+    "weights_bytes": "You want the smallest base weights",
+    "peak_train_bytes": "You want the lowest peak of a training step",
+    "train_time_s": "You want the shortest training",
+}
+TOLERANCE = 0.01
+METHODS = (
+    "Trials were suggested one by one by Optuna's TPE sampler, seeded, from those before them. The "
+    "hypervolume is that of the Pareto set up to the worst value of each objective seen, as a "
+    "fraction of the box between worst and best."
+)
+_UNITS = {column.name: column.unit for column in schema.TRIALS}
+
+
+def name_of(objective: str) -> str:
+    return NAMES.get(objective, objective)
+
+
+def value_of(objective: str, value: Any) -> str:
+    """The value of an objective with its unit."""
+    unit = _UNITS.get(objective, "")
+    if unit == "fraction":
+        return percent(value, 2)
+    if unit == "bytes":
+        return megabytes(value)
+    return f"{number(value, 1)} {unit}".strip() if known(value) else MISSING
+
+
+def parameter_of(name: str) -> str:
+    """``training.learning_rate`` -> ``learning rate``; a computed one keeps what it is over."""
+    field, _, computed = name.partition("/")
+    words = field.rpartition(".")[2].removeprefix("per_device_train_").replace("_", " ")
+    if field == "quantization.mode":
+        words = "quantization"
+    return words if computed in ("", "name") else f"{words} / {computed}"
+
+
+def suggested(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return MISSING if value is None else str(value)
+    return f"{value:.3g}".replace("e-0", "e-")
+
+
+def in_words(found: Searched, trial_id: str) -> str:
+    """What was suggested for a trial, in one line."""
+    params = found.parameters.get(trial_id, {})
+    return (
+        ", ".join(f"{parameter_of(name)} {suggested(v)}" for name, v in params.items()) or trial_id
+    )
+
+
+def decide(found: Searched) -> list[Decision]:
+    """The lines of the decision table. None is called decided: each rests on a single trial."""
+    if found.trials.empty:
+        return [
+            Decision("You want the best trial", "not decided", "no trial ended well yet", "", False)
+        ]
+    costs = pd.DataFrame(costs_of(found.trials, found.objectives), columns=list(found.objectives))
+    lines = []
+    for objective in found.objectives:
+        others = [name for name in found.objectives if name != objective]
+        row = found.trials.loc[costs.sort_values([objective, *others]).index[0]]
+        lines.append(_line(found, BEST.get(objective, f"You want the best {objective}"), row))
+    if "val_accuracy" in found.objectives and len(found.objectives) == 2:
+        (cost,) = (name for name in found.objectives if name != "val_accuracy")
+        enough = found.trials["val_accuracy"] >= found.trials["val_accuracy"].max() - TOLERANCE
+        row = found.trials.loc[costs[enough].sort_values([cost, "val_accuracy"]).index[0]]
+        question = f"You accept a loss of {TOLERANCE * 100:g} pp of validation accuracy"
+        lines.append(_line(found, question, row))
+    return lines
+
+
+def _line(found: Searched, question: str, row: pd.Series) -> Decision:
+    values = [f"{name_of(name)} {value_of(name, row[name])}" for name in found.objectives]
+    test = f"test accuracy {percent(row['test_accuracy'], 2)}"
+    evidence = f"{', '.join(values)}; {test}. {in_words(found, str(row['trial_id']))}."
+    sample = f"the best of {len(found.trials)}, one seed"
+    answer = f"trial {row['number']}: {row['quantization']}"
+    return Decision(question, answer, evidence, sample, False)
+
+
+def front_table(found: Searched) -> Table:
+    """The Pareto set, best first by the first objective."""
+    first, direction = next(iter(found.objectives.items()))
+    front = found.trials[found.trials["on_front"]]
+    front = front.sort_values(first, ascending=direction == "minimize")
+    names = list(dict.fromkeys(name for params in found.parameters.values() for name in params))
+    cells: dict[str, Any] = {"trial": lambda row: str(row["number"])}
+    cells |= {name_of(n): _cell(n) for n in found.objectives}
+    cells["test accuracy"] = _cell("test_accuracy")
+    for name in names:
+        cells[parameter_of(name)] = _parameter(found, name)
+    cells["trial id"] = text("trial_id")
+    caption = (
+        "The Pareto set: trials that no other beats" if len(found.objectives) > 1 else "The best"
+    )
+    return table_of("pareto_set", caption, front, cells, note=_note(found), wide=(len(cells) - 1,))
+
+
+def _cell(name: str) -> Any:
+    return lambda row: value_of(name, row[name])
+
+
+def _parameter(found: Searched, name: str) -> Any:
+    return lambda row: suggested(found.parameters.get(str(row["trial_id"]), {}).get(name))
+
+
+def _note(found: Searched) -> str:
+    return (
+        f"The best of {plural(len(found.trials), 'trial')} looks better than it is, for it was "
+        "chosen by its validation accuracy; the test accuracy did not choose. Trials are numbered "
+        "as they were suggested. A dash: not asked."
+    )
+
+
+def section(found: Searched, trials: pd.DataFrame) -> Section:
+    """The chapter on the search."""
+    goals = listing([f"{direction} {name_of(n)}" for n, direction in found.objectives.items()])
+    pruned = int((trials["status"] == "pruned").sum())
+    paragraphs = [
+        f"Optuna was asked to {goals}. {len(trials)} of {plural(found.num_samples, 'trial')} were "
+        f"suggested; {len(found.trials)} ended well with all that was searched for"
+        + (f", {pruned} were pruned" if pruned else "")
+        + ".",
+        "Its trials differ in much more than the quantization mode, and each has one seed: no mode "
+        "is set against another here. To decide between a few of them, run a grid over seeds.",
+    ]
+    tables = []
+    if len(found.importances):
+        tables.append(_importances(found))
+    paragraphs += [
+        f"How much each parameter mattered for the {name_of(name)} is not known: {why}."
+        for name, why in found.unavailable.items()
+    ]
+    figures = ("search_front", "search_progress", "search_importance")
+    shown = figures if len(found.objectives) > 1 else figures[1:]
+    return Section("search", "The search", paragraphs, tables, shown)
+
+
+def _importances(found: Searched) -> Table:
+    table = found.importances
+    rows = table.pivot(index="parameter", columns="objective", values="importance")
+    rows["trials"] = table.groupby("parameter")["trials"].max()
+    rows = rows.sort_values(str(table["objective"].iloc[0]), ascending=False).reset_index()
+    cells: dict[str, Any] = {"parameter": lambda row: parameter_of(row["parameter"])}
+    for name in found.objectives:
+        if name in rows:
+            cells[f"share for the {name_of(name)}"] = _share(name)
+    cells["trials"] = text("trials")
+    return table_of(
+        "importances",
+        "How much each parameter mattered",
+        rows,
+        cells,
+        note="fANOVA: the share of the variance between trials that a random forest explains by "
+        "the parameter. One that only some trials have is judged among those alone.",
+    )
+
+
+def _share(name: str) -> Any:
+    return lambda row: percent(row[name], 0)

@@ -1,0 +1,84 @@
+"""A search killed by SIGKILL, with its workers, and continued by the same command."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import optuna
+import pandas as pd
+import pytest
+
+from tests.e2e import harness
+
+SEARCH = ["--search", "optuna", "--space", "qlora", "--num-samples", "16", "--simulate"]
+SEARCH += ["--set", "training.num_train_epochs=2", "--name", "s"]
+
+
+def start(folder):
+    return harness.start(folder, *SEARCH, grid=None)
+
+
+def wait_for(process, folder, words, patience_s=300):
+    begun = time.monotonic()
+    while words not in (folder / "output.txt").read_text():
+        assert process.poll() is None, (folder / "output.txt").read_text()
+        assert time.monotonic() - begun < patience_s
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    code, output = harness.finish(start(folder), folder)
+    assert code == 0, output
+    assert "all 16 trials ended well" in output
+    return folder / "s"
+
+
+def read(study_dir):
+    """(plan, what Optuna learned from, trials table)."""
+    plan = [cell["trial_id"] for cell in json.loads((study_dir / "study.json").read_text())["plan"]]
+    storage = f"sqlite:///{study_dir / 'optuna.sqlite3'}"
+    trials = optuna.load_study(study_name="search", storage=storage).trials
+    assert not [t for t in trials if t.state == optuna.trial.TrialState.RUNNING]
+    learned = [(t.params, t.values) for t in trials if t.values is not None]
+    return plan, learned, pd.read_parquet(study_dir / "trials.parquet")
+
+
+def same(study_dir, expected):
+    ours, theirs = read(study_dir), read(expected)
+    assert ours[:2] == theirs[:2]
+    pd.testing.assert_frame_equal(ours[2], theirs[2], check_exact=True)
+
+
+@pytest.mark.slow
+def test_killed_moved_and_continued_it_is_the_same_search(whole, tmp_path):
+    folder, rng = tmp_path / "first", random.Random(1)
+    for moment in ("[3/16]", "[9/16]", "[13/16]"):
+        process = start(folder)
+        wait_for(process, folder, moment)
+        time.sleep(rng.random())
+        harness.kill(process, "everything")
+        process.wait()
+        moved = tmp_path / moment[1:-1].partition("/")[0]
+        shutil.move(folder, moved)
+        folder = moved
+    code, output = harness.finish(start(folder), folder)
+    assert code == 0, output
+    assert "of 16 trials have ended" in output
+    same(folder / "s", whole)
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_search_that_goes_on(whole, tmp_path):
+    process = start(tmp_path)
+    wait_for(process, tmp_path, "[5/16]")
+    process.send_signal(signal.SIGINT)
+    code, output = harness.finish(process, tmp_path)
+    assert code == 130, output
+    assert "continue with: python -m tune_study.run --search optuna" in output.replace("\n", " ")
+    code, output = harness.finish(start(tmp_path), tmp_path)
+    assert code == 0, output
+    same(tmp_path / "s", whole)

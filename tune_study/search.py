@@ -1,0 +1,339 @@
+"""A search: Optuna suggests the trials, Tune schedules them, our files say how they ended.
+
+Optuna's study lies in ``<study>/optuna.sqlite3`` and nothing else of it is kept, so a killed search
+continues with all it learned. A trial that was running is still "running" there: it is run on from
+its own checkpoint under the same number, and told when it ends. The sampler is seeded anew for
+every trial, so that the next suggestion depends on the seed and on what was learned alone: with one
+trial at a time, a search that was killed suggests what the uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+from ray import tune
+from ray.tune.search import ConcurrencyLimiter, Searcher
+from ray.tune.search.optuna import OptunaSearch
+from sqlalchemy.exc import DatabaseError
+
+from analysis import records
+from tune_study.asha import Asha
+from tune_study.config import TrialConfig, UserError
+from tune_study.files import read_json, write_json
+from tune_study.importance import write_importances
+from tune_study.progress import Progress
+from tune_study.schema import FINISHED_STATUSES, GOOD_STATUSES
+from tune_study.space import OBJECTIVES, Settings, probes
+from tune_study.supervise import Gate, Stop
+from tune_study.trainable import RunContext
+
+STORAGE_FILE = "optuna.sqlite3"
+STUDY_NAME = "search"
+"""The same in every folder, which may be renamed."""
+_MOST_REPEATS = 50
+"""Suggestions in a row that are known already: then the space has no more to offer."""
+
+
+class Ended(NamedTuple):
+    """How a trial ended, in Optuna's words; ``values`` only of a complete one."""
+
+    state: TrialState
+    values: list[float] | None = None
+
+
+def outcome(results: Any, objectives: Sequence[str]) -> Ended | None:
+    """What a results.json tells Optuna; ``None`` while the trial is still to be continued.
+
+    An objective that is missing or NaN makes it a failed trial: Optuna accepts no NaN.
+    """
+    status = results.get("status") if isinstance(results, dict) else None
+    if status not in FINISHED_STATUSES:
+        return None
+    if status == "pruned":
+        return Ended(TrialState.PRUNED)
+    row = records.measured(results)
+    values = [row.get(name) for name in objectives]
+    if status not in GOOD_STATUSES or not all(_finite(value) for value in values):
+        return Ended(TrialState.FAIL)
+    return Ended(TrialState.COMPLETE, [float(value) for value in values if value is not None])
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def open_storage(study_dir: Path) -> optuna.storages.RDBStorage:
+    """The SQLite file of the search. Raises ``UserError`` when it is no such thing."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path = study_dir / STORAGE_FILE
+    try:
+        return optuna.storages.RDBStorage(
+            f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}}
+        )
+    except (DatabaseError, RuntimeError) as error:
+        raise UserError(
+            f"--name {study_dir.name}: {path} is no study of Optuna's ({_first_line(error)}); "
+            "remove it, and the search learns anew from the trials' own files"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+class Search:
+    """One search in its study folder. ``trials`` is the plan, which grows as Optuna suggests."""
+
+    def __init__(
+        self, settings: Settings, context: RunContext, trials: Sequence[TrialConfig]
+    ) -> None:
+        self.settings, self.context = settings, context
+        self.trials = list(trials)
+        self.problem: UserError | None = None
+        self._progress: Progress | None = None
+        self._storage = open_storage(context.study_dir)
+        self._refuse_edited_space()
+
+    def _refuse_edited_space(self) -> None:
+        params = self.params()
+        for trial in self.trials:
+            config = self.settings.config(optuna.trial.FixedTrial(params[trial.trial_id]))
+            if config != trial:
+                raise UserError(
+                    f"--space {self.settings.space}: it is not what this search began with (for "
+                    f"{trial.trial_id} it now means {config.trial_id}); choose another --name"
+                )
+
+    def params(self) -> dict[str, dict[str, Any]]:
+        """What was suggested, by trial id."""
+        return (read_json(self.context.study_dir / "study.json") or {})["search"]["params"]
+
+    @property
+    def planned(self) -> int:
+        """How many trials there will be; a study can have more than this command asks for."""
+        return max(self.settings.num_samples, len(self.trials))
+
+    def ended(self, trial: TrialConfig) -> Ended | None:
+        results = read_json(self.context.study_dir / trial.trial_id / "results.json")
+        return outcome(results, self.settings.objectives)
+
+    def begin(self, progress: Progress) -> None:
+        """Who is told of new trials."""
+        self._progress = progress
+
+    def say(self, line: str) -> None:
+        assert self._progress is not None
+        self._progress.say(line)
+
+    def expect(self, trial: TrialConfig) -> None:
+        if self._progress is not None:
+            self._progress.expect(trial.trial_id, trial.training.num_train_epochs)
+
+    def drawn(self) -> list[dict[str, Any]]:
+        """Cells as in a plan that differ in all that the space asks: TensorBoard's columns."""
+        return [trial.model_dump(mode="json") for trial in probes(self.settings)]
+
+    def tune_config(self, max_concurrent: int) -> dict[str, Any]:
+        """What Tune's ``TuneConfig`` gets: the suggestions, their number, and the scheduler."""
+        gate: tune.schedulers.TrialScheduler = Gate()
+        if self.settings.scheduler == "asha":
+            gate = Asha(self.trials, self.context, probes(self.settings))
+        searcher = Suggestions(self, self._storage)
+        return {
+            "search_alg": ConcurrencyLimiter(searcher, max_concurrent=max_concurrent),
+            "num_samples": -1,  # the searcher says when it has finished
+            "scheduler": gate,
+        }
+
+    def plan(self, trial: TrialConfig, params: dict[str, Any]) -> None:
+        """Adds a suggested trial to study.json, before it starts."""
+        path = self.context.study_dir / "study.json"
+        manifest = read_json(path) or {}
+        cell = {"trial_id": trial.trial_id, **trial.model_dump(mode="json")}
+        manifest["plan"].append(cell)
+        manifest["search"]["params"][trial.trial_id] = params
+        write_json(path, manifest)
+        self.trials.append(trial)
+
+    def finish(self) -> None:
+        """After the last trial of this run: search.json. Raises what stopped the search."""
+        study = Suggestions(self, self._storage).study
+        write_importances(
+            self.context.study_dir, study, self.settings.objectives, self.settings.seed
+        )
+        if self.problem is not None:
+            raise self.problem
+
+
+class Suggestions(OptunaSearch):
+    """Tune's ``OptunaSearch`` with a study that outlives the process.
+
+    Values come from the trials' own files rather than from the last report to Tune.
+    """
+
+    def __init__(self, search: Search, storage: optuna.storages.RDBStorage) -> None:
+        super().__init__(
+            space=lambda trial: search.settings.config(trial).model_dump(mode="json"),
+            metric=list(search.settings.objectives),
+            mode=[OBJECTIVES[name][:3] for name in search.settings.objectives],
+            storage=storage,
+            study_name=STUDY_NAME,
+            sampler=optuna.samplers.TPESampler(),
+        )
+        self._search = search
+        self._live: dict[str, tuple[Trial, TrialConfig]] = {}
+        self._last_step: dict[str, int] = {}
+        self._interrupted: list[tuple[FrozenTrial, TrialConfig]] = []
+        self._adopt()
+
+    @property
+    def metric(self) -> None:  # type: ignore[override]
+        """Tune shall not look for our objectives in the reports."""
+        return None
+
+    @property
+    def study(self) -> optuna.Study:
+        assert self._ot_study is not None
+        return self._ot_study
+
+    def _adopt(self) -> None:
+        """Settles what Optuna holds with what our files say, whatever happened in between."""
+        self._complete_the_plan()
+        planned = {trial.trial_id: trial for trial in self._search.trials}
+        known: dict[str, set[TrialState]] = {}
+        for frozen in self.study.get_trials(deepcopy=False):
+            trial_id = frozen.user_attrs.get("trial_id")
+            state = frozen.state
+            if state == TrialState.RUNNING and trial_id not in planned:
+                # Killed between question and plan: it is asked again, under another number.
+                self.study.tell(frozen.number, state=TrialState.FAIL)
+            elif trial_id in planned:
+                known.setdefault(trial_id, set()).add(state)
+                if state == TrialState.RUNNING:
+                    if (ended := self._search.ended(planned[trial_id])) is None:
+                        self._interrupted.append((frozen, planned[trial_id]))
+                    else:
+                        self._tell(frozen.number, ended)
+        for trial_id, trial in planned.items():
+            self._remind(trial, known.get(trial_id, set()))
+
+    def _complete_the_plan(self) -> None:
+        """What was suggested and is missing in study.json, after a kill or a lost file."""
+        planned = {trial.trial_id for trial in self._search.trials}
+        for frozen in self.study.get_trials(deepcopy=False):
+            trial_id = frozen.user_attrs.get("trial_id")
+            if trial_id and trial_id not in planned and frozen.state != TrialState.WAITING:
+                config = self._search.settings.config(optuna.trial.FixedTrial(frozen.params))
+                planned.add(config.trial_id)
+                self._search.plan(config, frozen.params)
+
+    def _remind(self, trial: TrialConfig, states: set[TrialState]) -> None:
+        """A planned trial that Optuna has lost, or that is to be run again, is given back to it."""
+        if states & {TrialState.RUNNING, TrialState.WAITING}:
+            return
+        params = self._search.params()
+        attributes = {"trial_id": trial.trial_id}
+        ended = self._search.ended(trial)
+        if ended is None:
+            self.study.enqueue_trial(params[trial.trial_id], user_attrs=attributes)
+        elif not states:
+            asked = optuna.trial.FixedTrial(params[trial.trial_id])
+            self._search.settings.config(asked)
+            pruned = ended.state == TrialState.PRUNED
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    state=ended.state,
+                    values=ended.values,
+                    params=asked.params,
+                    distributions=asked.distributions,
+                    user_attrs=attributes,
+                    intermediate_values=self._epochs(trial) if pruned else None,
+                )
+            )
+
+    def _epochs(self, trial: TrialConfig) -> dict[int, float]:
+        path = self._search.context.study_dir / trial.trial_id / "results.json"
+        results = read_json(path) or {"train": {"epochs": []}}
+        return {row["epoch"]: row["val_accuracy"] for row in results["train"]["epochs"]}
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial for Tune, whose own name for it is ``trial_id``."""
+        if Stop.requested() or self._search.problem is not None:
+            return Searcher.FINISHED
+        if self._interrupted:
+            frozen, config = self._interrupted.pop(0)
+            return self._start(trial_id, Trial(self.study, frozen._trial_id), config)
+        for repeats in range(_MOST_REPEATS):
+            if not self._may_ask():
+                return Searcher.FINISHED
+            try:
+                trial, config = self._ask(repeats)
+            except UserError as error:
+                self._search.problem = error
+                return Searcher.FINISHED
+            if any(config == other for _, other in self._live.values()):
+                self.study.tell(trial, state=TrialState.FAIL)  # it is running under another number
+            elif (ended := self._search.ended(config)) is not None:
+                self._tell(trial.number, ended)  # suggested before: what came of it is known
+            else:
+                return self._start(trial_id, trial, config)
+        self._search.say(
+            f"the last {_MOST_REPEATS} suggestions were all known: the space has no more to offer, "
+            f"so the search ends after {len(self._search.trials)} trials"
+        )
+        return Searcher.FINISHED
+
+    def _may_ask(self) -> bool:
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        return bool(waiting) or len(self._search.trials) < self._search.settings.num_samples
+
+    def _ask(self, repeats: int) -> tuple[Trial, TrialConfig]:
+        words = [self._search.settings.seed, len(self._search.trials), repeats]
+        seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed)
+        trial = self.study.ask()
+        try:
+            config = self._search.settings.config(trial)
+        except UserError:
+            self.study.tell(trial, state=TrialState.FAIL)
+            raise
+        trial.set_user_attr("trial_id", config.trial_id)
+        if all(config != planned for planned in self._search.trials):
+            self._search.plan(config, trial.params)
+        return trial, config
+
+    def _start(self, trial_id: str, trial: Trial, config: TrialConfig) -> dict[str, Any]:
+        self._live[trial_id] = trial, config
+        self._last_step[trial_id] = self.study.trials[trial.number].last_step or 0
+        self._search.expect(config)
+        return {"trial_id": config.trial_id, "trial": config.model_dump(mode="json")}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Optuna keeps the curve of a search with one objective; a trial goes on where it was."""
+        epoch = int(result["epoch"])
+        alone = self._search.settings.objectives == ("val_accuracy",)
+        if alone and epoch > self._last_step[trial_id]:
+            self._last_step[trial_id] = epoch
+            self._live[trial_id][0].report(result["val_accuracy"], step=epoch)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """A trial that was stopped, or whose worker died, stays running: it is continued."""
+        trial, config = self._live.pop(trial_id)
+        ended = self._search.ended(config)
+        if ended is not None:
+            self._tell(trial.number, ended)
+
+    def _tell(self, number: int, ended: Ended) -> None:
+        self.study.tell(number, ended.values, state=ended.state)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: what Tune saves of a search is never read, and SQLite has it all."""
+        Path(checkpoint_path).write_bytes(b"")
