@@ -18,12 +18,12 @@ def outcome(config, folder):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_trial_is_the_same_alone_again_after_another_and_killed(tiny, tmp_path, mode):
+def test_a_trial_is_the_same_alone_after_another_and_killed(tiny, tmp_path, mode):
     config = tiny(mode)
-    alone = outcome(config, tmp_path / "alone")
-    execute(tiny("nf4", seed=9), RunContext(study_dir=tmp_path / "other"), lambda row: None)
-    assert outcome(config, tmp_path / "after another") == alone
     killed(config, tmp_path / "killed", 1)
+    alone = outcome(config, tmp_path / "alone")
+    killed(tiny("nf4", seed=9), tmp_path / "other", 1)
+    assert outcome(config, tmp_path / "after another") == alone
     assert outcome(config, tmp_path / "killed") == alone
 
 
