@@ -172,8 +172,8 @@ def study(
         "gpus_per_trial": gpus_per_trial,
         "dashboard": dashboard,
     }
+    refuse_full_disk(study_dir)
     with only_run(study_dir):
-        refuse_full_disk(study_dir)
         if settings:
             settled = "fp32" if trials != drawn else None
             settings, trials = spaces.continued(settings, study_dir, compute_dtype=settled)

@@ -19,7 +19,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from tune_study.config import TrialConfig, UserError
 from tune_study.files import read_json, write_json
-from tune_study.limits import note_out_of_memory, within_memory
+from tune_study.limits import disk_full, note_out_of_memory, within_memory
 from tune_study.provenance import now
 from tune_study.record import log_tail
 from tune_study.schema import FINISHED_STATUSES
@@ -156,7 +156,8 @@ class Deaths(tune.Callback):
         if status in FINISHED_STATUSES:
             return  # the trial itself has told why
         detail = str(trial.get_error())
-        if "DiskFull" in detail:
+        # On a full disk Tune could not write the detail either.
+        if "DiskFull" in detail or disk_full(OSError(), self._study_dir):
             Stop.request("disk")
             return
         self._count[trial_id] += 1
