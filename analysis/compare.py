@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import statistics
+from analysis.layout import clean
 from analysis.load import Study, StudyError, read_study
 from analysis.sections import provenance
 from analysis.summaries import modes_of
@@ -248,8 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for name, study in (("A", a), ("B", b)):
         for problem in study.problems:
-            print(f"{name}: {problem}", file=sys.stderr)
-    print(in_words(found, (str(options.study_a), str(options.study_b))))
+            print(clean(f"{name}: {problem}"), file=sys.stderr)
+    told = in_words(found, (str(options.study_a), str(options.study_b)))
+    print("\n".join(clean(line) for line in told.split("\n")))
     return 0
 
 

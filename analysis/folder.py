@@ -58,8 +58,8 @@ class Contents(NamedTuple):
 def open_study(path: str | Path) -> tuple[Path, dict[str, Any], list[str]]:
     """The folder, its manifest (with a usable ``plan``, ``study``, ``simulated``), problems."""
     folder = Path(path)
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that no folder can have
+        what = "is a file" if os.path.exists(folder) else "does not exist"
         raise StudyError(f"study {folder} {what}: name the folder that holds study.json")
     try:
         manifest = read_json(folder / "study.json", folder)

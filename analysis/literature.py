@@ -19,11 +19,19 @@ import yaml
 DEFAULT_PATH = Path(__file__).with_name("literature.yaml")
 GRADES = ("checked", "low", "recalled")
 UNITS = ("percent", "perplexity", "ratio", "bytes", "bits", "range of percentage points")
-_TABLE_KEYS = {
-    "id", "domain", "group", "chance", "source", "table", "grade", "task", "dataset",
-    "train_images", "metric", "unit", "higher_is_better", "models", "note", "rows",
+_SOURCE = {"authors": str, "title": str, "year": int | None, "arxiv": str | None}
+_TABLE = {
+    "id": str, "domain": str, "group": str | None, "chance": float | int | None, "source": str,
+    "table": str | None, "grade": str, "task": str, "dataset": str | None,
+    "train_images": int | None, "metric": str, "unit": str, "higher_is_better": bool,
+    "models": list, "note": str | None, "rows": list,
 }  # fmt: skip
-_ROW_KEYS = {"method", "quantization", "dtype", "baseline", "values", "note"}
+_ROW = {
+    "method": str, "quantization": str, "dtype": str, "baseline": str | None, "values": list,
+    "note": str | None,
+}  # fmt: skip
+_EMPTY = {"source": str, "quantization": str, "why": str}
+"""What stands under each key; a key may be left out where ``None`` may stand."""
 
 
 class LiteratureError(ValueError):
@@ -93,58 +101,81 @@ def load(path: Path | None = None, *, recalled: bool = False) -> Literature:
     Raises:
         LiteratureError: a rule is broken, in one sentence that names the table and the value.
     """
-    path = path or DEFAULT_PATH
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise LiteratureError(f"{path.name} is not valid YAML: {error}") from error
-    if not isinstance(document, dict) or not {"sources", "tables"} <= document.keys():
-        raise LiteratureError(f"{path.name} needs the keys 'sources' and 'tables'")
-    sources = {key: _source(key, entry) for key, entry in document["sources"].items()}
+    document = _read(path or DEFAULT_PATH)
+    sources: dict[str, Source] = {}
+    for key, entry in document["sources"].items():
+        _require(f"source {key!r}", entry, _SOURCE)
+        sources[key] = Source(key, *(entry.get(name) for name in _SOURCE))
     claims: list[Claim] = []
     seen: set[str] = set()
-    for table in document["tables"]:
-        name = str(table.get("id"))
+    for position, table in enumerate(document["tables"]):
+        _require(f"table {position}", table, _TABLE)
+        name = table["id"]
         if name in seen:
             raise LiteratureError(f"table id {name!r} stands twice; ids must be unique")
         seen.add(name)
         _check_table(name, table, sources)
         claims += _claims(name, table)
-    empty = tuple(dict(entry) for entry in document.get("empty") or ())
+    empty = tuple(document.get("empty") or ())
     _check_empty(empty, sources, claims)
     kept = tuple(claim for claim in claims if recalled or claim.grade != "recalled")
     return Literature(sources, kept, empty)
 
 
-def _source(key: str, entry: Mapping[str, Any]) -> Source:
-    if not isinstance(entry, dict) or set(entry) != {"authors", "title", "year", "arxiv"}:
-        raise LiteratureError(f"source {key!r} needs authors, title, year and arxiv (or null)")
-    return Source(key, entry["authors"], entry["title"], entry["year"], entry["arxiv"])
+def _read(path: Path) -> dict[str, Any]:
+    """The file, with its three parts in place. Aliases and tags could unfold to gigabytes."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(t, yaml.TagToken | yaml.AliasToken) for t in yaml.scan(text)):
+            raise LiteratureError(f"{path.name} must do without YAML's tags and aliases")
+        document = yaml.safe_load(text)
+    except OSError as error:
+        raise LiteratureError(f"{path} can't be read: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, LiteratureError):
+            raise
+        raise LiteratureError(f"{path.name} is not valid YAML: {str(error)[:500]}") from error
+    _require(path.name, document, {"sources": dict, "tables": list, "empty": list | None})
+    return document
+
+
+def _require(what: str, entry: Any, kinds: Mapping[str, Any]) -> None:
+    """Raise unless ``entry`` has these keys alone, with values of these kinds."""
+    if not isinstance(entry, dict):
+        raise LiteratureError(f"{what} must be a mapping with the keys {', '.join(kinds)}")
+    unknown = [str(key)[:50] for key in entry if key not in kinds]
+    if unknown:
+        raise LiteratureError(f"{what} has unknown keys {unknown[:5]}")
+    for key, kind in kinds.items():
+        value = entry.get(key)
+        # To Python, true is an integer.
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise LiteratureError(f"{what} lacks {key!r}, or it is {str(value)[:50]!r}")
 
 
 def _check_table(name: str, table: Mapping[str, Any], sources: Mapping[str, Source]) -> None:
     """Raise unless the table names its source, scope and unit, and its rows fit its models."""
-    unknown = set(table) - _TABLE_KEYS
-    if unknown:
-        raise LiteratureError(f"table {name!r} has unknown keys {sorted(unknown)}")
-    required = ("source", "grade", "task", "metric", "unit", "higher_is_better", "models", "rows")
-    for key in (*required, "domain"):
-        if table.get(key) in (None, "", []):
+    for key in ("source", "grade", "task", "metric", "unit", "models", "rows", "domain"):
+        if not table[key]:
             raise LiteratureError(f"table {name!r} lacks {key!r}")
+    for model in table["models"]:
+        if not isinstance(model, str):
+            raise LiteratureError(f"table {name!r}: model {str(model)[:50]!r} is no name")
+    for row in table["rows"]:
+        _require(f"table {name!r}, a row", row, _ROW)
     if table["source"] not in sources:
         raise LiteratureError(f"table {name!r} cites {table['source']!r}, which is not a source")
     for key, allowed in (("grade", GRADES), ("unit", UNITS), ("domain", ("language", "vision"))):
         if table[key] not in allowed:
             raise LiteratureError(f"table {name!r}: {key} {table[key]!r} is none of {allowed}")
-    methods = [row.get("method") for row in table["rows"]]
+    methods = [row["method"] for row in table["rows"]]
     if len(set(methods)) != len(methods):
         raise LiteratureError(f"table {name!r} prints a method twice")
     for row in table["rows"]:
-        unknown = set(row) - _ROW_KEYS
-        if unknown or not {"method", "quantization", "dtype", "values"} <= row.keys():
-            raise LiteratureError(f"table {name!r}, row {row.get('method')!r}: keys are wrong")
         if row.get("baseline") not in (None, *methods):
             raise LiteratureError(f"table {name!r}: no row is named {row['baseline']!r}")
+        if row.get("baseline") and table["unit"] == "range of percentage points":
+            raise LiteratureError(f"table {name!r}: a range can't be divided by a baseline")
         if len(row["values"]) != len(table["models"]):
             raise LiteratureError(
                 f"table {name!r}, row {row['method']!r}: {len(row['values'])} values "
@@ -160,7 +191,7 @@ def _check_value(name: str, unit: str, value: Any) -> None:
     ends = value if isinstance(value, list) else [value]
     if any(isinstance(end, bool) or not isinstance(end, int | float) for end in ends):
         raise LiteratureError(f"table {name!r}: {value!r} is not a number")
-    if any(not math.isfinite(end) or end < 0 for end in ends):
+    if not all(0 <= end < math.inf for end in ends):
         raise LiteratureError(f"table {name!r}: {value!r} is negative or not finite")
     if unit == "percent" and any(end > 100 for end in ends):
         raise LiteratureError(f"table {name!r}: {value!r} percent is over 100")
@@ -178,8 +209,9 @@ def _check_empty(
         if claim.value is not None and claim.unit not in ("bits", "bytes")
     }
     for entry in empty:
-        if set(entry) != {"source", "quantization", "why"} or entry["source"] not in sources:
-            raise LiteratureError(f"empty cell {dict(entry)!r} needs source, quantization and why")
+        _require("an empty cell", entry, _EMPTY)
+        if entry["source"] not in sources:
+            raise LiteratureError(f"an empty cell cites {entry['source']!r}, which is no source")
         if (entry["source"], entry["quantization"]) in scores:
             raise LiteratureError(
                 f"{entry['source']} is said to print no {entry['quantization']}, but a table does"
@@ -256,9 +288,13 @@ def reference_ratios(literature: Literature, *, source: str = "dettmers2023qlora
         }
         row |= _spread("", [value / base for value, base, _ in full])
         accuracy = "accuracy" in first.metric
-        errors = [(100 - value) / (100 - base) for value, base, _ in full] if accuracy else []
+        errors = [(100 - v) / (100 - b) for v, b, _ in full if accuracy and b != 100]
         row |= _spread("error_", errors)
-        above = [(v - c.chance) / (b - c.chance) for v, b, c in full if accuracy and c.chance]
+        above = [
+            (v - c.chance) / (b - c.chance)
+            for v, b, c in full
+            if accuracy and c.chance and c.chance != b
+        ]
         row |= _spread("chance_", above)
         rows.append(row)
     return pd.DataFrame(rows)

@@ -36,6 +36,7 @@ CONFIGURATION_SD = 0.005
 SEED_SD = 0.004
 MAX_SEEDS = 50
 MAX_CONFIGURATIONS = 200
+MAX_DRAWS = 10**8
 SHOWN = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50)
 CLAIMS = {
     "power_see": "see the effect (one mode alone)",
@@ -76,14 +77,16 @@ def power_table(
     not wobble along the column. Raises ``StudyError`` for values that can't be meant.
     """
     _require(n_configurations >= 2, "configurations", n_configurations, "a t-test needs two")
-    _require(modes >= 1, "modes", modes, "use 1 or more")
+    _require(1 <= modes <= 1000, "modes", modes, "use 1 to 1000")
     _require(0.5 <= confidence < 1, "confidence", confidence, "use e.g. 0.95")
-    _require(margin > 0, "margin", margin, "use e.g. 0.01 for 1 pp")
-    _require(np.isfinite(effect) and effect != 0, "effect", effect, "use e.g. 0.01 for 1 pp")
-    _require(configuration_sd >= 0, "configuration sd", configuration_sd, "use e.g. 0.005")
-    _require(seed_sd >= 0, "seed sd", seed_sd, "use e.g. 0.004")
-    _require(configuration_sd + seed_sd > 0, "seed sd", seed_sd, "one sd must be above 0")
+    _require(0 < margin <= 1, "margin", margin, "use e.g. 0.01 for 1 pp")
+    _require(0 < abs(effect) <= 1, "effect", effect, "use e.g. 0.01 for 1 pp")
+    _require(0 <= configuration_sd <= 1, "configuration sd", configuration_sd, "use e.g. 0.005")
+    _require(0 <= seed_sd <= 1, "seed sd", seed_sd, "use e.g. 0.004")
+    _require(configuration_sd + seed_sd >= 1e-6, "seed sd", seed_sd, "one sd must be above 1e-6")
     _require(simulations >= 100, "simulations", simulations, "use 1000 or more")
+    draws = simulations * n_configurations
+    _require(draws <= MAX_DRAWS, "simulations x configurations", draws, f"use up to {MAX_DRAWS:,}")
     from scipy.special import stdtrit
 
     rng = np.random.default_rng(0) if rng is None else rng
@@ -222,7 +225,7 @@ def _need(table: pd.DataFrame, claim: str, power: float, model: dict[str, float]
 
 def _spread(options: argparse.Namespace) -> Spread:
     """From the options, the study where given, and the defaults, in that order."""
-    if options.study:
+    if options.study is not None:
         spread = spread_of(read_study(options.study).trials)
     else:
         known = GRIDS.get(options.grid)
@@ -277,6 +280,9 @@ def main(arguments: list[str] | None = None) -> int:
         text = report(table, spread, options.power, options.effect, options.margin, options.modes)
     except StudyError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"the study can't be read: {error}", file=sys.stderr)
         return 2
     print(text)
     return 0

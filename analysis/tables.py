@@ -117,6 +117,7 @@ def read_parquet(path: Path, columns: Columns, table: str) -> tuple[pd.DataFrame
             for name in wanted:
                 _require_plain(held.field(name))
             read = file.read(columns=wanted)
+            read.validate(full=True)  # or a flipped bit in a name fails where the name is used
             frame = read.to_pandas(ignore_metadata=True, types_mapper=_pandas_dtype)
     except (pa.ArrowException, OSError) as error:
         raise TableError(f"is truncated or no parquet file ({_first_line(error)})") from None

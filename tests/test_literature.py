@@ -151,7 +151,7 @@ def _set_row(document: dict[str, Any], **changes: Any) -> dict[str, Any]:
         (_set_row(_document(), values=[[1.0, 2.0]]), "unit"),
         (_set_row(_document(), baseline="nothing"), "nothing"),
         (_set_row(_document(), method="base"), "twice"),
-        (_document() | {"tables": _document()["tables"] * 2}, "twice"),
+        (_document() | {"tables": _document()["tables"] + _document()["tables"]}, "twice"),
         (
             _document()
             | {"empty": [{"source": "a2020", "quantization": "int8", "why": "none printed"}]},

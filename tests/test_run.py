@@ -1,5 +1,7 @@
 """The command line, in this process: mistakes are one sentence, exit code 2, and no folder."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -105,6 +107,16 @@ def test_weights_that_do_not_fit_are_refused_before_a_study_begins(command, tmp_
     assert code == 2
     assert "cls_token" in error
     assert not (tmp_path / "ray_results").exists()
+
+
+def test_a_full_disk_is_one_sentence_before_anything_is_written(command, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    code, _, error = command("--grid", "smoke", "--simulate")
+    assert code == 1
+    assert error.startswith("error: the disk of")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_dry_run_shows_every_trial_and_writes_nothing(command, tmp_path):

@@ -167,6 +167,41 @@ def test_a_study_is_continued_extended_or_refused(tiny, tmp_path):
             open_study([one], where, {**CHECKSUMS, kind: {name: {"sha256": "other"}}})
 
 
+def test_continuing_with_something_else_is_said_and_recorded(tiny, tmp_path, monkeypatch):
+    where, trials = context(tmp_path), [tiny("none")]
+    reopen = {"grid": "g", "command": "c"}
+    assert study.open_study(trials, where, CHECKSUMS, **reopen) == []
+    assert study.open_study(trials, where, CHECKSUMS, **reopen) == []
+    versions = {**study.provenance.versions(), "torch": "9.9"}
+    monkeypatch.setattr(study.provenance, "versions", lambda: versions)
+    (note,) = study.open_study(trials, where, CHECKSUMS, **reopen)
+    assert "torch was" in note
+    assert "and is 9.9" in note
+    other = where.model_copy(update={"device": "mps"})
+    (note,) = study.open_study(trials, other, CHECKSUMS, **reopen)
+    assert "device was cpu and is mps" in note
+    sessions = json.loads((where.study_dir / "study.json").read_text())["sessions"]
+    assert [s["versions"]["torch"] == "9.9" for s in sessions] == [False, False, True, True]
+    assert [s["device"] for s in sessions] == ["cpu", "cpu", "cpu", "mps"]
+
+
+def test_a_study_json_that_is_not_whole_is_written_anew_for_the_same_data(tiny, tmp_path):
+    where, trial = context(tmp_path), tiny("none")
+    open_study([trial], where)
+    path = where.study_dir / "study.json"
+    results = {"train": {"model_metrics": {"data_sha256": "d"}}}
+    (where.study_dir / trial.trial_id).mkdir()
+    write_json(where.study_dir / trial.trial_id / "results.json", results)
+    path.write_text(path.read_text()[:100])
+    (note,) = study.open_study([trial], where, CHECKSUMS, grid="g", command="c")
+    assert "not whole" in note
+    assert study.planned_ids(where.study_dir) == {trial.trial_id}
+    path.write_text("")
+    changed = {**CHECKSUMS, "data": {"digits": {"sha256": "other"}}}
+    with pytest.raises(UserError, match="its trials saw another digits"):
+        open_study([trial], where, changed)
+
+
 def test_a_folder_that_is_no_study_is_refused(tiny, tmp_path):
     where = context(tmp_path)
     where.study_dir.mkdir()

@@ -1,9 +1,12 @@
+import errno
 import json
 import shutil
 
 import pytest
+import torch
 
-from tune_study import checkpoint, resources, schema, train, trainable
+from tune_study import checkpoint, resources, schema, train
+from tune_study.limits import DiskFull
 from tune_study.trainable import RunContext, execute
 
 
@@ -23,6 +26,19 @@ def kill_after(epochs, rows):
             raise KeyboardInterrupt
 
     return report
+
+
+def without_times(results):
+    """The numbers of results.json that must repeat to the bit, a NaN as its name."""
+    times = ("epoch_time_s", "train_time_s", "eval_time_s", "images_per_s", "rss_peak_bytes")
+
+    def kept(value):
+        if isinstance(value, dict):
+            skip = (*times, *resources.COLUMNS)
+            return {key: kept(inner) for key, inner in value.items() if key not in skip}
+        return [kept(inner) for inner in value] if isinstance(value, list) else repr(value)
+
+    return kept(results["train"])
 
 
 def killed(config, study_dir, epochs):
@@ -185,17 +201,101 @@ def test_a_diverged_trial_keeps_its_curve(tiny, tmp_path, monkeypatch):
     assert results["train"]["training_results"]["best_epoch"] == 1
 
 
-def test_one_trial_after_another_equals_the_trial_alone(tiny, tmp_path):
-    """A worker that is used again must not carry anything over."""
-    alone, _ = run(tiny("nf4"), tmp_path / "alone")
-    for mode in ("int8", "none"):
-        run(tiny(mode, seed=9), tmp_path / "shared")
-    after, _ = run(tiny("nf4"), tmp_path / "shared")
-    for a, b in zip(alone["train"]["epochs"], after["train"]["epochs"], strict=True):
-        assert a["train_loss"] == b["train_loss"]
-        assert a["val_loss"] == b["val_loss"]
-    assert alone["train"]["test_metrics"] == after["train"]["test_metrics"]
-    memory = ("activation_bytes", "peak_train_bytes", "adapter_bytes")
-    taken = [r["train"]["resource_metrics"] for r in (alone, after)]
-    assert [taken[0][n] for n in memory] == [taken[1][n] for n in memory]
-    assert trainable.RunContext(study_dir=tmp_path).device == "cpu"
+def out_of_memory_above(largest, monkeypatch):
+    """The device refuses micro-batches of more than ``largest`` images."""
+    forward = train._forward
+
+    def refuse(training, images, labels):
+        if training.model.training and len(images) > largest:
+            raise torch.OutOfMemoryError(f"CUDA out of memory: {len(images)} images")
+        return forward(training, images, labels)
+
+    monkeypatch.setattr(train, "_forward", refuse)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(tiny, tmp_path, monkeypatch):
+    config = tiny("nf4")  # micro-batches of 20
+    out_of_memory_above(5, monkeypatch)
+    results, rows = run(config, tmp_path)
+    assert results["status"] == "completed"
+    taken = results["train"]["resource_metrics"]
+    assert (taken["batch_size"], taken["gradient_accumulation_steps"]) == (5, 4)
+    assert taken["batch_halvings"] == 2
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert results["warnings"][1] == (
+        "out of memory with micro-batches of 10 images: goes on from the last epoch with 5, 4 a "
+        "step"
+    )
+    # Without dropout, accumulation is the same arithmetic but for rounding.
+    plain = tiny(
+        "nf4", training={"gradient_accumulation_steps": 4, "per_device_train_batch_size": 5}
+    )
+    monkeypatch.undo()
+    same, _ = run(plain, tmp_path / "plain")
+    assert same["train"]["epochs"][0]["train_loss"] == results["train"]["epochs"][0]["train_loss"]
+
+
+def test_out_of_memory_in_a_later_epoch_goes_on_from_the_last_one(tiny, tmp_path, monkeypatch):
+    config = tiny("none", training={"num_train_epochs": 3})
+    step, failed = train.train_step, []
+
+    def fail_once(training, images, labels):
+        if len(training.history) == 2 and not failed:
+            failed.append(len(training.history))
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+        return step(training, images, labels)
+
+    monkeypatch.setattr(train, "train_step", fail_once)
+    results, rows = run(config, tmp_path)
+    assert failed == [2]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]  # no epoch twice
+    assert results["train"]["resource_metrics"]["batch_size"] == 10
+    log = (tmp_path / config.trial_id / "trial.log").read_text()
+    assert "continues after epoch 2, from epoch-00002" in log
+
+
+def test_out_of_memory_with_one_image_is_oom(tiny, tmp_path, monkeypatch):
+    config = tiny("none")
+    out_of_memory_above(0, monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(config, tmp_path)
+    results = json.loads((tmp_path / config.trial_id / "results.json").read_text())
+    assert results["status"] == "oom"
+    assert results["train"]["resource_metrics"]["batch_size"] == 1
+    error = json.loads((tmp_path / config.trial_id / "error.json").read_text())
+    assert error["type"] == "OutOfMemoryError"
+    assert any("micro-batches of 20" in line for line in error["log_tail"])
+
+
+def test_a_full_disk_ends_the_worker_and_not_the_trial(tiny, tmp_path, monkeypatch):
+    config = tiny("none")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(DiskFull, match="free some space and repeat the command"):
+        run(config, tmp_path)
+    folder = tmp_path / config.trial_id
+    assert json.loads((folder / "results.json").read_text())["status"] == "interrupted"
+    assert not (folder / "error.json").exists()
+    monkeypatch.undo()
+    assert run(config, tmp_path)[0]["status"] == "completed"
+
+
+def test_a_trial_does_not_start_on_a_disk_without_room(tiny, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10 * 2**20))
+    with pytest.raises(DiskFull, match="has 10 MB free and the next trial needs"):
+        run(tiny("none"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keep", "checkpoints", "adapter"), [("all", 2, True), ("best", 0, True), ("none", 0, False)]
+)
+def test_checkpoints_of_a_finished_trial(tiny, tmp_path, keep, checkpoints, adapter):
+    config = tiny("none")
+    run(config, tmp_path, keep_checkpoints=keep)
+    folder = tmp_path / config.trial_id
+    assert len(checkpoint.candidates(folder)) == checkpoints
+    assert (folder / "adapter" / "adapter_model.safetensors").exists() is adapter

@@ -25,6 +25,7 @@ TENSORS = ("adapter", "best")
 """Adapter and head of the last epoch, and of the best one: a safetensors file each."""
 BINARY = ("optimizer", "schedule", "generators", "monitor")
 PLAIN = ("history", "layer_gradients", "best_epoch")
+_FILES = (*(f"{name}.safetensors" for name in TENSORS), "training.pt")
 
 
 def save(trial_folder: Path, state: dict[str, Any], extra: dict[str, Any]) -> Path:
@@ -41,13 +42,12 @@ def _write(folder: Path, trial_id: str, state: dict[str, Any], extra: dict[str, 
     for name in TENSORS:
         save_file(state[name], folder / f"{name}.safetensors")
     torch.save({name: state[name] for name in BINARY}, folder / "training.pt")
-    files = [*(f"{name}.safetensors" for name in TENSORS), "training.pt"]
     plain = {
         "format": FORMAT,
         "trial_id": trial_id,
         "extra": extra,
         "state": {name: state[name] for name in PLAIN},
-        "sha256": {name: file_sha256(folder / name) for name in files},
+        "sha256": {name: file_sha256(folder / name) for name in _FILES},
     }
     # Python's JSON, in which a NaN stays one and every float returns to the bit.
     (folder / "state.json").write_text(json.dumps(plain, indent=1))
@@ -75,10 +75,14 @@ def is_whole(folder: Path, trial_id: str) -> bool:
     plain = read_json(folder / "state.json")
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         return False
-    digests = plain.get("sha256")
+    state, digests = plain.get("state"), plain.get("sha256")
     return (
         plain.get("trial_id") == trial_id
+        and isinstance(plain.get("extra"), dict)
+        and isinstance(state, dict)
+        and set(state) == set(PLAIN)
         and isinstance(digests, dict)
+        and set(digests) == set(_FILES)
         and all(
             (folder / name).is_file() and file_sha256(folder / name) == digest
             for name, digest in digests.items()

@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -56,7 +57,7 @@ class LoraSpec(_Record):
     def _is_a_pattern(cls, value: str) -> str:
         try:
             re.compile(value)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"not a regular expression ({error})") from None
         return value
 
@@ -159,6 +160,9 @@ class TrialConfig(_Record):
         for name, default in _JOINED_LATER.items():
             if values["training"][name] == default:
                 del values["training"][name]
+        overrides = values["quantization"]["overrides"]
+        if len(overrides) > 1:  # their order decides: the last match wins
+            values["quantization"]["overrides"] = list(overrides.items())
         canonical = json.dumps(values, sort_keys=True)
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
         dataset = "folder_" + Path(self.dataset).name if ":" in self.dataset else self.dataset
@@ -191,7 +195,7 @@ def parse_trial(values: Mapping[str, Any]) -> TrialConfig:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"])
+    field = ".".join(str(part) for part in first["loc"])[:_LONGEST]
     if first["type"] == "extra_forbidden":
         return f"unknown field {field}{_suggestion(field)}"
     if first["type"] == "missing":
@@ -199,7 +203,22 @@ def _sentence(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if field.endswith("mode"):
         message = f"choose one of {', '.join(MODES)}"
-    return f"{field} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{field} = {_shown(first['input'])}: {message[0].lower()}{message[1:]}"
+
+
+_LONGEST = 200
+"""Characters of the user's own text that a sentence repeats."""
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxother = _LONGEST
+
+
+def _shown(value: Any) -> str:
+    """``repr(value)``, cut."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python does not print an integer of thousands of digits
+        return f"a {type(value).__name__} that is too long to print"
 
 
 def field_names(record: type[BaseModel] = TrialConfig, prefix: str = "") -> list[str]:
@@ -223,18 +242,21 @@ def _suggestion(key: str) -> str:
 def parse_assignment(text: str) -> tuple[str, Any]:
     """``"training.num_train_epochs=3"`` -> ``("training.num_train_epochs", 3)``.
 
-    The value is read as YAML. Raises ``UserError``.
+    The value is read as YAML, without tags and aliases: a few of these can unfold to gigabytes, and
+    none is of use here. Raises ``UserError``.
     """
     key, equals, value = text.partition("=")
-    key = key.strip()
+    key, text = key.strip(), text[:_LONGEST]
     if not equals:
         raise UserError(f"--set {text}: write it as FIELD=VALUE, e.g. training.num_train_epochs=3")
     if key not in [*field_names(), "quantization"]:
         raise UserError(f"--set {text}: unknown field {key}{_suggestion(key)}")
     try:
+        if any(isinstance(t, yaml.TagToken | yaml.AliasToken) for t in yaml.scan(value)):
+            raise UserError(f"--set {text}: write the value out, without YAML's tags and aliases")
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {text}: the value {value!r} is not valid YAML") from None
+    except (yaml.YAMLError, ValueError, RecursionError):  # an impossible date is a ValueError
+        raise UserError(f"--set {text}: the value {_shown(value)} is not valid YAML") from None
     # YAML 1.1 reads 1e-3 as text; a number is meant.
     if isinstance(parsed, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", parsed):
         parsed = float(parsed)

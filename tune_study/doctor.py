@@ -210,7 +210,9 @@ def training(mode: str, device: torch.device) -> Iterator[Verdict]:
     step = f"{1e3 * statistics.median(times):.0f} ms per step of 32 small images"
     equal = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     remedy = "" if equal else "compare accuracies by their spread over seeds, not to the last bit"
-    found = f"two identical runs {'are equal to the last bit' if equal else 'differ'}; {step}"
+    most = max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+    same = "are equal to the last bit" if equal else f"differ by up to {most:.1e} in a parameter"
+    found = f"two identical runs {same}; {step}"
     yield Verdict(f"training with {mode}", equal, found, remedy)
     known = measured.peak_train_bytes is not None
     peak = f"{(measured.peak_train_bytes or 0) / 1e6:.1f} MB by {measured.peak_source}"

@@ -77,6 +77,8 @@ def _strict(value: Any) -> Any:
 def read_json(path: Path) -> Any | None:
     """The value in a JSON file, or ``None`` when there is no whole one."""
     try:
+        if not path.is_file():  # reading a pipe would wait for a writer
+            return None
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import re
 import resource
 import sys
@@ -226,6 +228,21 @@ def _mps(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Met
 
 
 _METERS = {"cpu": _cpu, "cuda": _cuda, "mps": _mps}
+
+
+def release_memory() -> None:
+    """Gives back what is no longer used: to the device, and with glibc to the system.
+
+    glibc alone kept 4.3 GB after the measured steps of a ViT-S (CHANGELOG.md).
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def rss_peak_bytes() -> int:

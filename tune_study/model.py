@@ -96,7 +96,8 @@ def build_model(
     base.requires_grad_(False)
     choose_attention(base, config, device)
     tensors = [*base.parameters(), *base.buffers()]
-    residue = [p for n, p in base.named_parameters() if n not in _block_weights(base)]
+    block_weights = {f"{name}.weight" for name in block_linears(base)}
+    residue = [p for n, p in base.named_parameters() if n not in block_weights]
     residue_bytes = tensor_bytes([*residue, *base.buffers()])
     base_parameters = sum(tensor.numel() for tensor in tensors)
     compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
@@ -111,10 +112,6 @@ def build_model(
     built = BuiltModel(model, layers, preprocessing, base_parameters, weights_bytes, quantizable)
     _prove(built, config)
     return built
-
-
-def _block_weights(base: nn.Module) -> set[str]:
-    return {f"{name}.weight" for name in block_linears(base)}
 
 
 def choose_attention(model: nn.Module, config: TrialConfig, device: torch.device) -> None:

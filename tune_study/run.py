@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 EXIT_FAILED, EXIT_USER = 1, 2
 EXIT_STOPPED = {"disk": 1, "time": 124, "interrupt": 130, "terminate": 143}
 """By the reason why a study stopped early: the shell's own codes for time and signals."""
+LONGEST_NAME = 200
+"""Bytes of a study's name; file systems allow 255, and trials' files add to it."""
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -56,7 +58,7 @@ def study(
     val_size: Annotated[int | None, typer.Option(help="validation images")] = None,
     test_size: Annotated[int | None, typer.Option(help="stratified subset, in images")] = None,
     max_experiments: Annotated[int | None, typer.Option(min=1, help="only the first N")] = None,
-    max_concurrent: Annotated[int, typer.Option(min=1, help="trials at a time")] = 1,
+    max_concurrent: Annotated[int, typer.Option(min=1, max=1024, help="trials at a time")] = 1,
     gpus_per_trial: Annotated[
         float | None, typer.Option(min=0, help="share of a GPU, such as 0.5")
     ] = None,
@@ -131,15 +133,19 @@ def study(
     else:
         grid_name, param_space = studies.load_grid(grid or "demo")
         trials = studies.plan(param_space, assignments)[:max_experiments]
-    simulation = _simulation(simulate, effect or [], seed_sd)
+    simulation = _simulation(simulate, effect or [], _finite("--seed-sd", seed_sd))
+    _finite("--gpus-per-trial", gpus_per_trial)
+    _finite("--max-hours", max_hours)
     default_name = f"{grid_name}-simulated" if simulation else grid_name
-    study_dir = (output_dir / _safe_name(name or default_name)).resolve()
+    study_dir = _resolved(
+        "--output-dir", output_dir / _safe_name(default_name if name is None else name)
+    )
     if resume and not (study_dir / "study.json").is_file():
         raise UserError(f"--resume: there is no study in {study_dir}; leave it out to begin one")
     context = RunContext(
         study_dir=study_dir,
-        data_dir=data_dir.resolve() if data_dir else None,
-        weights=weights.resolve() if weights else None,
+        data_dir=_resolved("--data-dir", data_dir) if data_dir else None,
+        weights=_resolved("--weights", weights) if weights else None,
         device=studies.choose_device(device),
         num_threads=_threads(max_concurrent),
         simulation=simulation,
@@ -166,8 +172,8 @@ def study(
         "gpus_per_trial": gpus_per_trial,
         "dashboard": dashboard,
     }
+    refuse_full_disk(study_dir)
     with only_run(study_dir):
-        refuse_full_disk(study_dir)
         if settings:
             settled = "fp32" if trials != drawn else None
             settings, trials = spaces.continued(settings, study_dir, compute_dtype=settled)
@@ -332,9 +338,24 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
 
 
 def _safe_name(name: str) -> str:
-    if name in ("", ".", "..") or Path(name).name != name:
+    plain = name.isprintable() and name not in ("", ".", "..") and Path(name).name == name
+    if not plain or len(os.fsencode(name)) > LONGEST_NAME:
         raise UserError(f"--name {name}: it must be a plain folder name; see --output-dir")
     return name
+
+
+def _resolved(option: str, path: Path) -> Path:
+    try:
+        path.exists()  # raises for a name that no file can have
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, not text
+        raise UserError(f"{option} {path}: it is no usable path ({error})") from None
+
+
+def _finite(option: str, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):  # typer lets NaN through any range
+        raise UserError(f"{option} {value}: it must be a finite number")
+    return value
 
 
 def _say_what_is_unusual(
@@ -403,7 +424,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        line = "".join(letter if letter.isprintable() else " " for letter in str(error))
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", EXIT_USER))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

@@ -7,18 +7,23 @@ import importlib.util
 import inspect
 import json
 import logging
+import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import ray
 import timm
 import torch
+from pydantic import BaseModel, ValidationError
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.search.variant_generator import generate_variants
 
+from analysis.folder import mapping
 from analysis.load import Study, rebuild, write_tables
 from search_spaces import grids
 from tune_study import provenance
@@ -37,7 +42,7 @@ from tune_study.model import (
 from tune_study.predict import skeleton_of
 from tune_study.progress import Progress
 from tune_study.quantize import block_linears, check_kernel, plan_layers
-from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS
+from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS, STATUSES
 from tune_study.space import merged, refuse_other_search
 from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop, graceful_signals
 from tune_study.tensorboard import TensorBoardCallback, axes_of
@@ -47,6 +52,14 @@ if TYPE_CHECKING:
     from tune_study.search import Search
 
 FORMAT = 1
+AWS_SECRETS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SECURITY_TOKEN",
+    "AWS_SESSION_TOKEN",
+)
+"""What Tune hands to its workers by way of a log file (seen with Ray 2.60)."""
+MOST_TRIALS = 100_000
 TRIAL_SLOT = "trial_slot"
 """A resource of ours that limits the trials at a time: with Tune's own limit, grid trials are
 created lazily, and an interrupted study would not know of those to come."""
@@ -60,7 +73,7 @@ def load_grid(grid: str) -> tuple[str, dict[str, Any]]:
     name, function = function_of("--grid", grid, grids)
     try:
         space = function()
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(f"--grid {grid}: {type(error).__name__}: {error}") from error
     if not isinstance(space, dict):
         raise UserError(f"--grid {grid}: it returned {type(space).__name__}, not a param_space")
@@ -82,16 +95,16 @@ def function_of(option: str, value: str, module: ModuleType) -> tuple[str, Calla
                 "path/to/file.py:function"
             )
         return value, getattr(module, value)
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
         raise UserError(f"{option} {value}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    own = importlib.util.module_from_spec(spec)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{option} {value}: {path} is no Python file; its name must end in .py")
     try:
+        own = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(own)
         return name, getattr(own, name)
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(f"{option} {value}: {type(error).__name__}: {error}") from error
 
 
@@ -105,14 +118,11 @@ def plan(
     one trial. Raises ``UserError`` for a field or value that is not allowed.
     """
     try:
+        if (count := _cells(param_space)) > MOST_TRIALS:
+            raise UserError(f"--grid: it has {count:,} cells, {MOST_TRIALS:,} are allowed")
         variants = [spec for _, spec in generate_variants({"config": dict(param_space)})]
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--grid: {error}") from None
-    if _samples(param_space):
-        raise UserError(
-            "--grid: it draws values (tune.choice, tune.uniform, ...); a grid names them, with "
-            "tune.grid_search"
-        )
     trials: dict[str, TrialConfig] = {}
     for variant in variants:
         values = variant["config"]
@@ -127,10 +137,27 @@ def plan(
     )
 
 
-def _samples(space: Any) -> bool:
+def _cells(space: Any) -> int:
+    """How many cells a grid has. Raises ``UserError`` for what Tune would draw or stumble over."""
+    if isinstance(space, tune.search.sample.Domain) or _is_alone(space, "eval"):
+        raise UserError(
+            "--grid: it draws values (tune.choice, tune.uniform, ...); a grid names them, with "
+            "tune.grid_search"
+        )
+    if _is_alone(space, "grid_search"):
+        values = space["grid_search"]
+        if not isinstance(values, list) or not values:
+            raise UserError("--grid: tune.grid_search wants a list with at least one value")
+        return sum(_cells(value) for value in values)
     if isinstance(space, Mapping):
-        return any(_samples(value) for value in space.values())
-    return isinstance(space, tune.search.sample.Domain)
+        if not all(isinstance(key, str) for key in space):
+            raise UserError("--grid: the names in a param_space must be text")
+        space = list(space.values())
+    return math.prod(_cells(value) for value in space) if isinstance(space, list | tuple) else 1
+
+
+def _is_alone(space: Any, key: str) -> bool:
+    return isinstance(space, Mapping) and list(space) == [key]
 
 
 def choose_device(device: str) -> str:
@@ -249,9 +276,9 @@ def open_study(
     Raises ``UserError`` for any other plan, and for changed data or weights.
     """
     folder = context.study_dir
-    old = read_json(folder / "study.json")
+    old = _manifest(folder)
     notes = []
-    if old is None and (folder / "study.json").exists():
+    if old is None and (folder / "study.json").is_file():
         notes.append("study.json is not whole: it is written anew, from this command alone")
         _refuse_other_data(trials, folder, checksums)
     cells = {t.trial_id: {"trial_id": t.trial_id, **t.model_dump(mode="json")} for t in trials}
@@ -270,7 +297,6 @@ def open_study(
         and any(not path.name.startswith(".") for path in folder.iterdir())
     ):
         raise UserError(f"--name {folder.name}: {folder} is not empty and holds no study.json")
-    folder.mkdir(parents=True, exist_ok=True)
     manifest = {
         "format": FORMAT,
         "study": folder.name,
@@ -289,6 +315,7 @@ def open_study(
             {"started": provenance.now(), "command": command, **_session(context)},
         ],
     }
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "study.json", manifest)
     return notes
 
@@ -306,12 +333,12 @@ def _session(context: RunContext) -> dict[str, Any]:
 
 def _differences(old: Mapping[str, Any], context: RunContext) -> list[str]:
     """One sentence when the study is continued with something else than it was run with so far."""
-    before = old["sessions"][-1] if old.get("sessions") else old["provenance"]
+    before = mapping(old["sessions"][-1] if old.get("sessions") else old["provenance"])
     now = _session(context)
     found = []
     for kind in ("versions", "hardware"):
         for name, value in now[kind].items():
-            if (then := before.get(kind, {}).get(name)) != value:
+            if (then := mapping(before, kind).get(name)) != value:
                 found.append(f"{name} was {then} and is {value}")
     for name in ("commit", "device", "num_threads"):
         if name in before and before[name] != now[name]:
@@ -330,20 +357,58 @@ def _refuse_other_data(
     """Against what the trials saw. Raises ``UserError``."""
     for trial in trials:
         results = read_json(folder / trial.trial_id / "results.json")
-        metrics = results["train"]["model_metrics"] if isinstance(results, dict) else {}
-        then, now = metrics.get("data_sha256"), checksums["data"].get(trial.dataset, {})
+        then = mapping(results, "train", "model_metrics").get("data_sha256")
+        now = checksums["data"].get(trial.dataset, {})
         if then is not None and now and then != now["sha256"]:
             raise UserError(
                 f"--name {folder.name}: its trials saw another {trial.dataset} (sha256 "
-                f"{then[:12]}, now {now['sha256'][:12]}); choose another --name"
+                f"{str(then)[:12]}, now {now['sha256'][:12]}); choose another --name"
             )
+
+
+class _Named(BaseModel):
+    trial_id: str
+
+
+class _Input(BaseModel):
+    sha256: str | None
+
+
+class _Provenance(BaseModel):
+    data: dict[str, _Input]
+    weights: dict[str, _Input]
+
+
+class _Manifest(BaseModel):
+    """What must be right in a study.json for it to be continued."""
+
+    format: Literal[1]
+    created: str
+    plan: list[_Named]
+    provenance: _Provenance
+    sessions: list[dict[str, Any]] = []
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """study.json, or ``None`` when there is no whole one. Raises ``UserError`` for another's."""
+    found = read_json(folder / "study.json")
+    if found is not None:
+        try:
+            _Manifest.model_validate(found)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])[:100]
+            raise UserError(
+                f"--name {folder.name}: its study.json is not of this version of tune-study "
+                f"({where or 'the whole'}: {first['msg']}); choose another --name"
+            ) from None
+    return found
 
 
 def planned_ids(study_dir: Path) -> set[str]:
     """The trial ids of the study in that folder; none where there is no study yet."""
-    manifest = read_json(study_dir / "study.json")
-    plan = manifest.get("plan") if isinstance(manifest, dict) else None
-    return {cell["trial_id"] for cell in plan} if isinstance(plan, list) else set()
+    manifest = _manifest(study_dir) or {"plan": []}
+    return {cell["trial_id"] for cell in manifest["plan"]}
 
 
 def _merged(old: Mapping[str, Any] | None, checksums: Mapping[str, Any]) -> dict[str, Any]:
@@ -405,7 +470,7 @@ def statuses(trials: Iterable[TrialConfig], study_dir: Path) -> dict[str, str]:
     for trial in trials:
         result = read_json(study_dir / trial.trial_id / "results.json")
         status = result.get("status") if isinstance(result, dict) else None
-        found[trial.trial_id] = status or "pending"
+        found[trial.trial_id] = status if status in STATUSES else "pending"
     return found
 
 
@@ -455,6 +520,8 @@ def run(
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+    # Ray would write them into a log that everyone may read; local workers inherit them anyway.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(AWS_SECRETS)
     # What a trial died of stands in its error.json, and we say so: no traceback beside it.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     deaths = Deaths(context.study_dir, progress.say)

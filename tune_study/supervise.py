@@ -19,7 +19,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from tune_study.config import TrialConfig, UserError
 from tune_study.files import read_json, write_json
-from tune_study.limits import note_out_of_memory, within_memory
+from tune_study.limits import disk_full, note_out_of_memory, within_memory
 from tune_study.provenance import now
 from tune_study.record import log_tail
 from tune_study.schema import FINISHED_STATUSES
@@ -36,9 +36,9 @@ def only_run(study_dir: Path) -> Iterator[None]:
 
     The system lets go of the lock when a run dies, however it dies.
     """
-    study_dir.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(study_dir / ".lock"), study_dir / ".run.json"
     try:
+        study_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         run = read_json(owner)
@@ -46,6 +46,11 @@ def only_run(study_dir: Path) -> Iterator[None]:
         raise UserError(
             f"--name {study_dir.name}: {who} is running this study; wait for it, stop it, or "
             "choose another --name"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {study_dir.parent}: {study_dir} can't be written to ({error.strerror}); "
+            "choose another --output-dir or --name"
         ) from None
     try:
         write_json(owner, {"pid": os.getpid(), "since": now()})
@@ -151,7 +156,8 @@ class Deaths(tune.Callback):
         if status in FINISHED_STATUSES:
             return  # the trial itself has told why
         detail = str(trial.get_error())
-        if "DiskFull" in detail:
+        # On a full disk Tune could not write the detail either.
+        if "DiskFull" in detail or disk_full(OSError(), self._study_dir):
             Stop.request("disk")
             return
         self._count[trial_id] += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from tune_study.limits import (
     refuse_full_disk,
     within_memory,
 )
-from tune_study.memory import reset_rss_peak
+from tune_study.memory import release_memory, reset_rss_peak
 from tune_study.model import BuiltModel, build_model
 from tune_study.predict import predict
 from tune_study.record import Record
@@ -86,9 +85,9 @@ def execute(config: TrialConfig, context: RunContext, report: Report) -> dict[st
         report = _each_epoch_once(report)
         try:
             while not _attempt(config, context, report, record):
-                _release_memory()
+                release_memory()
         finally:
-            _release_memory()  # the next trial of this worker starts without this one's tensors
+            release_memory()  # the next trial of this worker starts without this one's tensors
     return record.content
 
 
@@ -103,14 +102,6 @@ def _each_epoch_once(report: Report) -> Report:
             report(row)
 
     return once
-
-
-def _release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if torch.backends.mps.is_available():
-        torch.mps.empty_cache()
 
 
 def _attempt(config: TrialConfig, context: RunContext, report: Report, record: Record) -> bool:
@@ -197,6 +188,7 @@ def _continue(training: Training, built: BuiltModel, context: RunContext, record
         record.log(f"starts on {context.device}")
     if extra.get("micro_batch") != config.training.per_device_train_batch_size:
         record.memory = _memory(config, built, training)
+        release_memory()
     if found is None:
         record.fidelity = _fidelity_at_start(training, context.weights)
 

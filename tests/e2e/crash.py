@@ -70,8 +70,10 @@ def _one_kill(
     begun = time.monotonic()
     while time.monotonic() - begun < moment and process.poll() is None:
         time.sleep(0.05)
-    found = process.poll() is None and harness.kill(process, target)
-    words = f"{target} at {time.monotonic() - begun:.1f} s" + ("" if found else " (none there)")
+    # A worker or raylet that is not there yet is waited for.
+    while process.poll() is None and not harness.kill(process, target):
+        time.sleep(0.05)
+    words = f"{target} at {time.monotonic() - begun:.1f} s"
     if target == "power":
         process.wait()
         cut = harness.cut_power(folder / "smoke", rng) if (folder / "smoke").exists() else []

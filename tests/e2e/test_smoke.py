@@ -1,55 +1,30 @@
 """A real study from the command line: real ViT, bitsandbytes, PEFT and Ray, in minutes."""
 
 import json
-import os
+import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from tune_study import resources, schema
+from tune_study import schema
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-TIMES = ["train_time_s", "eval_time_s", "images_per_s", "epoch_time_s", "rss_peak_bytes"]
-TIMES += resources.COLUMNS
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tune_study.run", "--grid", "smoke", "--output-dir", folder]
-    return subprocess.Popen(
-        [*map(str, command), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=ENVIRONMENT,
-        start_new_session=True,
-    )
+from . import crash, harness
+from .harness import compare, finish, start
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=400)
-    return process.returncode, output
-
-
-def wait_for_epoch(process: subprocess.Popen) -> str:
-    """Reads the output until the first epoch has ended."""
-    seen = ""
-    assert process.stdout is not None
-    for line in process.stdout:
-        seen += line
-        if "epoch 1/" in line:
-            return seen
-    pytest.fail(f"no epoch: {seen}")
+def wait_for(process, folder, text):
+    """Until the study has printed ``text``."""
+    while text not in (folder / "output.txt").read_text():
+        assert process.poll() is None, (folder / "output.txt").read_text()
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    code, output = finish(start(folder))
+    code, output = finish(start(folder), folder)
     assert code == 0, output
     return folder / "smoke", output
 
@@ -78,66 +53,74 @@ def test_the_study_folder_is_as_designed(study):
     manifest = json.loads((folder / "study.json").read_text())
     ids = [cell["trial_id"] for cell in manifest["plan"]]
     for trial_id in ids:
-        for name in ("config.json", "results.json", "quantization_analysis.json"):
+        for name in ("config.json", "results.json", "quantization_analysis.json", "trial.log"):
             assert (folder / trial_id / name).is_file()
         assert not (folder / trial_id / "error.json").exists()
+        assert not (folder / trial_id / "checkpoints").exists()
         assert (folder / trial_id / "adapter" / "adapter_model.safetensors").is_file()
-        assert list((folder / "tensorboard" / trial_id).glob("events.*"))
         (tune,) = folder.glob(f"run-*/{trial_id}")
-        rows = [json.loads(line) for line in (tune / "result.json").read_text().splitlines()]
-        assert [row["epoch"] for row in rows] == [1, 2]
         assert (tune / "progress.csv").is_file()
         assert (tune / "params.json").is_file()
-    assert not list(folder.glob(".*.tmp"))
+    harness.no_epoch_twice(folder)
+    assert not list(folder.rglob(".*.tmp"))
 
 
 def test_a_second_run_trains_nothing(study):
     folder, _ = study
     before = (folder / "trials.csv").read_bytes()
-    code, output = finish(start(folder.parent))
+    code, output = finish(start(folder.parent), folder.parent)
     assert code == 0
     assert "nothing to do: all 4 trials" in output
     assert len(list(folder.glob("run-*"))) == 1
     assert (folder / "trials.csv").read_bytes() == before
 
 
-def compare(folder: Path, expected: Path) -> None:
-    for table in ("trials", "epochs"):
-        ours, theirs = (pd.read_parquet(f / f"{table}.parquet") for f in (folder, expected))
-        drop = [name for name in TIMES if name in ours]
-        pd.testing.assert_frame_equal(
-            ours.drop(columns=drop), theirs.drop(columns=drop), check_exact=True
-        )
-
-
-def test_killed_in_the_middle_moved_and_continued_gives_the_same_tables(study, tmp_path):
-    process = start(tmp_path / "first")
-    wait_for_epoch(process)
-    os.killpg(process.pid, signal.SIGKILL)
+def test_killed_moved_and_continued_gives_the_same_tables(study, tmp_path):
+    """A worker first, which the study survives; then everything, with the files written last."""
+    first = tmp_path / "first"
+    process = start(first)
+    wait_for(process, first, "epoch 1/2")
+    assert harness.kill(process, "worker")
+    wait_for(process, first, "its worker process died")
+    wait_for(process, first, "epoch 2/2")
+    harness.kill(process, "power")
     process.wait()
-    kill_ray()
-    (tmp_path / "first").rename(tmp_path / "moved")
-    code, output = finish(start(tmp_path / "moved"))
+    harness.cut_power(first / "smoke", random.Random(0))
+    first.rename(tmp_path / "moved")
+    code, output = finish(start(tmp_path / "moved"), tmp_path / "moved")
     assert code == 0, output
     compare(tmp_path / "moved" / "smoke", study[0])
+    harness.no_epoch_twice(tmp_path / "moved" / "smoke")
 
 
-def kill_ray() -> None:
-    """The processes that a killed driver leaves behind end by themselves, a little later."""
-    time.sleep(3)
+def test_a_dead_raylet_ends_the_command_with_a_sentence(tmp_path):
+    process = start(tmp_path, "--set", "training.num_train_epochs=200")
+    wait_for(process, tmp_path, "epoch 1/200")
+    assert harness.kill(process, "raylet")
+    code, output = finish(process, tmp_path, timeout_s=120)
+    assert code == 1
+    assert "Ray's raylet process died; continue with: python -m tune_study.run" in output
+    assert (tmp_path / "smoke" / "trials.parquet").is_file()
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_at_the_epoch_and_says_how_to_go_on(study, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_at_the_epoch_and_the_command_goes_on(study, tmp_path, number, code):
     process = start(tmp_path)
-    seen = wait_for_epoch(process)
-    process.send_signal(signal.SIGINT)
-    code, output = finish(process)
-    assert code == 130, seen + output
+    wait_for(process, tmp_path, "epoch 1/2")
+    harness.interrupt(process, number)  # the whole group, as a terminal does it
+    found, output = finish(process, tmp_path)
+    assert found == code, output
     assert "continue with: python -m tune_study.run --grid smoke" in output.replace("\n", " ")
     trials = pd.read_parquet(tmp_path / "smoke" / "trials.parquet")
     assert len(trials) == 4
     assert "pending" in set(trials["status"])
-    code, output = finish(start(tmp_path))
-    assert code == 0, output
+    found, output = finish(start(tmp_path), tmp_path)
+    assert found == 0, output
     compare(tmp_path / "smoke", study[0])
+
+
+@pytest.mark.slow
+def test_crashes_at_random_moments(study, tmp_path):
+    """The short form of ``python -m tests.e2e.crash``."""
+    crash.crash(tmp_path, study[0], 60, random.Random("short"))

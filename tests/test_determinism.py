@@ -1,0 +1,32 @@
+"""DESIGN.md, "Determinism": on one CPU a trial is a pure function, in every mode, to the bit."""
+
+import pytest
+from safetensors.torch import load_file
+
+from tune_study.trainable import RunContext, execute
+
+from .test_trainable import killed, without_times
+
+MODES = ["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
+
+
+def outcome(config, folder):
+    """All numbers that are not times, and the adapter's tensors."""
+    results = execute(config, RunContext(study_dir=folder), lambda row: None)
+    adapter = load_file(folder / config.trial_id / "adapter" / "adapter_model.safetensors")
+    return without_times(results), {name: t.numpy().tobytes() for name, t in adapter.items()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_trial_is_the_same_alone_after_another_and_killed(tiny, tmp_path, mode):
+    config = tiny(mode)
+    killed(config, tmp_path / "killed", 1)
+    alone = outcome(config, tmp_path / "alone")
+    killed(tiny("nf4", seed=9), tmp_path / "other", 1)
+    assert outcome(config, tmp_path / "after another") == alone
+    assert outcome(config, tmp_path / "killed") == alone
+
+
+def test_the_seed_matters(tiny, tmp_path):
+    one, other = (outcome(tiny("nf4", seed=seed), tmp_path) for seed in (1, 2))
+    assert one[1] != other[1]
