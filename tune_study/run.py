@@ -290,7 +290,9 @@ def _judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
     """0 when every planned trial ended well; else 1, after a list of those that did not."""
     bad = {trial: status for trial, status in statuses.items() if status not in PLANNED_ENDS}
     if not bad:
-        console.print(f"all {len(statuses)} trials ended well")
+        pruned = list(statuses.values()).count("pruned")
+        rest = f", {pruned} of them pruned" if pruned else ""
+        console.print(f"all {len(statuses)} trials ended well{rest}")
         return 0
     console.print(f"{len(bad)} of {len(statuses)} trials did not end well:")
     for trial_id, status in bad.items():
