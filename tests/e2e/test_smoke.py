@@ -104,7 +104,11 @@ def test_a_dead_raylet_ends_the_command_with_a_sentence(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143)],
+    ids=["interrupt", "terminate"],
+)
 def test_a_signal_ends_at_the_epoch_and_the_command_goes_on(study, tmp_path, number, code):
     process = start(tmp_path)
     wait_for(process, tmp_path, "epoch 1/2")
