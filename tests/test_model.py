@@ -211,8 +211,13 @@ def test_models_that_cannot_be_built_are_refused(tiny, fields, words):
 
 
 def test_a_model_whose_rows_share_blocks_is_refused_on_the_cpu(tiny):
-    """bitsandbytes 0.50.2 returns wrong weights for 96 columns; a fixed one may pass."""
-    config = tiny("nf4", model="swin_tiny_patch4_window7_224", pretrained=False)
+    """bitsandbytes 0.50.2 returns wrong weights for 96 columns with AVX512, right ones without."""
+    config = tiny(
+        "nf4",
+        model="swin_tiny_patch4_window7_224",
+        pretrained=False,
+        lora={"target_modules": r".*\.attn\.qkv"},
+    )
     try:
         fixed = build_model(config, 10).quantization_error < 0.11
     except UserError as error:
