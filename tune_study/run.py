@@ -266,7 +266,8 @@ def _train(
         studies.collect(context.study_dir)
         console.print(f"Ray's {name} process died; continue with: {command}")
         sys.stdout.flush()
-        os._exit(EXIT_FAILED)
+        # A SIGTERM to the whole process group takes Ray with it: then that is the reason.
+        os._exit(EXIT_STOPPED[Stop.reason] if Stop.reason else EXIT_FAILED)
 
     try:
         with progress:
