@@ -29,7 +29,7 @@ class DiskFull(UserError):
 def refuse_full_disk(study_dir: Path, checkpoint_bytes: int = 0) -> None:
     """Raises ``DiskFull`` when a trial with such checkpoints, three at a time, can't be kept."""
     needed = ROOM_BYTES + 3 * checkpoint_bytes
-    free = shutil.disk_usage(_existing(study_dir)).free
+    free = _free_bytes(study_dir)
     if free < needed:
         raise DiskFull(
             f"the disk of {study_dir} has {free / 1e6:,.0f} MB free and the next trial needs "
@@ -46,19 +46,25 @@ def disk_full(error: BaseException, study_dir: Path) -> DiskFull | None:
         if full or isinstance(cause, DiskFull) or "No space left on device" in str(cause):
             break
         cause = cause.__cause__ or cause.__context__
-    free = shutil.disk_usage(_existing(study_dir)).free
-    if cause is None and free >= ROOM_BYTES:
+    if cause is None and has_room(study_dir):
         return None
     if isinstance(cause, DiskFull):
         return cause
+    free = _free_bytes(study_dir)
     return DiskFull(
         f"the disk of {study_dir} is full ({free / 1e6:,.0f} MB free): the study stopped and every "
         "finished epoch is kept; free some space and repeat the command"
     )
 
 
-def _existing(folder: Path) -> Path:
-    return folder if folder.exists() else _existing(folder.parent)
+def has_room(study_dir: Path) -> bool:
+    """Whether the disk of the study folder is not full."""
+    return _free_bytes(study_dir) >= ROOM_BYTES
+
+
+def _free_bytes(folder: Path) -> int:
+    """Of its disk; the folder itself may not be there yet."""
+    return shutil.disk_usage(folder).free if folder.exists() else _free_bytes(folder.parent)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -161,19 +161,10 @@ class Record:
             write_json(self.folder / "quantization_analysis.json", analysis)
         if error is not None:
             self.log(f"{status}: {type(error).__name__}: {error}")
-            write_json(self.folder / "error.json", self._failure(error))
+            what = type(error).__name__, str(error)
+            trace = "".join(traceback.format_exception(error))
+            write_failure(self.folder, self.config, *what, len(history), trace)
         write_json(self.folder / "results.json", self.content)
-
-    def _failure(self, error: Exception) -> dict[str, Any]:
-        return {
-            "trial_id": self.config.trial_id,
-            "type": type(error).__name__,
-            "message": str(error),
-            "traceback": "".join(traceback.format_exception(error)),
-            "config": self.config.model_dump(mode="json"),
-            "last_epoch": len(self._history()),
-            "log_tail": log_tail(self.folder),
-        }
 
     def _training_results(self, history: list[Row]) -> dict[str, Any]:
         if not history:
@@ -218,6 +209,27 @@ def _over_epochs(history: list[Row]) -> dict[str, float]:
 
 def _nan_if_none(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def write_failure(
+    folder: Path,
+    config: TrialConfig,
+    kind: str,
+    message: str,
+    last_epoch: int,
+    trace: str | None = None,
+) -> None:
+    """``error.json``; ``trace`` is the traceback, which a worker that was killed has not."""
+    content = {
+        "trial_id": config.trial_id,
+        "type": kind,
+        "message": message,
+        "traceback": trace,
+        "config": config.model_dump(mode="json"),
+        "last_epoch": last_epoch,
+        "log_tail": log_tail(folder),
+    }
+    write_json(folder / "error.json", content)
 
 
 def log_tail(folder: Path) -> list[str]:

@@ -19,9 +19,9 @@ from ray.tune.schedulers import FIFOScheduler
 
 from tune_study.config import TrialConfig, UserError
 from tune_study.files import read_json, write_json
-from tune_study.limits import disk_full, note_out_of_memory, within_memory
+from tune_study.limits import has_room, note_out_of_memory, within_memory
 from tune_study.provenance import now
-from tune_study.record import log_tail
+from tune_study.record import write_failure
 from tune_study.schema import FINISHED_STATUSES
 
 RETRIES = 2
@@ -157,7 +157,7 @@ class Deaths(tune.Callback):
             return  # the trial itself has told why
         detail = str(trial.get_error())
         # On a full disk Tune could not write the detail either.
-        if "DiskFull" in detail or disk_full(OSError(), self._study_dir):
+        if "DiskFull" in detail or not has_room(self._study_dir):
             Stop.request("disk")
             return
         self._count[trial_id] += 1
@@ -200,16 +200,7 @@ def _give_up(trial: TrialConfig, folder: Path, deaths: int) -> None:
             "meta": {},
         }
     epochs = results["train"].get("epochs") or []
-    failure = {
-        "trial_id": trial.trial_id,
-        "type": "WorkerDied",
-        "message": sentence,
-        "traceback": None,
-        "config": trial.model_dump(mode="json"),
-        "last_epoch": len(epochs),
-        "log_tail": log_tail(folder),
-    }
-    write_json(folder / "error.json", failure)
+    write_failure(folder, trial, "WorkerDied", sentence, len(epochs))
     write_json(folder / "results.json", {**results, "status": "error", "error": sentence})
 
 
