@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from analysis import compare, load, power, report
 from tests import synthetic
 from tests.hostile import TEXT, TRIAL, damaged, files_like, fuzz, in_place_of, outcome
-from tune_study import checkpoint, provenance, schema, study
+from tune_study import checkpoint, manifest, provenance, schema, study
 from tune_study.config import UserError, parse_trial
 from tune_study.simulate import Simulation
 from tune_study.trainable import RunContext
@@ -26,34 +26,34 @@ SUMS = {"data": {"folder:photos": {"sha256": "a"}}, "weights": {"deit": {"sha256
 
 def opened(folder, simulation=None):
     context = RunContext(study_dir=folder, device="cpu", num_threads=1, simulation=simulation)
-    study.open_study(PLANNED, context, SUMS, grid="g", command="c")
+    manifest.open_study(PLANNED, context, SUMS, grid="g", command="c")
     return json.loads((folder / "study.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def manifest(tmp_path_factory):
+def study_json(tmp_path_factory):
     return opened(tmp_path_factory.mktemp("manifest") / "study")
 
 
 @pytest.fixture
-def same_machine(monkeypatch, manifest):
+def same_machine(monkeypatch, study_json):
     """Looking at the machine takes longer than all the rest."""
     for name in ("versions", "commit", "hardware"):
-        monkeypatch.setattr(provenance, name, lambda name=name: manifest["provenance"][name])
+        monkeypatch.setattr(provenance, name, lambda name=name: study_json["provenance"][name])
 
 
 @fuzz(80)
 @given(data=st.data(), simulated=st.booleans())
-def test_a_study_json_is_continued_or_refused(tmp_path, manifest, same_machine, data, simulated):
+def test_a_study_json_is_continued_or_refused(tmp_path, study_json, same_machine, data, simulated):
     folder = tmp_path / "study"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    (folder / "study.json").write_bytes(data.draw(files_like(manifest)))
-    outcome(lambda: study.planned_ids(folder), UserError)
+    (folder / "study.json").write_bytes(data.draw(files_like(study_json)))
+    outcome(lambda: manifest.planned_ids(folder), UserError)
     simulation = Simulation() if simulated else None
     found = outcome(lambda: opened(folder, simulation), UserError)
     if found is not None:
-        assert {t.trial_id for t in PLANNED} <= study.planned_ids(folder)
+        assert {t.trial_id for t in PLANNED} <= manifest.planned_ids(folder)
         assert load.rebuild(folder).trials["trial_id"].nunique() >= len(PLANNED)
 
 
@@ -71,11 +71,11 @@ def test_a_result_has_a_status_that_we_know(tmp_path, data):
 
 
 @pytest.mark.parametrize("kind", range(5))
-def test_what_is_no_file_is_not_waited_for(tmp_path, manifest, kind):
+def test_what_is_no_file_is_not_waited_for(tmp_path, study_json, kind):
     name = PLANNED[0].trial_id
     (tmp_path / name).mkdir()
     list(in_place_of(tmp_path / name / "results.json"))[kind]()
-    (tmp_path / "study.json").write_text(json.dumps(manifest))
+    (tmp_path / "study.json").write_text(json.dumps(study_json))
     assert study.statuses(PLANNED, tmp_path)[name] == "pending"
     assert load.read_study(tmp_path).trials["status"][0] in ("pending", "interrupted")
     (tmp_path / "study.json").unlink()

@@ -13,7 +13,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from search_spaces import optuna_spaces
-from tune_study import asha, run, simulate, space, study
+from tune_study import asha, manifest, run, simulate, space, study
 from tune_study.config import UserError, field_names
 from tune_study.files import write_json
 from tune_study.search import STORAGE_FILE, STUDY_NAME, Search, Suggestions, outcome
@@ -41,7 +41,7 @@ def opened(folder, wanted):
     where = RunContext(study_dir=folder, simulation=Simulation())
     wanted, trials = space.continued(wanted, folder, compute_dtype=None)
     checksums = {"data": {}, "weights": {}}
-    study.open_study(trials, where, checksums, grid="g", command="c", search=wanted.record())
+    manifest.open_study(trials, where, checksums, grid="g", command="c", search=wanted.record())
     return Search(wanted, where, trials)
 
 
@@ -371,7 +371,7 @@ def test_another_search_is_refused(tmp_path):
             opened(tmp_path, settings(**changed))
     where = RunContext(study_dir=tmp_path, simulation=Simulation())
     with pytest.raises(UserError, match="a search of qlora and this one would be a grid"):
-        study.open_study([], where, {"data": {}, "weights": {}}, grid="g", command="c")
+        manifest.open_study([], where, {"data": {}, "weights": {}}, grid="g", command="c")
 
 
 def test_a_space_that_was_edited_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from analysis import findings, gallery, report, search, search_figures
 from analysis.load import read_study
 from tests.test_figures import test_no_text_is_cut_off_or_covers_another as check_texts
 from tests.test_search import drive, opened, settings
-from tune_study import study
+from tune_study import manifest, study
 from tune_study.importance import importances
 from tune_study.trainable import RunContext
 
@@ -146,7 +146,7 @@ def test_a_search_without_a_finished_trial_has_a_report(tmp_path):
 def test_a_grid_has_no_chapter_on_a_search(tiny, tmp_path):
     where = RunContext(study_dir=tmp_path / "grid")
     checksums = {"data": {}, "weights": {}}
-    study.open_study([tiny("none")], where, checksums, grid="g", command="c")
+    manifest.open_study([tiny("none")], where, checksums, grid="g", command="c")
     assert search.searched(read_study(tmp_path / "grid")) is None
     assert "The search" not in report.write_report(tmp_path / "grid").read_text()
 

@@ -4,7 +4,7 @@ import pytest
 from analysis.load import rebuild
 from analysis.statistics import compare_modes
 from search_spaces import grids
-from tune_study import simulate, study
+from tune_study import manifest, simulate, study
 from tune_study.config import UserError
 from tune_study.simulate import Simulation, parse_effect
 from tune_study.trainable import RunContext
@@ -14,7 +14,7 @@ PLANTED = Simulation(effects={"nf4": -0.01})
 
 def simulated(trials, folder, simulation=PLANTED):
     where = RunContext(study_dir=folder, simulation=simulation)
-    study.open_study(trials, where, {"data": {}, "weights": {}}, grid="g", command="c")
+    manifest.open_study(trials, where, {"data": {}, "weights": {}}, grid="g", command="c")
     for trial in trials:
         simulate.execute(trial, simulation, folder, lambda row: None)
     return rebuild(folder)
@@ -71,7 +71,7 @@ def test_simulated_and_real_trials_are_never_mixed(tmp_path):
     for other in (None, Simulation(effects={"nf4": -0.02})):
         where = RunContext(study_dir=tmp_path / "s", simulation=other)
         with pytest.raises(UserError, match="simulated"):
-            study.open_study(trials, where, checksums, grid="g", command="c")
+            manifest.open_study(trials, where, checksums, grid="g", command="c")
 
 
 @pytest.mark.parametrize("text", ["nf4", "nf4=", "none=-0.1", "nf5=-0.1", "nf4=nan", "nf4=2", "="])

@@ -1,9 +1,4 @@
-import json
-from pathlib import Path
-
 import pytest
-import timm
-import torch
 from ray import tune
 
 from search_spaces import grids
@@ -11,8 +6,6 @@ from tune_study import study
 from tune_study.config import UserError
 from tune_study.files import write_json
 from tune_study.trainable import RunContext
-
-CHECKSUMS = {"data": {"digits": {"sha256": "d"}}, "weights": {"m": {"sha256": "w"}}}
 
 
 def context(tmp_path, **fields):
@@ -92,122 +85,6 @@ def test_a_grid_of_the_users_own(tmp_path):
 def test_unknown_grids_are_refused(grid):
     with pytest.raises(UserError, match="--grid"):
         study.load_grid(grid)
-
-
-def test_the_device_is_honoured_or_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert study.choose_device("auto") == "cpu"
-    for device in ("cuda", "mps", "tpu"):
-        with pytest.raises(UserError, match=f"--device {device}"):
-            study.choose_device(device)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert study.choose_device("auto") == "mps"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert study.choose_device("auto") == "cuda"
-
-
-def test_preflight_finds_the_inputs_and_their_checksums(tiny, tmp_path):
-    trials = [tiny("none"), tiny("nf4")]
-    checked = study.preflight(trials, context(tmp_path))
-    shipped = Path(timm.get_pretrained_cfg("vit_glyphs_patch4_32").file)
-    entry = checked.checksums["weights"]["vit_glyphs_patch4_32"]
-    assert entry["sha256"] == study.file_sha256(shipped)
-    assert len(checked.checksums["data"]["digits"]["sha256"]) == 64
-    assert checked.data[trials[0].trial_id] is checked.data[trials[1].trial_id]
-    assert not (tmp_path / "study").exists()
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"model": "vit_nothing"}, "timm has no such model"),
-        ({"dataset": "cifar10"}, "--data-dir"),
-        ({"data": {"train_size": 10**6}}, "data.train_size"),
-        ({"data": {"image_size": 33}}, "multiple"),
-        ({"quantization": {"mode": "nf4", "skip_layers": ["x"]}}, "matches no layer"),
-    ],
-)
-def test_preflight_refuses_before_anything_is_written(tiny, tmp_path, fields, words):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=words):
-        study.preflight([tiny("nf4", **fields)], context(tmp_path, data_dir=tmp_path / "empty"))
-    assert not (tmp_path / "study").exists()
-
-
-def open_study(trials, where, checksums=CHECKSUMS):
-    study.open_study(trials, where, checksums, grid="g", command="c")
-    return json.loads((where.study_dir / "study.json").read_text())
-
-
-def test_study_json_holds_plan_and_provenance(tiny, tmp_path):
-    trials = [tiny("none"), tiny("nf4")]
-    manifest = open_study(trials, context(tmp_path))
-    assert [cell["trial_id"] for cell in manifest["plan"]] == [t.trial_id for t in trials]
-    assert manifest["simulated"] is False
-    found = manifest["provenance"]
-    assert {"torch", "bitsandbytes", "peft", "timm", "ray"} <= set(found["versions"])
-    assert found["hardware"]["cores"] >= 1
-    assert found["data"] == CHECKSUMS["data"]
-
-
-def test_a_study_is_continued_extended_or_refused(tiny, tmp_path):
-    where = context(tmp_path)
-    one, two = tiny("none"), tiny("nf4")
-    created = open_study([one], where)["created"]
-    extended = open_study([one, two], where)
-    assert [cell["trial_id"] for cell in extended["plan"]] == [one.trial_id, two.trial_id]
-    assert extended["created"] == created
-    assert len(open_study([one], where)["plan"]) == 2  # a part of it: the rest stays planned
-    changed = tiny("none", training={"learning_rate": 0.5})
-    with pytest.raises(UserError, match=r"training\.learning_rate was 0\.001 and is 0\.5"):
-        open_study([changed], where)
-    for kind, name in (("data", "digits"), ("weights", "m")):
-        with pytest.raises(UserError, match=f"the {kind} of {name}"):
-            open_study([one], where, {**CHECKSUMS, kind: {name: {"sha256": "other"}}})
-
-
-def test_continuing_with_something_else_is_said_and_recorded(tiny, tmp_path, monkeypatch):
-    where, trials = context(tmp_path), [tiny("none")]
-    reopen = {"grid": "g", "command": "c"}
-    assert study.open_study(trials, where, CHECKSUMS, **reopen) == []
-    assert study.open_study(trials, where, CHECKSUMS, **reopen) == []
-    versions = {**study.provenance.versions(), "torch": "9.9"}
-    monkeypatch.setattr(study.provenance, "versions", lambda: versions)
-    (note,) = study.open_study(trials, where, CHECKSUMS, **reopen)
-    assert "torch was" in note
-    assert "and is 9.9" in note
-    other = where.model_copy(update={"device": "mps"})
-    (note,) = study.open_study(trials, other, CHECKSUMS, **reopen)
-    assert "device was cpu and is mps" in note
-    sessions = json.loads((where.study_dir / "study.json").read_text())["sessions"]
-    assert [s["versions"]["torch"] == "9.9" for s in sessions] == [False, False, True, True]
-    assert [s["device"] for s in sessions] == ["cpu", "cpu", "cpu", "mps"]
-
-
-def test_a_study_json_that_is_not_whole_is_written_anew_for_the_same_data(tiny, tmp_path):
-    where, trial = context(tmp_path), tiny("none")
-    open_study([trial], where)
-    path = where.study_dir / "study.json"
-    results = {"train": {"model_metrics": {"data_sha256": "d"}}}
-    (where.study_dir / trial.trial_id).mkdir()
-    write_json(where.study_dir / trial.trial_id / "results.json", results)
-    path.write_text(path.read_text()[:100])
-    (note,) = study.open_study([trial], where, CHECKSUMS, grid="g", command="c")
-    assert "not whole" in note
-    assert study.planned_ids(where.study_dir) == {trial.trial_id}
-    path.write_text("")
-    changed = {**CHECKSUMS, "data": {"digits": {"sha256": "other"}}}
-    with pytest.raises(UserError, match="its trials saw another digits"):
-        open_study([trial], where, changed)
-
-
-def test_a_folder_that_is_no_study_is_refused(tiny, tmp_path):
-    where = context(tmp_path)
-    where.study_dir.mkdir()
-    (where.study_dir / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="not empty"):
-        open_study([tiny("none")], where)
 
 
 def test_only_our_own_results_say_that_a_trial_is_done(tiny, tmp_path):

@@ -23,8 +23,8 @@ from tune_study.config import TrialConfig, UserError, parse_assignment
 from tune_study.schema import PLANNED_ENDS
 
 if TYPE_CHECKING:
+    from tune_study.preflight import Checked
     from tune_study.simulate import Simulation
-    from tune_study.study import Checked
     from tune_study.trainable import RunContext
 
 EXIT_FAILED, EXIT_USER = 1, 2
@@ -108,6 +108,7 @@ def study(
 ) -> None:
     """Run a study of quantized LoRA fine-tuning; the same command continues an interrupted one."""
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    from tune_study import manifest, preflight
     from tune_study import space as spaces
     from tune_study import study as studies
     from tune_study.limits import refuse_full_disk
@@ -146,7 +147,7 @@ def study(
         study_dir=study_dir,
         data_dir=_resolved("--data-dir", data_dir) if data_dir else None,
         weights=_resolved("--weights", weights) if weights else None,
-        device=studies.choose_device(device),
+        device=preflight.choose_device(device),
         num_threads=_threads(max_concurrent),
         simulation=simulation,
         keep_checkpoints=_one_of("--keep-checkpoints", keep_checkpoints, ("all", "best", "none")),
@@ -157,13 +158,13 @@ def study(
     if not simulation:
         trials = _settle_compute_dtype(console, trials, context)
     _say_what_is_unusual(console, trials, simulation)
-    checked = studies.preflight(trials, context)
+    checked = preflight.check(trials, context)
     _say_long_warm_up(console, trials, checked)
     if dry_run:
         _print_plan(console, trials, checked, context)
         return
     if validate_only:
-        studies.validate(trials, checked, context)
+        preflight.validate(trials, checked, context)
         console.print(f"{len(trials)}/{len(trials)} valid")
         return
     command = shlex.join(["python", "-m", "tune_study.run", *sys.argv[1:]])
@@ -177,7 +178,7 @@ def study(
         if settings:
             settled = "fp32" if trials != drawn else None
             settings, trials = spaces.continued(settings, study_dir, compute_dtype=settled)
-        for note in studies.open_study(
+        for note in manifest.open_study(
             trials,
             context,
             checked.checksums,
@@ -317,7 +318,7 @@ def _settle_compute_dtype(
     console: Console, trials: Sequence[TrialConfig], context: RunContext
 ) -> list[TrialConfig]:
     from tune_study.estimate import settle_compute_dtype
-    from tune_study.study import planned_ids
+    from tune_study.manifest import planned_ids
 
     settled, slowness = settle_compute_dtype(trials, context.device, planned_ids(context.study_dir))
     if slowness > 1:

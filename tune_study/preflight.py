@@ -1,0 +1,122 @@
+"""Looks at everything that the planned trials need, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+
+from tune_study.config import TrialConfig, UserError
+from tune_study.data import Dataset, load
+from tune_study.estimate import refuse_what_cannot_fit
+from tune_study.model import (
+    build_model,
+    file_sha256,
+    hub_weights,
+    load_base,
+    preprocessing_of,
+    refuse_unknown_model,
+    weights_file,
+)
+from tune_study.predict import skeleton_of
+from tune_study.quantize import block_linears, check_kernel, plan_layers
+from tune_study.trainable import RunContext
+
+
+def choose_device(device: str) -> str:
+    """``auto`` is CUDA, else MPS, else the CPU. Raises ``UserError`` for one that is not there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        return next(name for name, found in there.items() if found)
+    if device not in there:
+        raise UserError(f"--device {device}: choose one of auto, cpu, mps, cuda")
+    if not there[device]:
+        raise UserError(f"--device {device}: this machine has none that torch can use; try auto")
+    return device
+
+
+class Checked(NamedTuple):
+    """What ``check`` found out about the inputs of the planned trials."""
+
+    data: dict[str, Dataset]
+    """By trial id; trials that see the same images share one."""
+    checksums: dict[str, Any]
+
+
+def check(trials: Sequence[TrialConfig], context: RunContext) -> Checked:
+    """Looks at every input before anything is written: data, models, weights, kernels.
+
+    Raises ``UserError`` for the first that is missing or does not fit.
+    """
+    if context.simulation is not None:
+        for trial in trials:
+            skeleton_of(trial.model, 10, trial.data.image_size)
+        return Checked({}, {"data": {}, "weights": {}})
+    data: dict[str, Dataset] = {}
+    seen: dict[str, Dataset] = {}
+    sha256: dict[str, Any] = {"data": {}, "weights": {}}
+    models: set[str] = set()
+    bases: set[str] = set()
+    for trial in trials:
+        key = f"{trial.dataset} {trial.data.model_dump_json()}"
+        if key not in seen:
+            seen[key] = load(trial.dataset, context.data_dir, trial.data)
+            sha256["data"][trial.dataset] = {"sha256": seen[key].sha256}
+        data[trial.trial_id] = seen[key]
+        classes = len(seen[key].class_names)
+        key = f"{trial.model} {classes} {trial.data.image_size} {trial.quantization} {trial.lora}"
+        if key not in models:
+            models.add(key)
+            _check_model(trial, classes, context)
+        key = f"{trial.model} {classes} {trial.data.image_size} {trial.pretrained}"
+        if key not in bases:
+            bases.add(key)
+            load_base(trial, classes, context.weights)  # the weights are there, and fit
+        refuse_what_cannot_fit(trial, classes, torch.device(context.device))
+        if trial.model not in sha256["weights"]:  # a large file is read once, not once a trial
+            sha256["weights"][trial.model] = _weights_sha256(trial, context)
+    return Checked(data, sha256)
+
+
+def _check_model(trial: TrialConfig, num_classes: int, context: RunContext) -> None:
+    refuse_unknown_model(trial.model)
+    skeleton = skeleton_of(trial.model, num_classes, trial.data.image_size)
+    preprocessing_of(skeleton, trial)
+    linears = block_linears(skeleton)
+    for name, mode in plan_layers(skeleton, trial.quantization).items():
+        check_kernel(mode, linears[name].in_features, context.device)
+
+
+def _weights_sha256(trial: TrialConfig, context: RunContext) -> dict[str, Any]:
+    if not trial.pretrained:
+        return {"pretrained": False, "sha256": None}
+    if context.weights is not None:
+        path: Path | None = weights_file(trial.model, context.weights)
+    else:
+        path = hub_weights(trial.model)
+        shipped = timm.get_pretrained_cfg(trial.model)
+        if path is None and shipped is not None and shipped.file:
+            path = Path(shipped.file)
+    return {
+        "pretrained": True,
+        "file": path.name if path else None,
+        "sha256": file_sha256(path) if path else None,
+    }
+
+
+def validate(trials: Sequence[TrialConfig], checked: Checked, context: RunContext) -> None:
+    """Builds every distinct model of the plan, with all the proofs. Raises ``UserError``."""
+    seen: set[str] = set()
+    for trial in trials:
+        classes = len(checked.data[trial.trial_id].class_names)
+        key = f"{trial.model} {classes} {trial.lora} {trial.quantization} {trial.data.image_size}"
+        if key not in seen:
+            seen.add(key)
+            build_model(trial, classes, weights=context.weights, device=context.device)
