@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.folder import mapping, read_json
 from analysis.load import Study
-from analysis.summaries import finished
+from analysis.summaries import finished, pareto
 from tune_study import schema
 
 DIRECTIONS = ("maximize", "minimize")
@@ -91,21 +91,6 @@ def costs_of(trials: pd.DataFrame, objectives: Mapping[str, str]) -> np.ndarray:
     """(trials, objectives), all to be minimized."""
     signs = [-1.0 if direction == "maximize" else 1.0 for direction in objectives.values()]
     return trials[list(objectives)].to_numpy("float64") * signs
-
-
-def pareto(costs: np.ndarray) -> np.ndarray:
-    """Which rows of (n, 1 or 2) costs no other row beats, as booleans; equal rows stand together.
-
-    A row beats another when it is at most as large in each column and smaller in one.
-    """
-    on_front = np.zeros(len(costs), dtype=bool)
-    pairs = np.column_stack([costs[:, 0], costs[:, -1]])
-    best = (math.inf, math.inf)
-    for row in np.lexsort((pairs[:, 1], pairs[:, 0])):
-        point = tuple(pairs[row])
-        if point[1] < best[1] or point == best:
-            on_front[row], best = True, point
-    return on_front
 
 
 def hypervolume(costs: np.ndarray, reference: Sequence[float]) -> float:

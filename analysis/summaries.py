@@ -5,6 +5,7 @@ Fractions stay fractions here; figures and text turn them into percent.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,10 +74,24 @@ def pareto_front(
     table = table.reset_index()
     table["on_front"] = False
     for _, group in table.groupby(scope, observed=True, dropna=False):
-        order = group.sort_values(["cost", "score"], ascending=[True, False])
-        best = order["score"].cummax().shift(fill_value=-np.inf)
-        table.loc[order.index[order["score"] > best], "on_front"] = True
+        costs = np.column_stack([group["cost"], -group["score"]])
+        table.loc[group.index, "on_front"] = pareto(costs)
     return table
+
+
+def pareto(costs: np.ndarray) -> np.ndarray:
+    """Which rows of (n, 1 or 2) costs no other row beats, as booleans; equal rows stand together.
+
+    A row beats another when it is at most as large in each column and smaller in one.
+    """
+    on_front = np.zeros(len(costs), dtype=bool)
+    pairs = np.column_stack([costs[:, 0], costs[:, -1]])
+    best = (math.inf, math.inf)
+    for row in np.lexsort((pairs[:, 1], pairs[:, 0])):
+        point = tuple(pairs[row])
+        if point[1] < best[1] or point == best:
+            on_front[row], best = True, point
+    return on_front
 
 
 def curve_bands(

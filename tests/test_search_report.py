@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import findings, gallery, report, search, search_figures
+from analysis import findings, gallery, report, search, search_figures, summaries
 from analysis.load import read_study
 from tests.test_figures import test_no_text_is_cut_off_or_covers_another as check_texts
 from tests.test_search import drive, opened, settings
@@ -41,11 +41,16 @@ def test_the_pareto_set_is_what_nothing_beats(points):
         not any(other[0] <= mine[0] and other[1] <= mine[1] and other != mine for other in points)
         for mine in points
     ]
-    assert list(search.pareto(np.array(points, dtype=float))) == expected
+    assert list(summaries.pareto(np.array(points, dtype=float))) == expected
 
 
 def test_one_objective_has_the_best_as_its_set():
-    assert list(search.pareto(np.array([[3.0], [1.0], [2.0], [1.0]]))) == [False, True, False, True]
+    assert list(summaries.pareto(np.array([[3.0], [1.0], [2.0], [1.0]]))) == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.fixture(scope="module")
