@@ -19,10 +19,11 @@ def outcome(config, folder):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_trial_is_the_same_alone_after_another_and_killed(tiny, tmp_path, mode):
-    config = tiny(mode)
+    small = {"data": {"train_size": 16}, "training": {"per_device_train_batch_size": 8}}
+    config = tiny(mode, **small)
     killed(config, tmp_path / "killed", 1)
     alone = outcome(config, tmp_path / "alone")
-    killed(tiny("nf4", seed=9), tmp_path / "other", 1)
+    killed(tiny("nf4", seed=9, **small), tmp_path / "other", 1)
     assert outcome(config, tmp_path / "after another") == alone
     assert outcome(config, tmp_path / "killed") == alone
 

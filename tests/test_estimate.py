@@ -45,7 +45,8 @@ def test_predicted_ledger_is_the_measured_one(tiny, mode, compute_dtype):
     """Weight-side categories to the byte; activations and peak within what docs/memory.md says."""
     overrides = {"blocks.0.*": "int8", "blocks.1.attn.*": "nf4-dq"} if mode == "mixed" else {}
     quantization = {"mode": "nf4" if mode == "mixed" else mode, "overrides": overrides}
-    config = tiny(mode, quantization=quantization, training={"compute_dtype": compute_dtype})
+    training = {"compute_dtype": compute_dtype, "per_device_train_batch_size": 5}
+    config = tiny(mode, quantization=quantization, training=training)
     data = load("digits", None, config.data)
     random_state = torch.get_rng_state()
     expected = predict(config, 10, torch.device("cpu"))

@@ -125,6 +125,7 @@ def test_a_signal_ends_at_the_epoch_and_the_command_goes_on(study, tmp_path, num
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_crashes_at_random_moments(study, tmp_path):
     """The short form of ``python -m tests.e2e.crash``."""
     crash.crash(tmp_path, study[0], 60, random.Random("short"))
