@@ -77,7 +77,7 @@ def _one_kill(
     if target == "power":
         process.wait()
         cut = harness.cut_power(folder / "smoke", rng) if (folder / "smoke").exists() else []
-        words += f" ({', '.join(cut)} cut)"
+        words += f" ({', '.join(cut)} cut)" if cut else " (nothing was written yet)"
     return words
 
 
