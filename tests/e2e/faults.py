@@ -32,8 +32,8 @@ ORDINARY = re.compile(r"\]?: (started|epoch \d|completed, )|^(results|report|Ten
 class Study:
     """One study folder below ``root``, and what has been done to it."""
 
-    def __init__(self, root: Path, grid: str) -> None:
-        self.root, self.grid, self.number = root, grid, 0
+    def __init__(self, root: Path, grid: str, arguments: list[str]) -> None:
+        self.root, self.grid, self.arguments = root, grid, arguments
         self.place = root / "here"
 
     @property
@@ -41,7 +41,7 @@ class Study:
         return self.place / self.grid
 
     def start(self, *arguments: object) -> subprocess.Popen:
-        return harness.start(self.place, *arguments, grid=self.grid)
+        return harness.start(self.place, *self.arguments, *arguments, grid=self.grid)
 
     def wait(self, process: subprocess.Popen, text: str) -> None:
         """Until the command has printed ``text`` since it began."""
@@ -95,11 +95,8 @@ def all_faults(study: Study, rng: random.Random) -> None:
     study.wait(worker, "epoch 1/")
     harness.kill(worker, "worker")
     study.wait(worker, "its worker process died")
-    second = subprocess.run(
-        [sys.executable, "-m", "tune_study.run", "--grid", study.grid, "--output-dir", study.place],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "tune_study.run", "--grid", study.grid, *study.arguments]
+    second = subprocess.run([*command, "--output-dir", study.place], capture_output=True, text=True)
     said = second.stderr.strip().replace(str(study.root), "…")
     print(f"| a second run meanwhile | {second.returncode} | `{said}` |", flush=True)
     harness.interrupt(worker)
@@ -194,14 +191,16 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--grid", default="demo")
+    parser.add_argument("--max-experiments", default="4", help="only the first N trials")
     options = parser.parse_args(arguments)
+    some = ["--max-experiments", options.max_experiments]
     with tempfile.TemporaryDirectory() as temporary:
-        study = Study(Path(temporary), options.grid)
+        study = Study(Path(temporary), options.grid, some)
         print("| fault | exit code | what the command printed |\n|---|---|---|", flush=True)
         all_faults(study, random.Random(0))
         expected = Path(temporary) / "undisturbed"
         code, output = harness.finish(
-            harness.start(expected, grid=options.grid), expected, PATIENCE_S
+            harness.start(expected, *some, grid=options.grid), expected, PATIENCE_S
         )
         if code:
             raise SystemExit(output)
