@@ -55,6 +55,7 @@ def _weights(table: pd.DataFrame) -> Table:
         table,
         {
             "model": text("model"),
+            "data set": text("dataset"),  # its classes decide the size of the head
             "mode": text("quantization"),
             "bytes": lambda r: megabytes(r["weights_bytes"]),
             "against fp32": lambda r: f"{signed((r['of_fp32'] - 1) * 100, 1)} %",

@@ -17,6 +17,10 @@ _COLUMNS = (
     "our_value", "our_quantity", "n_configurations", "n_trials", "verdict", "reason",
 )  # fmt: skip
 _RANGE = "range of percentage points"
+_WHOLE = {"cifar10": 50_000, "cifar100": 50_000}
+"""Training images of a claim that names no subset."""
+_ALIKE = 2
+"""Training sets that differ by more than this factor are not compared."""
 
 
 def vision_references(
@@ -86,7 +90,7 @@ def _ours(trials: pd.DataFrame, claim: lit.Claim, metric: str) -> list[dict[str,
                 "our_quantity": quantity,
                 "n_configurations": len(means),
                 "n_trials": len(group),
-                "train_images": images.get(model),
+                "train_images": images.get(model, np.nan),
             }
         )
     return rows
@@ -95,11 +99,11 @@ def _ours(trials: pd.DataFrame, claim: lit.Claim, metric: str) -> list[dict[str,
 def _verdict(claim: lit.Claim, own: dict[str, Any], simulated: bool) -> dict[str, str]:
     if simulated:
         return {"verdict": "none given", "reason": "the study is simulated"}
-    images = own["train_images"]
-    known = images is not None and not pd.isna(images)
-    if claim.train_images and not (known and float(images) <= 2 * claim.train_images):
-        here = f"{float(images):,.0f}" if known else "an unknown number"
-        reason = f"{claim.train_images:,} training images there, {here} here"
+    theirs = claim.train_images or _WHOLE.get(claim.dataset or "")
+    ours = own["train_images"]
+    if theirs is not None and (pd.isna(ours) or not 1 / _ALIKE <= ours / theirs <= _ALIKE):
+        here = "an unknown number" if pd.isna(ours) else f"{ours:,.0f}"
+        reason = f"{theirs:,} training images there, {here} here"
         return {"verdict": "not comparable", "reason": reason}
     reservations = [f"{claim.model} there, {own['our_model']} here"]
     if "LoRA" not in claim.method:

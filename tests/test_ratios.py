@@ -227,3 +227,6 @@ def test_vtab_is_comparable_when_as_few_images_were_used() -> None:
     table = references.vision_references(trials)
     vtab = table[(table["task"] == "VTAB-1k CIFAR-100") & (table["method"] == "LoRA")].iloc[0]
     assert vtab["verdict"] == "comparable with reservations"
+    deit = table[(table["source"] == "touvron2021deit") & (table["task"] == "CIFAR-100")].iloc[0]
+    assert deit["verdict"] == "not comparable"
+    assert deit["reason"] == "50,000 training images there, 1,000 here"

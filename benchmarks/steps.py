@@ -1,0 +1,147 @@
+"""Training steps of ours, and the ratios that need nothing else: epoch, monitor, modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from benchmarks.timing import Comparison, alternate, compare, rate
+from tune_study import train
+from tune_study.config import TrialConfig, parse_trial
+from tune_study.data import load, preprocess
+from tune_study.estimate import settle_compute_dtype
+from tune_study.gradients import NoiseScale
+from tune_study.model import build_model
+from tune_study.resources import ResourceMonitor
+
+MODES = ("none", "int8", "nf4", "nf4-dq")
+
+
+def config_of(model: str, mode: str, batch: int, device: str) -> TrialConfig:
+    """A trial of the full grid, on random weights: their values do not change the speed."""
+    config = parse_trial(
+        {
+            "model": model,
+            "dataset": "digits",
+            "lora": {"r": 8, "lora_alpha": 16},
+            "quantization": mode,
+            "pretrained": False,
+            "training": {"per_device_train_batch_size": batch},
+            "data": {"augment": "flip-crop"},
+        }
+    )
+    return settle_compute_dtype([config], device, set())[0][0]
+
+
+def started(config: TrialConfig, device: str, images: int) -> train.Training:
+    """A trial before its first epoch, with ``images`` training images."""
+    data = load("digits", None, config.data)
+    data = data._replace(train=type(data.train)(*(part[:images] for part in data.train)))
+    where = torch.device(device)
+    training = train.start(config, build_model(config, 10, device=where), data, where)
+    training.model.train()
+    return training
+
+
+def bare_step(training: train.Training) -> Callable[[], None]:
+    """Forward, backward and optimizer on one fixed batch: no data, no monitor, no clipping."""
+    size = train.images_per_step(training.config)
+    images, labels = (part[:size] for part in training.data.train)
+    pixels = preprocess(images, training.preprocessing)
+
+    def step() -> None:
+        with train.autocast(training):
+            scores = training.model(pixels)
+        cross_entropy(scores.float(), labels).backward()
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def synchronised(work: Callable[[], object], device: str, times: int = 1) -> Callable[[], None]:
+    """``work``, ``times`` times, and the device's queue empty at the end."""
+
+    def run() -> None:
+        for _ in range(times):
+            work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        elif device == "mps":
+            torch.mps.synchronize()
+
+    return run
+
+
+def epoch_against_step(
+    model: str, mode: str, batch: int, steps: int, rounds: int, device: str
+) -> Comparison:
+    """A whole training epoch of a trial, against the bare step on as many images."""
+    images = batch * steps
+    training = started(config_of(model, mode, batch, device), device, images)
+    step = bare_step(training)
+    epoch = synchronised(lambda: train._train_epoch(training), device)
+    bare = synchronised(step, device, steps)
+    measured = alternate(
+        {"epoch": lambda: rate(epoch, images), "bare step": lambda: rate(bare, images)}, rounds
+    )
+    return compare(f"epoch / bare step, {mode}", ">= 0.95", measured, "epoch", "bare step")
+
+
+def monitors_on_against_off(
+    model: str, mode: str, batch: int, steps: int, rounds: int, device: str
+) -> list[Comparison]:
+    """Seconds per step with what watches it, against those without.
+
+    Without the gradient monitor, the step still computes the norm that clipping needs, as any
+    training loop does. The noise scale compares micro-batches, so its step accumulates two; the
+    resource monitor samples 20 times as often as in a trial.
+    """
+    training = started(config_of(model, mode, batch, device), device, batch)
+    observe, parameters = training.monitor.observe, list(training.parameters.values())
+    noise = NoiseScale(training.parameters)
+
+    def norm_alone(loss: torch.Tensor) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters])
+
+    def step() -> None:
+        train.train_step(training, *training.data.train)
+
+    def seconds(watch: str) -> float:
+        training.monitor.observe = norm_alone if watch == "nothing" else observe  # type: ignore[method-assign]
+        training.noise = noise if watch == "noise scale" else None
+        work = synchronised(step, device, steps)
+        if watch == "resources":
+            with ResourceMonitor(torch.device(device), interval_s=0.05):
+                return 1 / rate(work, steps)
+        return 1 / rate(work, steps)
+
+    watches = ("nothing", "gradients", "noise scale", "resources")
+    measured = alternate({watch: lambda w=watch: seconds(w) for watch in watches}, rounds)
+    return [
+        compare(f"{what}, {mode}", target, measured, on, off, "s/step")
+        for what, target, on, off in (
+            ("gradient monitor on / off", "<= 1.02", "gradients", "nothing"),
+            ("gradient noise scale on / off", "<= 1.05", "noise scale", "gradients"),
+            ("resource monitor on / off", "<= 1.02", "resources", "gradients"),
+        )
+    ]
+
+
+def modes_against_none(
+    model: str, batch: int, steps: int, rounds: int, device: str
+) -> list[Comparison]:
+    """The bare LoRA step of each mode against that of ``none`` in the same compute dtype."""
+    sides = {}
+    for mode in MODES:
+        config = config_of(model, mode, batch, device)
+        work = synchronised(bare_step(started(config, device, batch)), device, steps)
+        sides[mode] = lambda work=work: rate(work, steps * batch)
+    measured = alternate(sides, rounds)
+    dtype = config.training.compute_dtype
+    return [
+        compare(f"{mode} / none, LoRA step in {dtype}", ">= 0.9", measured, mode, "none")
+        for mode in MODES[1:]
+    ]

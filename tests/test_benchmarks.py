@@ -1,0 +1,37 @@
+"""What the benchmarks compute from times; never a time itself."""
+
+import pytest
+
+from benchmarks.__main__ import line
+from benchmarks.timing import Comparison, alternate, compare
+
+
+def test_sides_take_turns_after_one_unmeasured_run():
+    order = []
+
+    def side(name):
+        return lambda: order.append(name) or float(len(order))
+
+    found = alternate({"a": side("a"), "b": side("b")}, rounds=3)
+    assert "".join(order) == "ababbaab"
+    assert found == {"a": [3.0, 6.0, 7.0], "b": [4.0, 5.0, 8.0]}
+
+
+def test_a_ratio_is_of_neighbours_and_its_median_meets_the_target_or_not():
+    measured = {"ours": [10.0, 4.0, 30.0], "theirs": [5.0, 1.0, 10.0]}
+    found = compare("speed", ">= 3.0", measured, "ours", "theirs")
+    assert found.ratios == [2.0, 4.0, 3.0]
+    assert found.median == 3.0
+    assert found.met
+    assert found.sides == {"ours": 10.0, "theirs": 5.0}
+    assert not found._replace(target=">= 3.1").met
+    assert found._replace(target="<= 3.0").met
+    assert not found._replace(target="<= 2.9").met
+
+
+@pytest.mark.parametrize(("ratio", "word"), [(0.5, "met"), (1.5, "**missed**")])
+def test_a_row_of_the_table_says_whether_the_target_is_met(ratio, word):
+    one = Comparison("overhead", "<= 1.0", [ratio], {}, "s")
+    row = line(one._asdict() | {"median": one.median, "met": one.met})
+    assert row.split(" | ")[4] == word
+    assert "one run" in row
