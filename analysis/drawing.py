@@ -130,14 +130,13 @@ def panel_grid(count: int, height: float) -> tuple[Figure, list[Axes]]:
 
 def plain_log(axis: Axis, low: float, high: float) -> None:
     """Ticks of a logarithmic axis at round numbers, written out: 5, 10, 20, 50."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     steps: tuple[float, ...] = (1, 2, 5) if high / low < 300 else (1,)
     if high / low < 4:
         steps = (1, 1.5, 2, 3, 4, 5, 6, 8)
-    if high / low < 1.5:
-        steps = tuple(1 + 0.1 * i for i in range(90))
-    axis.set_major_locator(LogLocator(subs=steps))
+    narrow = high / low < 1.5  # as good as linear
+    axis.set_major_locator(MaxNLocator(4) if narrow else LogLocator(subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axis.set_minor_formatter(NullFormatter())
 

@@ -240,6 +240,23 @@ def test_no_text_is_cut_off_or_covers_another(key: str, drawn: dict[str, drawing
         assert across < 2 or down < 2, f"{text!r} covers {other!r}"
 
 
+@pytest.mark.parametrize("ratio", [1.02, 1.3, 1.49, 1.6, 3.0, 40.0, 1000.0])
+def test_ticks_of_a_logarithmic_axis_keep_apart(ratio: float) -> None:
+    with drawing.settings():
+        figure, axes = drawing.panel_grid(2, 2.7)
+        for axis in axes:
+            axis.set_xscale("log")
+            drawing.plain_log(axis.xaxis, 268.0, 268.0 * ratio)
+            axis.set_xlim(268.0 / 1.08, 268.0 * ratio * 1.08)
+        figure.draw_without_rendering()
+        for axis in axes:
+            low, high = axis.get_xlim()
+            shown = [t for t in axis.get_xticklabels() if low <= t.get_position()[0] <= high]
+            boxes = [label.get_window_extent() for label in shown]
+            assert len(boxes) >= 2
+            assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
 def test_modes_differ_without_colour() -> None:
     styles = [drawing.style(mode) for mode in synthetic.MODES]
     assert len({marker for _, marker, _, _ in styles}) == len(styles)
