@@ -109,14 +109,19 @@ def _draws(n: int) -> int:
 def wilcoxon(values: Floats) -> float:
     """Two-sided p of Wilcoxon's signed-rank test; ``nan`` when every value is 0.
 
-    Zeros are dropped. Values that differ by rounding alone are ties.
+    Zeros are dropped. Values that differ by rounding alone are ties, and share their mean rank. Up
+    to n = 16 it is exact, ties or not: the sign-flip test of the signed ranks.
     """
-    from scipy.stats import wilcoxon as signed_rank
-
     scale = float(np.abs(values).max(initial=0.0))
     moved = np.round(values / scale, 10) if scale > 0 else values
     moved = moved[moved != 0]
-    return float(signed_rank(moved).pvalue) if len(moved) else float("nan")
+    if len(moved) > EXACT_LIMIT:
+        from scipy.stats import wilcoxon as signed_rank  # it takes a second to import
+
+        return float(signed_rank(moved).pvalue)
+    _, places, counts = np.unique(np.abs(moved), return_inverse=True, return_counts=True)
+    ranks = np.cumsum(counts) - (counts - 1) / 2
+    return sign_flip(np.sign(moved) * ranks[places], np.random.default_rng())[0]
 
 
 def bca_interval(values: Floats, rng: np.random.Generator, confidence: float = 0.95) -> Interval:

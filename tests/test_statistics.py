@@ -99,9 +99,23 @@ def test_wilcoxon_agrees_with_enumeration() -> None:
     centre = ranks.sum() / 2
     expected = np.mean(np.abs(np.array(sums) - centre) >= abs(mine - centre))
     assert inference.wilcoxon(values) == pytest.approx(expected)
+    assert inference.wilcoxon(values) == pytest.approx(stats.wilcoxon(values).pvalue)
     assert np.isnan(inference.wilcoxon(np.zeros(4)))
     rounding = np.array([0.3, 0.1 + 0.2, -0.3, 0.3])
     assert inference.wilcoxon(rounding) == inference.wilcoxon(np.array([1.0, 1, -1, 1]))
+
+
+@pytest.mark.parametrize("n", [4, 5, 10, 14, 17, 40])
+@pytest.mark.parametrize("tied", [False, True])
+def test_wilcoxon_agrees_with_scipy(n: int, tied: bool) -> None:
+    values = np.random.default_rng(n).normal(0.3, 1, n)
+    values = np.round(values * 2) / 2 if tied else values  # ties, and zeros
+    moved = values[values != 0]
+    exact = len(moved) <= inference.EXACT_LIMIT
+    # Of tied ranks scipy's own exact distribution is wrong: all flips, or its permutations.
+    method = stats.PermutationMethod(n_resamples=2**17) if exact else "auto"
+    expected = stats.wilcoxon(moved, method=method).pvalue if len(moved) else np.nan
+    assert inference.wilcoxon(values) == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize("skewed", [False, True])
