@@ -281,10 +281,12 @@ def _train(
 
 def _say_where(console: Console, study_dir: Path, *, report: bool) -> None:
     from analysis.report import write_report
+    from tune_study.report_images import show_figures
 
     console.print(f"results:     {study_dir}")
     if report:
         console.print(f"report:      {write_report(study_dir)}")
+        show_figures(study_dir)
     console.print(f"TensorBoard: tensorboard --logdir {study_dir / 'tensorboard'}")
 
 

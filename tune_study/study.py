@@ -25,10 +25,12 @@ from search_spaces import grids
 from tune_study import provenance
 from tune_study.config import TrialConfig, UserError, assign, parse_trial
 from tune_study.files import read_json
+from tune_study.hparams import axes_of
+from tune_study.mode_curves import ModeCurves, write_study_run
 from tune_study.progress import Progress
 from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS, STATUSES
 from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop, graceful_signals
-from tune_study.tensorboard import TensorBoardCallback, axes_of
+from tune_study.tensorboard import TensorBoardCallback
 from tune_study.trainable import RunContext, run_trial
 
 if TYPE_CHECKING:
@@ -247,16 +249,24 @@ def _fit(
             name=_new_run(context.study_dir),
             storage_path=str(context.study_dir),
             stop=EpochStopper(),
-            callbacks=[
-                TensorBoardCallback(
-                    context.study_dir, axes_of(search.drawn() if search else _plan_of(context))
-                ),
-                *callbacks,
-            ],
+            callbacks=[*_tensorboard(context, search), *callbacks],
             verbose=0,
         ),
     )
     tuner.fit()
+
+
+def _tensorboard(context: RunContext, search: Search | None) -> list[tune.Callback]:
+    """A search draws from ranges and compares no modes: it lists no values and has no curves."""
+    if search:
+        axes = axes_of(search.drawn(), listed=False)
+        write_study_run(context.study_dir, axes)
+        return [TensorBoardCallback(context.study_dir, axes)]
+    plan = _plan_of(context)
+    return [
+        TensorBoardCallback(context.study_dir, axes_of(plan)),
+        ModeCurves(context.study_dir, plan),
+    ]
 
 
 def _plan_of(context: RunContext) -> list[dict[str, Any]]:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray.tune.logger import TBXLoggerCallback
-from tensorboardX.summary import hparams
 
+from analysis.records import measured
+from tune_study import hparams
 from tune_study.files import read_json
+from tune_study.hparams import Axis
+from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
@@ -37,24 +40,21 @@ SCALARS = {
     "cpu_cores_used": "resources/cpu_cores_used",
     "gpu_memory_bytes": "resources/gpu_memory_bytes",
     "best_val_accuracy": "compare/best_val_accuracy",
-    "weights_bytes": "compare/weights_bytes",
-    "peak_train_bytes": "compare/peak_train_bytes",
-    "activation_bytes": "compare/activation_bytes",
+    "weights_bytes": "compare/weights_MB",
+    "peak_train_bytes": "compare/peak_train_MB",
+    "activation_bytes": "compare/activation_MB",
     "quantization_error": "compare/quantization_error",
     "gradient_cosine_start": "compare/gradient_cosine_start",
     "feature_cosine": "compare/feature_cosine",
     "grad_norm_cv": "compare/grad_norm_cv",
 }
-FINAL = {"test_accuracy": "compare/test_accuracy", "test_loss": "compare/test_loss"}
-METRICS = [tag for tag in (*FINAL.values(), *SCALARS.values()) if tag.startswith("compare/")]
-"""The metric columns of the HParams table, the same in every trial."""
-
-
-_COLUMN_NAMES = {
-    "quantization.mode": "quantization",
-    "lora.r": "lora_r",
-    "lora.lora_alpha": "lora_alpha",
+"""By a report's column. Tags in MB (10^6 bytes): the page would print 1.4862e+8 bytes."""
+FINAL = {
+    "test_accuracy": "compare/test_accuracy",
+    "test_loss": "compare/test_loss",
+    **{name: tag for name, tag in SCALARS.items() if tag.startswith("compare/")},
 }
+"""By a column of the trials table, at the end, as far as no epoch has shown it."""
 
 
 class TensorBoardCallback(TBXLoggerCallback):
@@ -63,26 +63,28 @@ class TensorBoardCallback(TBXLoggerCallback):
     It writes into ``<study>/tensorboard/<trial_id>``, at once, where Tune's own stages the files
     and copies them later. It begins each trial anew and gets its earlier epochs from the trial, so
     that no epoch appears twice after a restart. And it writes the hyperparameters at the start, so
-    that HParams compares running trials too: ``axes``, the same for every trial of a study.
+    that HParams compares running trials too: ``axes``, the same for every trial of a study. What
+    belongs to no trial is ``mode_curves``'.
     """
 
-    def __init__(self, study_dir: Path, axes: Sequence[str]) -> None:
-        """``axes`` are dotted fields of ``TrialConfig`` (see ``axes_of``)."""
+    def __init__(self, study_dir: Path, axes: Sequence[Axis]) -> None:
         super().__init__()
         self._study_dir = study_dir
         self._axes = axes
         self._last_epoch: dict[Trial, int] = {}
+        self._shown: dict[Trial, set[str]] = {}
 
     def log_trial_start(self, trial: Trial) -> None:
         if trial in self._trial_writer:
             self._trial_writer.pop(trial).close()
-        folder = self._study_dir / "tensorboard" / trial.config["trial_id"]
+        trial_id = trial.config["trial_id"]
+        folder = self._study_dir / "tensorboard" / trial_id
         shutil.rmtree(folder, ignore_errors=True)
         writer = self._summary_writer_cls(str(folder), flush_secs=5)
         self._trial_writer[trial] = writer
         self._last_epoch[trial] = 0
-        experiment, start, _ = _hparams(trial, self._axes)
-        writer.file_writer.add_summary(experiment)
+        self._shown[trial] = set()
+        start = hparams.session_start(trial_id, trial.config["trial"], self._axes)
         writer.file_writer.add_summary(start)
         writer.flush()
 
@@ -99,53 +101,24 @@ class TensorBoardCallback(TBXLoggerCallback):
     def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
         if trial not in self._trial_writer:
             return
-        results = read_json(self._study_dir / trial.config["trial_id"] / "results.json") or {}
-        final = results.get("train", {}).get("test_metrics", {})
-        self._add_scalars(trial, FINAL, final, self._last_epoch.pop(trial))
+        results = read_json(self._study_dir / trial.config["trial_id"] / "results.json")
+        row = measured(results) if isinstance(results, dict) else {}
+        epoch = self._last_epoch.pop(trial)
+        rest = {name: tag for name, tag in FINAL.items() if tag not in self._shown[trial]}
+        self._add_scalars(trial, rest, row, epoch)
+        del self._shown[trial]
         writer = self._trial_writer.pop(trial)
-        writer.file_writer.add_summary(_hparams(trial, self._axes)[2])
+        if row.get("status") in FINISHED_STATUSES:  # else it is to be continued
+            end = hparams.session_end(failed=row["status"] not in PLANNED_ENDS)
+            writer.file_writer.add_summary(end)
         writer.close()
 
     def _add_scalars(
-        self, trial: Trial, tags: dict[str, str], values: dict[str, Any], epoch: int
+        self, trial: Trial, tags: Mapping[str, str], values: Mapping[str, Any], epoch: int
     ) -> None:
         for name, tag in tags.items():
             value = values.get(name)
             if isinstance(value, (int, float)) and math.isfinite(value):
-                self._trial_writer[trial].add_scalar(tag, value, global_step=epoch)
-
-
-def axes_of(plan: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The dotted fields in which the planned trials differ, and always mode and seed.
-
-    TensorBoard shows only the first few columns of its table: constants would hide the axes.
-    """
-    flat = [_flatten(cell) for cell in plan]
-    names = dict.fromkeys(name for cell in flat for name in cell if name != "trial_id")
-    return [
-        name
-        for name in names
-        if name in ("quantization.mode", "seed") or len({str(cell.get(name)) for cell in flat}) > 1
-    ]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _hparams(trial: Trial, axes: Sequence[str]) -> tuple[Any, Any, Any]:
-    """tensorboardX's experiment, session start and session end summaries."""
-    config = _flatten(trial.config["trial"])
-    columns = {
-        _COLUMN_NAMES.get(name, name): value
-        if isinstance(value := config.get(name), (bool, int, float, str))
-        else str(value)
-        for name in axes
-    }
-    return hparams(hparam_dict=columns, metric_dict=dict.fromkeys(METRICS, 0))
+                scaled = value / 1e6 if tag.endswith("_MB") else value
+                self._trial_writer[trial].add_scalar(tag, scaled, global_step=epoch)
+                self._shown[trial].add(tag)

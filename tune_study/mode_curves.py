@@ -1,0 +1,194 @@
+"""TensorBoard's Custom Scalars: a group of charts per configuration, a curve per mode.
+
+The page colours by run. So each mode has a run of its own, ``tensorboard/modes/<mode>``, with the
+mean over the seeds of a configuration and mode, epoch by epoch. It is written anew whenever a mean
+changes, from the trials' own files and from what the running ones report: a restart adds no point.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import tune
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import custom_scalars
+
+from tune_study.event_files import replace_run, scalar
+from tune_study.files import read_json
+from tune_study.hparams import Axis, axes_of, experiment, flatten
+from tune_study.schema import GOOD_STATUSES
+
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial
+
+CHARTS = {
+    "val_accuracy": "validation accuracy",
+    "val_loss": "validation loss",
+    "train_loss": "training loss",
+    "grad_norm_mean": "gradient norm",
+}
+"""What is drawn, by the column of the epochs table."""
+_IN_TITLE = ("model", "dataset", "lora.r", "lora.lora_alpha")
+_IN_WORDS = {"lora.r": "r", "lora.lora_alpha": "alpha "}
+
+Row = Mapping[str, Any]
+
+
+class Cell:
+    """The trials of one configuration and mode, which differ in their seed."""
+
+    def __init__(self, title: str, mode: str) -> None:
+        self.title, self.mode = title, mode
+        self.ended: dict[str, list[Row]] = {}
+        self.running: dict[str, list[Row]] = {}
+
+    def means(self, column: str) -> list[float]:
+        """Over the trials that ended well, and as long as none has, over those that run.
+
+        The curve ends with its shortest trial: a mean over fewer seeds would jump.
+        """
+        curves = list((self.ended or self.running).values())
+        values = [[row.get(column) for row in rows] for rows in curves]
+        found = [_mean(epoch) for epoch in zip(*values, strict=False)]
+        return found
+
+
+def _mean(values: Sequence[Any]) -> float:
+    known = [math.nan if value is None else float(value) for value in values]
+    return statistics.fmean(known)
+
+
+class ModeCurves(tune.Callback):
+    """Writes what belongs to the study as a whole: columns, layout, and the modes' curves."""
+
+    def __init__(self, study_dir: Path, plan: Sequence[Mapping[str, Any]]) -> None:
+        """``plan`` is that of study.json, and all of it. What has ended is read and written."""
+        self._study_dir, self._root = study_dir, study_dir / "tensorboard"
+        self._cells = cells_of(plan)
+        for trial_id in self._cells:
+            self._read(trial_id)
+        write_study_run(study_dir, axes_of(plan), [cell.title for cell in self._cells.values()])
+        shutil.rmtree(self._root / "modes", ignore_errors=True)  # modes that are planned no more
+        for mode in dict.fromkeys(cell.mode for cell in self._cells.values()):
+            self._write(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for a restore of its own, which we never use."""
+        return {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        trial_id, epoch = trial.config["trial_id"], int(result["epoch"])
+        cell = self._cells[trial_id]
+        before = cell.running.get(trial_id, [])
+        if epoch <= len(before):
+            return  # a retry within this run reports its epochs again
+        cell.running[trial_id] = [*before, dict(result)]
+        if not cell.ended:
+            self._write(cell.mode)
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        self._end(trial)
+
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        self._end(trial)
+
+    def _end(self, trial: Trial) -> None:
+        trial_id = trial.config["trial_id"]
+        self._cells[trial_id].running.pop(trial_id, None)
+        self._read(trial_id)
+        self._write(self._cells[trial_id].mode)
+
+    def _read(self, trial_id: str) -> None:
+        results = read_json(self._study_dir / trial_id / "results.json")
+        if isinstance(results, dict) and results.get("status") in GOOD_STATUSES:
+            self._cells[trial_id].ended[trial_id] = results["train"]["epochs"]
+
+    def _write(self, mode: str) -> None:
+        cells = {id(cell): cell for cell in self._cells.values() if cell.mode == mode}
+        points = [point for cell in cells.values() for point in _points(cell)]
+        if points:
+            replace_run(self._root / "modes" / mode, points)
+
+
+def _points(cell: Cell) -> Iterator[tuple[int, Summary]]:
+    for column in CHARTS:
+        for epoch, mean in enumerate(cell.means(column), start=1):
+            if math.isfinite(mean):
+                yield epoch, scalar(_tag(cell.title, column), mean)
+
+
+def _tag(title: str, column: str) -> str:
+    return f"modes/{title}/{column}"
+
+
+def cells_of(plan: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
+    """By trial id; the trials of a cell share it.
+
+    A mode with several settings in the plan, such as one quantized block at a time, is numbered
+    from 0 in the plan's order.
+    """
+    titles, modes = _titles(plan), _modes(plan)
+    cells: dict[tuple[str, str], Cell] = {}
+    found = {}
+    for entry, title, mode in zip(plan, titles, modes, strict=True):
+        found[entry["trial_id"]] = cells.setdefault((title, mode), Cell(title, mode))
+    return found
+
+
+def _titles(plan: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Model, data, rank and alpha, and the other fields in which configurations differ."""
+    other = [
+        axis.name
+        for axis in axes_of(plan)
+        if axis.name not in (*_IN_TITLE, "seed") and not axis.name.startswith("quantization.")
+    ]
+    titles = []
+    for entry in plan:
+        flat = flatten(entry)
+        words = [f"{_IN_WORDS.get(name, '')}{flat[name]}" for name in _IN_TITLE]
+        words += [f"{name}={flat[name]}" for name in other]
+        titles.append(", ".join(words).replace("/", "_"))
+    return titles
+
+
+def _modes(plan: Sequence[Mapping[str, Any]]) -> list[str]:
+    settings = [json.dumps(entry["quantization"]) for entry in plan]
+    variants: dict[str, list[str]] = {}
+    for entry, setting in zip(plan, settings, strict=True):
+        known = variants.setdefault(entry["quantization"]["mode"], [])
+        if setting not in known:
+            known.append(setting)
+    names = []
+    for entry, setting in zip(plan, settings, strict=True):
+        mode = entry["quantization"]["mode"]
+        known = variants[mode]
+        names.append(mode if len(known) == 1 else f"{mode}-{known.index(setting)}")
+    return names
+
+
+def write_study_run(study_dir: Path, axes: Sequence[Axis], titles: Sequence[str] = ()) -> None:
+    """The run ``tensorboard/study``: the columns of HParams and the layout of Custom Scalars."""
+    summaries = [(0, experiment(axes))]
+    if titles:
+        layout = {
+            title: {
+                heading: ["Multiline", [f"^{re.escape(_tag(title, column))}$"]]
+                for column, heading in CHARTS.items()
+            }
+            for title in dict.fromkeys(titles)
+        }
+        summaries.append((0, custom_scalars(layout)))
+    replace_run(study_dir / "tensorboard" / "study", summaries)
