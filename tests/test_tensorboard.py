@@ -3,28 +3,29 @@ from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import api_pb2
 
 from tune_study.files import write_json
-from tune_study.tensorboard import METRICS, TensorBoardCallback, axes_of
+from tune_study.hparams import axes_of
+from tune_study.tensorboard import TensorBoardCallback
+
+from . import board
 
 
 @pytest.fixture
-def trial(tiny):
-    config = tiny("nf4-dq")
+def plan(tiny):
+    configs = [tiny(mode) for mode in ("none", "nf4-dq")]
+    return [{"trial_id": c.trial_id, **c.model_dump(mode="json")} for c in configs]
+
+
+@pytest.fixture
+def trial(plan):
+    trial_id = plan[-1]["trial_id"]
 
     class Trial(SimpleNamespace):
         __hash__ = object.__hash__
 
-    values = {"trial_id": config.trial_id, "trial": config.model_dump(mode="json")}
-    return Trial(config=values, local_path=None)
-
-
-def test_axes_are_what_differs_and_always_mode_and_seed(tiny):
-    cells = [
-        tiny(m, lora={"r": r}).model_dump(mode="json") for m in ("none", "nf4") for r in (2, 4)
-    ]
-    assert axes_of(cells) == ["lora.r", "quantization.mode", "seed"]
-    assert axes_of(cells[:1]) == ["quantization.mode", "seed"]
+    return Trial(config={"trial_id": trial_id, "trial": plan[-1]}, local_path=None)
 
 
 def row(epoch, accuracy):
@@ -32,7 +33,7 @@ def row(epoch, accuracy):
         "epoch": epoch,
         "val_accuracy": accuracy,
         "best_val_accuracy": accuracy,
-        "weights_bytes": 1000,
+        "weights_bytes": 1_500_000,
         "peak_train_bytes": float("nan"),
         "training_iteration": epoch,
     }
@@ -44,8 +45,8 @@ def events(folder):
     return accumulator
 
 
-def test_scalars_and_hparams_are_there_while_the_trial_runs(trial, tmp_path):
-    callback = TensorBoardCallback(tmp_path, ["model", "quantization.mode"])
+def test_scalars_and_hparams_are_there_while_the_trial_runs(trial, plan, tmp_path):
+    callback = TensorBoardCallback(tmp_path, axes_of(plan))
     callback.log_trial_start(trial)
     callback.log_trial_result(0, trial, row(1, 0.5))
     folder = tmp_path / "tensorboard" / trial.config["trial_id"]
@@ -56,27 +57,54 @@ def test_scalars_and_hparams_are_there_while_the_trial_runs(trial, tmp_path):
         time.sleep(0.2)
         found.Reload()
     assert [e.value for e in found.Scalars("accuracy/validation")] == [0.5]
-    assert "compare/peak_train_bytes" not in found.Tags()["scalars"]  # unknown is not 0
-    content = found.PluginTagToContent("hparams")
-    assert "_hparams_/session_start_info" in content
-    start = content["_hparams_/session_start_info"]
-    assert b"nf4-dq" in start
-    assert b"vit_glyphs_patch4_32" in start
-    experiment = content["_hparams_/experiment"]
-    assert all(metric.encode() in experiment for metric in METRICS)
+    assert [e.value for e in found.Scalars("compare/weights_MB")] == [1.5]
+    assert "compare/peak_train_MB" not in found.Tags()["scalars"]  # unknown is not 0
+    _, rows = board.hparams(tmp_path / "tensorboard")
+    row_ = rows[trial.config["trial_id"]]
+    assert row_.hparams["quantization"].string_value == "nf4-dq"
+    assert row_.sessions[0].status == api_pb2.STATUS_UNKNOWN
 
 
-def test_no_epoch_appears_twice_after_a_restart_and_the_test_result_comes_last(trial, tmp_path):
+def test_no_epoch_appears_twice_after_a_restart_and_the_test_result_comes_last(
+    trial, plan, tmp_path
+):
     for epochs in ((1, 2), (1, 2, 3)):  # the second run replays the first two
-        callback = TensorBoardCallback(tmp_path, ["model", "quantization.mode"])
+        callback = TensorBoardCallback(tmp_path, axes_of(plan))
         callback.log_trial_start(trial)
         for epoch in epochs:
             callback.log_trial_result(0, trial, row(epoch, epoch / 10))
     callback.log_trial_result(0, trial, row(3, 0.3))  # a retry reports it again
     (tmp_path / trial.config["trial_id"]).mkdir()
-    results = {"train": {"test_metrics": {"test_accuracy": 0.7}}}
+    measured = {
+        "test_metrics": {"test_accuracy": 0.7},
+        "model_metrics": {"weights_bytes": 1_500_000, "quantization_error": 0.09},
+    }
+    results = {"status": "completed", "train": measured}
     write_json(tmp_path / trial.config["trial_id"] / "results.json", results)
     callback.log_trial_end(trial)
     found = events(tmp_path / "tensorboard" / trial.config["trial_id"])
     assert [e.step for e in found.Scalars("accuracy/validation")] == [1, 2, 3]
-    assert [e.value for e in found.Scalars("compare/test_accuracy")] == pytest.approx([0.7])
+    assert [e.step for e in found.Scalars("compare/weights_MB")] == [1, 2, 3]
+    assert [(e.step, e.value) for e in found.Scalars("compare/test_accuracy")] == [
+        (3, pytest.approx(0.7))
+    ]
+    # no epoch has reported it
+    assert [e.step for e in found.Scalars("compare/quantization_error")] == [3]
+    _, rows = board.hparams(tmp_path / "tensorboard")
+    assert rows[trial.config["trial_id"]].sessions[0].status == api_pb2.STATUS_SUCCESS
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [("error", api_pb2.STATUS_FAILURE), ("interrupted", api_pb2.STATUS_UNKNOWN)],
+)
+def test_a_failed_trial_is_no_success_and_an_interrupted_one_has_not_ended(
+    trial, plan, tmp_path, status, expected
+):
+    callback = TensorBoardCallback(tmp_path, axes_of(plan))
+    callback.log_trial_start(trial)
+    (tmp_path / trial.config["trial_id"]).mkdir()
+    write_json(tmp_path / trial.config["trial_id"] / "results.json", {"status": status})
+    callback.log_trial_end(trial)
+    _, rows = board.hparams(tmp_path / "tensorboard")
+    assert rows[trial.config["trial_id"]].sessions[0].status == expected

@@ -1,8 +1,7 @@
-"""TensorBoard event files that are written at once, and replaced as a whole."""
+"""TensorBoard runs that are written anew as a whole, for readers that may be open."""
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Iterable
@@ -13,34 +12,47 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
 
-def replace_run(folder: Path, summaries: Iterable[tuple[int, Summary]]) -> None:
-    """``folder`` becomes a run of these (step, summary) pairs, and of nothing else.
+class RunFile:
+    """The newest event file of a run.
 
-    A TensorBoard that is open follows: it forgets the points of before at the mark of a new
-    session, and reads the new file because its name is new, down to the nanosecond (two writers of
-    one second would share tensorboardX's own names).
+    A TensorBoard that is open forgets what came before the mark of a new session, and goes on to a
+    new file because of its later name. It would wait forever for a file that was deleted, so the
+    files of earlier starts are emptied instead.
     """
-    now = time.time_ns()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.tmp"
-    writer = RecordWriter(str(temporary))
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._earlier = list(folder.iterdir())
+        # To the nanosecond: tensorboardX's own names are the same for two files of one second.
+        now = time.time_ns()
+        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
+        self._writer = RecordWriter(str(folder / name))
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def replace(self, summaries: Iterable[tuple[int, Summary]]) -> None:
+        """The run becomes these (step, summary) pairs, and nothing else."""
+        now = time.time()
+        self._write(Event(wall_time=now, session_log=SessionLog(status=SessionLog.START)))
+        for step, summary in summaries:
+            self._write(Event(wall_time=now, step=step, summary=summary))
+        self._writer.flush()
+        while self._earlier:
+            self._earlier.pop().write_bytes(b"")
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, event: Event) -> None:
+        self._writer.write(event.SerializeToString())
+
+
+def replace_run(folder: Path, summaries: Iterable[tuple[int, Summary]]) -> None:
+    """For a run that is written once a start."""
+    file = RunFile(folder)
     try:
-        for event in (
-            Event(wall_time=now / 1e9, file_version="brain.Event:2"),
-            Event(wall_time=now / 1e9, session_log=SessionLog(status=SessionLog.START)),
-            *(Event(wall_time=now / 1e9, step=step, summary=s) for step, s in summaries),
-        ):
-            writer.write(event.SerializeToString())
-        writer.flush()
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        file.replace(summaries)
     finally:
-        writer.close()
-    for old in folder.iterdir():
-        old.unlink()
-    name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
-    os.replace(temporary, folder / name)
+        file.close()
 
 
 def scalar(tag: str, value: float) -> Summary:

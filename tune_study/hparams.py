@@ -5,6 +5,7 @@ tensorboardX's own ``hparams`` lists no values and knows only successes, so the 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -91,11 +92,11 @@ def axes_of(plan: Sequence[Mapping[str, Any]], *, listed: bool = True) -> list[A
 
 
 def _order(value: float | str) -> tuple[float, str]:
-    """Numbers by size, also those that are names."""
+    """Numbers by size, also those that are names, then words."""
     try:
         return float(value), ""
     except ValueError:
-        return 0.0, str(value)
+        return math.inf, str(value)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from ray import tune
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import custom_scalars
 
-from tune_study.event_files import replace_run, scalar
+from tune_study.event_files import RunFile, replace_run, scalar
 from tune_study.files import read_json
 from tune_study.hparams import Axis, axes_of, experiment, flatten
 from tune_study.schema import GOOD_STATUSES
@@ -56,8 +55,7 @@ class Cell:
         """
         curves = list((self.ended or self.running).values())
         values = [[row.get(column) for row in rows] for rows in curves]
-        found = [_mean(epoch) for epoch in zip(*values, strict=False)]
-        return found
+        return [_mean(epoch) for epoch in zip(*values, strict=False)]
 
 
 def _mean(values: Sequence[Any]) -> float:
@@ -72,10 +70,10 @@ class ModeCurves(tune.Callback):
         """``plan`` is that of study.json, and all of it. What has ended is read and written."""
         self._study_dir, self._root = study_dir, study_dir / "tensorboard"
         self._cells = cells_of(plan)
+        self._files: dict[str, RunFile] = {}
         for trial_id in self._cells:
             self._read(trial_id)
         write_study_run(study_dir, axes_of(plan), [cell.title for cell in self._cells.values()])
-        shutil.rmtree(self._root / "modes", ignore_errors=True)  # modes that are planned no more
         for mode in dict.fromkeys(cell.mode for cell in self._cells.values()):
             self._write(mode)
 
@@ -120,7 +118,9 @@ class ModeCurves(tune.Callback):
         cells = {id(cell): cell for cell in self._cells.values() if cell.mode == mode}
         points = [point for cell in cells.values() for point in _points(cell)]
         if points:
-            replace_run(self._root / "modes" / mode, points)
+            if mode not in self._files:
+                self._files[mode] = RunFile(self._root / "modes" / mode)
+            self._files[mode].replace(points)
 
 
 def _points(cell: Cell) -> Iterator[tuple[int, Summary]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
 from pathlib import Path
 
@@ -19,12 +18,9 @@ def show_figures(study_dir: Path) -> None:
 
     A second report replaces the figures of the first.
     """
-    folder = study_dir / "tensorboard" / "report"
     paths = sorted((study_dir / "report" / "figures").glob("*.png"))
-    if paths:
-        replace_run(folder, [(0, _image(path.stem, path.read_bytes())) for path in paths])
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+    images = [(0, _image(path.stem, path.read_bytes())) for path in paths]
+    replace_run(study_dir / "tensorboard" / "report", images)
 
 
 def _image(name: str, png: bytes) -> Summary:

@@ -25,6 +25,7 @@ from tune_study.schema import PLANNED_ENDS
 if TYPE_CHECKING:
     from tune_study.preflight import Checked
     from tune_study.simulate import Simulation
+    from tune_study.trackers import Trackers
     from tune_study.trainable import RunContext
 
 EXIT_FAILED, EXIT_USER = 1, 2
@@ -104,17 +105,21 @@ def study(
     search_seed: Annotated[
         int | None, typer.Option(min=0, help="of what a search suggests; default 0")
     ] = None,
+    log: Annotated[
+        list[str] | None, typer.Option(help="mlflow or wandb: the trials in a tracker as well")
+    ] = None,
     dashboard: Annotated[bool, typer.Option(help="start Ray's dashboard")] = False,
 ) -> None:
     """Run a study of quantized LoRA fine-tuning; the same command continues an interrupted one."""
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-    from tune_study import manifest, preflight
+    from tune_study import manifest, preflight, trackers
     from tune_study import space as spaces
     from tune_study import study as studies
     from tune_study.limits import refuse_full_disk
     from tune_study.supervise import only_run
     from tune_study.trainable import RunContext
 
+    tracker_modules = trackers.modules(log or [])
     sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
     assignments = [parse_assignment(text) for text in set_ or []]
     assignments += [(f"data.{key}", size) for key, size in sizes.items() if size is not None]
@@ -187,13 +192,16 @@ def study(
             search=settings.record() if settings else None,
         ):
             console.print(f"note: {note}")
+        logged = trackers.opened(
+            tracker_modules, study_dir, lambda line: console.print(line, markup=False)
+        )
         if retry_failed:
             studies.forget(trials, study_dir)
         if settings:
             from tune_study.search import Search
 
             options["search"] = Search(settings, context, trials)
-        raise typer.Exit(_run(console, trials, context, options, command, max_hours))
+        raise typer.Exit(_run(console, trials, context, options, command, max_hours, logged))
 
 
 def _run(
@@ -203,6 +211,7 @@ def _run(
     options: dict[str, Any],
     command: str,
     max_hours: float | None,
+    logged: Trackers | None,
 ) -> int:
     """Runs what is to do, collects the tables, and returns the exit code."""
     from tune_study import study as studies
@@ -220,8 +229,13 @@ def _run(
         console.print(f"continuing: {done} of {planned} trials have ended")
     Stop.reset(max_hours)
     try:
+        if logged:
+            logged.catch_up(trials)
+            options = {**options, "trackers": logged}
         now = done < planned and _train(console, waiting, context, options, command, planned, done)
         trials = search.trials if search else trials
+        if logged:
+            logged.close(trials)
         studies.collect(study_dir)
         _say_where(console, study_dir, report=not now)
     except Exception as error:

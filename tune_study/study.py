@@ -182,6 +182,7 @@ def run(
     gpus_per_trial: float | None = None,
     dashboard: bool = False,
     search: Search | None = None,
+    trackers: tune.Callback | None = None,
 ) -> None:
     """Runs ``trials`` with Ray Tune, and continues those whose worker died.
 
@@ -205,13 +206,14 @@ def run(
     # What a trial died of stands in its error.json, and we say so: no traceback beside it.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     deaths = Deaths(context.study_dir, progress.say)
+    callbacks = [progress, deaths, *([trackers] if trackers else [])]
     try:
         with graceful_signals(progress.say), RayWatch(on_dead_ray):
             if search:
                 search.begin(progress)
             waiting = list(trials)
             while (waiting or search) and not Stop.requested():
-                _fit(waiting, context, [progress, deaths], resources, search, max_concurrent)
+                _fit(waiting, context, callbacks, resources, search, max_concurrent)
                 waiting = deaths.to_continue(search.trials if search else waiting)
                 if not waiting:
                     break

@@ -1,0 +1,139 @@
+"""Custom Scalars and the Images tab, read by TensorBoard's own code."""
+
+from types import SimpleNamespace
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tune_study.event_files import replace_run, scalar
+from tune_study.files import write_json
+from tune_study.mode_curves import ModeCurves, cells_of
+from tune_study.report_images import show_figures
+
+from . import board
+
+TITLE = "m, d, r8, alpha 16"
+
+
+def entry(mode="nf4", seed=42, r=8, layers=()):
+    return {
+        "trial_id": f"{mode}-{seed}-{r}-{layers}",
+        "model": "m",
+        "dataset": "d",
+        "lora": {"r": r, "lora_alpha": 16},
+        "quantization": {"mode": mode, "skip_layers": list(layers), "overrides": {}},
+        "seed": seed,
+    }
+
+
+PLAN = [entry(mode, seed) for seed in (1, 2) for mode in ("none", "nf4")]
+
+
+def row(epoch, accuracy):
+    return {"epoch": epoch, "val_accuracy": accuracy, "val_loss": 1 - accuracy}
+
+
+def end(folder, plan_entry, accuracies, status="completed"):
+    rows = [row(epoch, accuracy) for epoch, accuracy in enumerate(accuracies, start=1)]
+    trial = folder / plan_entry["trial_id"]
+    trial.mkdir(exist_ok=True)
+    write_json(trial / "results.json", {"status": status, "train": {"epochs": rows}})
+
+
+def report(curves, plan_entry, epoch, accuracy):
+    trial = SimpleNamespace(config={"trial_id": plan_entry["trial_id"]})
+    curves.on_trial_result(0, [], trial, row(epoch, accuracy))
+
+
+def complete(curves, plan_entry):
+    trial = SimpleNamespace(config={"trial_id": plan_entry["trial_id"]})
+    curves.on_trial_complete(0, [], trial)
+
+
+def accuracy(folder, title=TITLE):
+    drawn = board.charts(folder / "tensorboard", ["modes/none", "modes/nf4"])
+    return {
+        run: [(step, pytest.approx(value)) for step, value in points]
+        for run, points in drawn[title]["validation accuracy"].items()
+    }
+
+
+def test_a_curve_per_mode_is_the_mean_over_its_seeds(tmp_path):
+    curves = ModeCurves(tmp_path, PLAN)
+    for cell, values in zip(PLAN, ([0.5, 0.7, 0.8], [0.4, 0.6], [0.7, 0.9], [0.2]), strict=True):
+        end(tmp_path, cell, values)
+        complete(curves, cell)
+    # each ends with its shortest trial
+    assert accuracy(tmp_path) == {"modes/none": [(1, 0.6), (2, 0.8)], "modes/nf4": [(1, 0.3)]}
+
+
+def test_the_first_trial_of_a_mode_is_drawn_while_it_runs_and_the_next_when_they_end(tmp_path):
+    curves = ModeCurves(tmp_path, PLAN)
+    report(curves, PLAN[1], 1, 0.5)
+    assert accuracy(tmp_path) == {"modes/nf4": [(1, 0.5)]}
+    report(curves, PLAN[1], 2, 0.6)
+    report(curves, PLAN[1], 2, 0.6)  # a retry
+    end(tmp_path, PLAN[1], [0.5, 0.6])
+    complete(curves, PLAN[1])
+    report(curves, PLAN[3], 1, 0.1)
+    assert accuracy(tmp_path) == {"modes/nf4": [(1, 0.5), (2, 0.6)]}
+
+
+def test_a_restart_adds_no_point_and_a_failed_trial_is_left_out(tmp_path):
+    end(tmp_path, PLAN[0], [0.5, 0.7])
+    end(tmp_path, PLAN[1], [0.1], status="diverged")
+    for _ in range(3):
+        ModeCurves(tmp_path, PLAN)
+    assert accuracy(tmp_path) == {"modes/none": [(1, 0.5), (2, 0.7)]}
+    sizes = [path.stat().st_size for path in (tmp_path / "tensorboard/modes/none").iterdir()]
+    assert len([size for size in sizes if size]) == 1
+
+
+def test_charts_are_grouped_by_configuration(tmp_path):
+    plan = [*PLAN, entry("none", 1, r=4)]
+    ModeCurves(tmp_path, plan)
+    layout = board.charts(tmp_path / "tensorboard", [])
+    assert list(layout) == [TITLE, "m, d, r4, alpha 16"]
+    assert list(layout[TITLE])[:2] == ["validation accuracy", "validation loss"]
+
+
+def test_settings_of_one_mode_are_curves_of_their_own():
+    plan = [entry("none"), entry(layers=["blocks.1.*"]), entry(layers=["blocks.0.*"]), entry()]
+    assert [cell.mode for cell in cells_of(plan).values()] == ["none", "nf4-0", "nf4-1", "nf4-2"]
+
+
+def test_an_open_tensorboard_sees_a_replaced_run_once(tmp_path):
+    """The slow reader, of systems that have no fast one: it waits forever for a deleted file."""
+    replace_run(tmp_path / "run", [(1, scalar("a", 1.0)), (2, scalar("a", 2.0))])
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    for last in (3.0, 4.0):
+        points = [(step, scalar("a", step * last)) for step in (1, 2, 3)]
+        replace_run(tmp_path / "run", points)
+        replace_run(tmp_path / "run", points)
+        events.Reload()
+        assert [(p.step, p.value) for p in events.Scalars("a")] == [
+            (1, last),
+            (2, 2 * last),
+            (3, 3 * last),
+        ]
+
+
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000030000000208060000009d74661a"
+    "0000000d49444154789c63606040070000120001d2bb8a2f0000000049454e44ae426082"
+)
+
+
+def test_the_figures_of_the_report_are_shown_once_under_their_names(tmp_path):
+    figures = tmp_path / "report" / "figures"
+    figures.mkdir(parents=True)
+    for name in ("pareto_weights", "learning_curves"):
+        (figures / f"{name}.png").write_bytes(PNG)
+    show_figures(tmp_path)
+    (figures / "learning_curves.png").unlink()  # the next report has it no more
+    show_figures(tmp_path)
+    found = board.images(tmp_path / "tensorboard" / "report")
+    assert list(found) == ["report/pareto_weights"]
+    ((image,),) = found.values()
+    assert (image.width, image.height, image.encoded_image_string) == (3, 2, PNG)
