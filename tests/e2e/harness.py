@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -43,6 +44,13 @@ def finish(process: subprocess.Popen, output_dir: Path, timeout_s: float = 900) 
     """(exit code, output)."""
     code = process.wait(timeout=timeout_s)
     return code, (output_dir / "output.txt").read_text()
+
+
+def wait_for(process: subprocess.Popen, output_dir: Path, text: str) -> None:
+    """Until the study has printed ``text``."""
+    while text not in (output_dir / "output.txt").read_text():
+        assert process.poll() is None, (output_dir / "output.txt").read_text()
+        time.sleep(0.1)
 
 
 def descendants(process: subprocess.Popen, name: str = "") -> list[psutil.Process]:

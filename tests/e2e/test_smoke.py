@@ -3,7 +3,6 @@
 import json
 import random
 import signal
-import time
 
 import pandas as pd
 import pytest
@@ -11,14 +10,7 @@ import pytest
 from tune_study import schema
 
 from . import crash, harness
-from .harness import compare, finish, start
-
-
-def wait_for(process, folder, text):
-    """Until the study has printed ``text``."""
-    while text not in (folder / "output.txt").read_text():
-        assert process.poll() is None, (folder / "output.txt").read_text()
-        time.sleep(0.1)
+from .harness import compare, finish, start, wait_for
 
 
 @pytest.fixture(scope="module")
