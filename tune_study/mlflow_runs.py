@@ -12,12 +12,15 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from tune_study.config import UserError
 from tune_study.schema import PLANNED_ENDS
 from tune_study.trackers import plainly
 
 STORAGE_FILE = "mlflow.sqlite3"
+ERRORS = (MlflowException, SQLAlchemyError)
+"""MLflow hides the second behind the first, but not while it connects."""
 _STUDY, _TRIAL, _STATUS, _ERROR = (
     f"tune_study.{name}" for name in ("study", "trial_id", "status", "error")
 )
@@ -42,7 +45,7 @@ def connect(study_dir: Path, created: str) -> MLflowRuns:
         if found is not None and found.lifecycle_stage == "deleted":
             client.restore_experiment(experiment)
         return MLflowRuns(client, experiment, created)
-    except MlflowException as error:
+    except ERRORS as error:
         where = "MLFLOW_TRACKING_URI" if uri else str(study_dir / STORAGE_FILE)
         raise UserError(
             f"--log mlflow: {where} can't be used ({plainly(error)}); mend it, or leave --log out"
@@ -58,7 +61,7 @@ class MLflowRuns:
     """A run per trial, found by the study's creation time and the trial's id."""
 
     name = "mlflow"
-    errors = (MlflowException,)
+    errors = ERRORS
 
     def __init__(self, client: MlflowClient, experiment_id: str, created: str) -> None:
         self._client, self._experiment, self._created = client, experiment_id, created
