@@ -70,11 +70,13 @@ class ModeCurves(tune.Callback):
         """``plan`` is that of study.json, and all of it. What has ended is read and written."""
         self._study_dir, self._root = study_dir, study_dir / "tensorboard"
         self._cells = cells_of(plan)
-        self._files: dict[str, RunFile] = {}
         for trial_id in self._cells:
             self._read(trial_id)
         write_study_run(study_dir, axes_of(plan), [cell.title for cell in self._cells.values()])
-        for mode in dict.fromkeys(cell.mode for cell in self._cells.values()):
+        modes = dict.fromkeys(cell.mode for cell in self._cells.values())
+        # Before any trial's, and one after the other: the page gives neighbours unlike colours.
+        self._files = {mode: RunFile(self._root / "modes" / mode) for mode in modes}
+        for mode in modes:
             self._write(mode)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,8 +120,6 @@ class ModeCurves(tune.Callback):
         cells = {id(cell): cell for cell in self._cells.values() if cell.mode == mode}
         points = [point for cell in cells.values() for point in _points(cell)]
         if points:
-            if mode not in self._files:
-                self._files[mode] = RunFile(self._root / "modes" / mode)
             self._files[mode].replace(points)
 
 
