@@ -11,6 +11,7 @@ import importlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -128,7 +129,7 @@ class Trackers(tune.Callback):
         for trial in trials:
             results = _results(self._study_dir, trial.trial_id)
             if results.get("status") in FINISHED_STATUSES:
-                self._each(lambda tracker, t=trial, r=results: self._complete(tracker, t, r))
+                self._each(partial(self._complete, trial, results))
 
     def close(self, trials: Sequence[TrialConfig]) -> None:
         """At the end of a study, or of this part of it."""
@@ -146,7 +147,7 @@ class Trackers(tune.Callback):
                 self._failed.append(tracker.name)
                 self._say(f"{tracker.name}: {plainly(error)}; the study goes on without it")
 
-    def _complete(self, tracker: Tracker, trial: TrialConfig, results: Mapping[str, Any]) -> None:
+    def _complete(self, trial: TrialConfig, results: Mapping[str, Any], tracker: Tracker) -> None:
         rows = results["train"].get("epochs") or []
         if tracker.status(trial.trial_id) == results["status"]:
             return
