@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tune_study.event_files import replace_run, scalar
 from tune_study.files import write_json
-from tune_study.mode_curves import ModeCurves, cells_of
+from tune_study.mode_curves import Cell, ModeCurves, cells_of
 from tune_study.report_images import show_figures
 
 from . import board
@@ -73,10 +73,19 @@ def test_the_first_trial_of_a_mode_is_drawn_while_it_runs_and_the_next_when_they
     assert accuracy(tmp_path) == {"modes/nf4": [(1, 0.5)]}
     report(curves, PLAN[1], 2, 0.6)
     report(curves, PLAN[1], 2, 0.6)  # a retry
+    assert accuracy(tmp_path) == {"modes/nf4": [(1, 0.5), (2, 0.6)]}
     end(tmp_path, PLAN[1], [0.5, 0.6])
     complete(curves, PLAN[1])
     report(curves, PLAN[3], 1, 0.1)
     assert accuracy(tmp_path) == {"modes/nf4": [(1, 0.5), (2, 0.6)]}
+
+
+def test_a_running_trial_does_not_cut_the_mean_of_those_that_ended():
+    cell = Cell(TITLE, "nf4")
+    cell.running["b"] = [row(1, 0.1)]
+    assert cell.means("val_accuracy") == [0.1]
+    cell.ended["a"] = [row(1, 0.5), row(2, 0.6)]
+    assert cell.means("val_accuracy") == [0.5, 0.6]
 
 
 def test_a_restart_adds_no_point_and_a_failed_trial_is_left_out(tmp_path):
