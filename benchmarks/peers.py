@@ -27,6 +27,11 @@ from tune_study.data import load
 WORKERS = 2
 
 
+def side_of(name: str) -> int:
+    """Pixels of the model's images, as timm has them."""
+    return timm.get_pretrained_cfg(name).input_size[-1]
+
+
 class Classifier(nn.Module):
     """The (loss, logits) that ``Trainer`` wants."""
 
@@ -70,7 +75,7 @@ def plain_model(name: str, mode: str, device: str) -> nn.Module:
 def plain_step(name: str, mode: str, batch: int, device: str) -> Callable[[], None]:
     """Forward, backward and optimizer on one fixed batch, in fp32."""
     model = plain_model(name, mode, device).train()
-    pixels = torch.randn(batch, 3, 224, 224, device=device)
+    pixels = torch.randn(batch, 3, side_of(name), side_of(name), device=device)
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -99,7 +104,7 @@ def step_against_plain(
 class _Images(torch.utils.data.Dataset):
     """PIL images through torchvision's transforms, one by one."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, side: int) -> None:
         from PIL import Image
         from torchvision import transforms
 
@@ -110,7 +115,7 @@ class _Images(torch.utils.data.Dataset):
             [
                 transforms.RandomCrop(images.shape[-1], padding=1),
                 transforms.RandomHorizontalFlip(),
-                transforms.Resize(224, interpolation=transforms.InterpolationMode.BICUBIC),
+                transforms.Resize(side, interpolation=transforms.InterpolationMode.BICUBIC),
                 transforms.ToTensor(),
                 transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
             ]
@@ -140,7 +145,7 @@ def trainer_epoch(
             self.ended = time.perf_counter()
 
     data = load("digits", None, config_of(name, mode, batch, device).data)
-    dataset = _Images(data.train.images[:images], data.train.labels[:images])
+    dataset = _Images(data.train.images[:images], data.train.labels[:images], side_of(name))
     clock = Clock()
     trainer = Trainer(
         model=Classifier(plain_model(name, mode, device)),
