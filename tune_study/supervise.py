@@ -67,7 +67,7 @@ class Stop:
     """
 
     reason: str | None = None
-    """``interrupt`` (Ctrl-C), ``terminate`` (SIGTERM), ``time`` or ``disk``."""
+    """``interrupt`` (Ctrl-C), ``terminate`` (SIGTERM), or a word of ``run.EXIT_STOPPED``."""
     _deadline: float | None = None
     running: set[str] = set()  # noqa: RUF012  (Tune's trial ids)
 
@@ -160,6 +160,9 @@ class Deaths(tune.Callback):
         if "DiskFull" in detail or not has_room(self._study_dir):
             Stop.request("disk")
             return
+        if "RemoteError" in detail:
+            Stop.request("storage")
+            return
         self._count[trial_id] += 1
         self._details[trial_id] = detail
         kills = out_of_memory_kills()
@@ -219,10 +222,13 @@ def out_of_memory_kills() -> int:
 class RayWatch:
     """Context: calls ``on_death`` when Ray's own processes die, for then Tune would wait forever.
 
-    Only processes that this one has started are watched.
+    Only processes that this one has started are watched, and ``others``.
     """
 
-    def __init__(self, on_death: Callable[[str], None]) -> None:
+    def __init__(
+        self, on_death: Callable[[str], None], others: Sequence[tuple[str, psutil.Process]] = ()
+    ) -> None:
+        self._others = others
         self._on_death = on_death
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ray-watch", daemon=True)
@@ -230,7 +236,8 @@ class RayWatch:
 
     def __enter__(self) -> RayWatch:
         children = psutil.Process().children(recursive=True)
-        self._processes = [(p.name(), p) for p in children if p.name() in _RAY_PROCESSES]
+        own = [(p.name(), p) for p in children if p.name() in _RAY_PROCESSES]
+        self._processes = [*own, *self._others]
         self._thread.start()
         return self
 
