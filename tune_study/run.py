@@ -172,7 +172,7 @@ def study(
     )
     if not simulation and epoch_s is not None:
         raise UserError("--epoch-s belongs to --simulate; add it, or leave it out")
-    _refuse_for_cluster(address, storage, scheduler)
+    _refuse_for_cluster(address, storage, search)
     context = RunContext(
         study_dir=study_dir,
         data_dir=_resolved("--data-dir", data_dir) if data_dir else None,
@@ -391,7 +391,7 @@ def _threads(max_concurrent: int) -> int:
     return max(1, cores() // max_concurrent)
 
 
-def _refuse_for_cluster(address: str, storage: str | None, scheduler: str | None) -> None:
+def _refuse_for_cluster(address: str, storage: str | None, search: str | None) -> None:
     from tune_study.cluster import parse_address
 
     if parse_address(address) == "local":
@@ -401,8 +401,10 @@ def _refuse_for_cluster(address: str, storage: str | None, scheduler: str | None
             f"--address {address}: the nodes of a cluster need a place for what their trials "
             "leave; add --storage with s3://bucket/path, or file:///path of a folder they share"
         )
-    if scheduler == "asha":
-        raise UserError(f"--address {address}: --scheduler asha runs on one machine; leave it out")
+    if search is not None:
+        raise UserError(
+            f"--address {address}: --search runs on one machine; leave one of the two out"
+        )
 
 
 def _place(storage: str | None, name: str) -> str | None:

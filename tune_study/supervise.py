@@ -168,6 +168,8 @@ class Deaths(tune.Callback):
         kills = out_of_memory_kills()
         killed_for_memory, self._kills = kills > self._kills, kills
         cause = "the system killed it for lack of memory" if killed_for_memory else "it was killed"
+        if "node has died" in detail or "node is dead" in detail:
+            cause = "its node died"
         if killed_for_memory:
             self._take_less(trial)
         self._say(f"{trial_id}: its worker process died ({cause})")
