@@ -6,7 +6,7 @@ import ray
 import torch
 from safetensors.torch import save_file
 
-from tune_study import cluster, data, environment, inputs
+from tune_study import cluster, data, environment, inputs, provenance
 from tune_study.config import UserError
 from tune_study.trainable import RunContext
 
@@ -46,7 +46,7 @@ def test_auto_is_what_ray_would_take_it_for(monkeypatch, head, expected):
 
 
 def test_a_node_that_differs_is_told_by_its_difference():
-    ours = {"torch": "2.7", "commit of tune-study": "abc", "device cpu": "cpu"}
+    ours = {"torch": "2.7", "commit of tune-study": "abc", "device cpu": "there"}
     assert cluster.first_difference(ours, dict(ours)) is None
     assert cluster.first_difference(ours, {**ours, "commit of tune-study": None}) is None
     assert (
@@ -59,12 +59,12 @@ def test_a_node_that_differs_is_told_by_its_difference():
 
 
 def test_what_computes_names_every_package_that_must_be_equal():
-    found = cluster.what_computes("cpu")
+    found = provenance.what_computes("cpu")
     packages = {"python", "ray", "torch", "timm", "peft", "bitsandbytes", "tune-study"}
     assert packages <= found.keys()
-    assert found["device cpu"] == "cpu"
+    assert found["device cpu"] == "there"
     if not torch.cuda.is_available():
-        assert cluster.what_computes("cuda")["device cuda"] == "not there"
+        assert provenance.what_computes("cuda")["device cuda"] == "not there"
 
 
 @pytest.fixture

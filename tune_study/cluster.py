@@ -99,7 +99,7 @@ def _look_at_nodes(address: str, context: RunContext, resources: Mapping[str, fl
             f"--address {address}: no node has {resources['CPU']:g} CPUs and {resources['GPU']:g} "
             "GPUs for a trial; see --cpus-per-trial and --gpus-per-trial"
         )
-    look = ray.remote(num_cpus=0)(what_computes)
+    look = ray.remote(num_cpus=0)(provenance.what_computes)
     asked = {
         name_of(node): look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -107,7 +107,7 @@ def _look_at_nodes(address: str, context: RunContext, resources: Mapping[str, fl
         for node in nodes
         if _fit(node["Resources"], resources)
     }
-    ours = what_computes(context.device)
+    ours = provenance.what_computes(context.device)
     for name, answer in asked.items():
         try:
             theirs = ray.get(answer, timeout=PATIENCE_S)
@@ -131,21 +131,6 @@ def name_of(node: Mapping[str, Any]) -> str:
 
 def _fit(there: Mapping[str, float], resources: Mapping[str, float]) -> int:
     return int(min(there.get(k, 0) / v for k, v in resources.items() if v))
-
-
-def what_computes(device: str) -> dict[str, Any]:
-    """Of the machine that runs this: the versions, the commit, and whether the device is there."""
-    from tune_study.preflight import choose_device
-
-    try:
-        found = choose_device(device)
-    except UserError:
-        found = "not there"
-    return {
-        **provenance.versions(),
-        "commit of tune-study": provenance.commit(),
-        f"device {device}": found,
-    }
 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
