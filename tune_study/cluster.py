@@ -38,6 +38,9 @@ class Slots(NamedTuple):
 
     resources: dict[str, float]
     count: int
+    limit: int | None = None
+    """For Tune, where fewer than fit are wanted and no resource says so. Tune then creates trials
+    one by one, and starts a worker for each: 20 s that a reused one does not take."""
 
 
 def parse_address(address: str) -> str:
@@ -87,7 +90,9 @@ def connect(
             "ray start --head, or leave --address out"
         ) from None
     fits = _look_at_nodes(address, context, resources)
-    return Slots(resources, min(fits, max_concurrent or fits))
+    if max_concurrent is None or max_concurrent >= fits:
+        return Slots(resources, fits)
+    return Slots(resources, max_concurrent, limit=max_concurrent)
 
 
 def _look_at_nodes(address: str, context: RunContext, resources: Mapping[str, float]) -> int:

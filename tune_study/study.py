@@ -238,14 +238,12 @@ def _fit(
         "trial_id": tune.grid_search(list(cells)),
         "trial": tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]]),
     }
-    # Where a resource of ours does it, the limit of Tune's would only create trials later.
-    limit = None if search or cluster.TRIAL_SLOT in slots.resources else slots.count
     tuner = tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([slots.resources])),
         param_space={} if search else grid,
         tune_config=tune.TuneConfig(
             **(search.tune_config(slots.count) if search else {"scheduler": Gate()}),
-            max_concurrent_trials=limit,
+            max_concurrent_trials=slots.limit,
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.config["trial_id"],
             trial_dirname_creator=lambda trial: trial.config["trial_id"],
