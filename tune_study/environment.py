@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -38,7 +39,7 @@ def clustered(arguments: Sequence[str]) -> bool:
     With the setting for clusters, Ray takes loopback for the machine's network address, and finds
     no head that listens on loopback alone.
     """
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = itertools.pairwise([*arguments, ""])
     given = [value for option, value in pairs if option == "--address"]
     given += [a.partition("=")[2] for a in arguments if a.startswith("--address=")]
     address = given[-1] if given else "local"
