@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from tune_study.config import TrialConfig, UserError, parse_assignment
-from tune_study.remote import is_uri, join, masked
+from tune_study.remote import masked
 from tune_study.schema import PLANNED_ENDS
 
 if TYPE_CHECKING:
@@ -139,8 +138,10 @@ def study(
     from tune_study import manifest, preflight
     from tune_study import space as spaces
     from tune_study import study as studies
+    from tune_study.cluster import check_options
     from tune_study.limits import refuse_full_disk
     from tune_study.storage import held, push_all
+    from tune_study.store import place_of
     from tune_study.supervise import only_run
     from tune_study.trainable import RunContext
 
@@ -172,7 +173,7 @@ def study(
     )
     if not simulation and epoch_s is not None:
         raise UserError("--epoch-s belongs to --simulate; add it, or leave it out")
-    _refuse_for_cluster(address, storage, search)
+    check_options(address, storage, search)
     context = RunContext(
         study_dir=study_dir,
         data_dir=_resolved("--data-dir", data_dir) if data_dir else None,
@@ -181,7 +182,7 @@ def study(
         num_threads=cpus_per_trial or _threads(max_concurrent or 1),
         simulation=simulation,
         keep_checkpoints=_one_of("--keep-checkpoints", keep_checkpoints, ("all", "best", "none")),
-        storage=_place(storage, study_dir.name),
+        storage=place_of(storage, study_dir.name),
         on_cluster=address != "local",
         epoch_s=_finite("--epoch-s", epoch_s) or 0,
     )
@@ -389,34 +390,6 @@ def _threads(max_concurrent: int) -> int:
     from tune_study.provenance import cores
 
     return max(1, cores() // max_concurrent)
-
-
-def _refuse_for_cluster(address: str, storage: str | None, search: str | None) -> None:
-    from tune_study.cluster import parse_address
-
-    if parse_address(address) == "local":
-        return
-    if storage is None:
-        raise UserError(
-            f"--address {address}: the nodes of a cluster need a place for what their trials "
-            "leave; add --storage with s3://bucket/path, or file:///path of a folder they share"
-        )
-    if search is not None:
-        raise UserError(
-            f"--address {address}: --search runs on one machine; leave one of the two out"
-        )
-
-
-def _place(storage: str | None, name: str) -> str | None:
-    """The URI of the study's folder."""
-    if storage is None:
-        return None
-    if not is_uri(storage):
-        raise UserError(
-            f"--storage {storage}: write a URI, such as s3://bucket/path or file:///path; a local "
-            "folder is --output-dir"
-        )
-    return join(storage, quote(name))
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:

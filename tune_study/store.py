@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 from tune_study import remote
 from tune_study.config import UserError
@@ -144,6 +145,18 @@ def _refuse_other_study(store: Store, there: bytes) -> None:
             f"--storage {remote.masked(store.remote.uri)}: {store.folder} holds something "
             "else than the study that lies there; choose another --output-dir or --name"
         )
+
+
+def place_of(storage: str | None, name: str) -> str | None:
+    """The URI of the folder of study ``name``. Raises ``UserError`` for a plain path."""
+    if storage is None:
+        return None
+    if not remote.is_uri(storage):
+        raise UserError(
+            f"--storage {storage}: write a URI, such as s3://bucket/path or file:///path; a local "
+            "folder is --output-dir"
+        )
+    return remote.join(storage, quote(name))
 
 
 def open_store(uri: str, folder: Path) -> Store:
