@@ -139,8 +139,8 @@ def _refuse_other_study(store: Store, there: bytes) -> None:
     except ValueError:
         manifest = None
     anything = any(remote.travels(path.name) for path in store.folder.iterdir())
-    both = isinstance(here, dict) and isinstance(manifest, dict)
-    if anything and not (both and here["created"] == manifest.get("created")):
+    ours, theirs = (m.get("created") if isinstance(m, dict) else None for m in (here, manifest))
+    if anything and (ours is None or ours != theirs):
         raise UserError(
             f"--storage {remote.masked(store.remote.uri)}: {store.folder} holds something "
             "else than the study that lies there; choose another --output-dir or --name"
