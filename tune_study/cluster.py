@@ -37,7 +37,7 @@ class Slots(NamedTuple):
     """What a trial takes, and how many run at a time."""
 
     resources: dict[str, float]
-    count: int
+    at_a_time: int
     limit: int | None = None
     """For Tune, where fewer than fit are wanted and no resource says so. Tune then creates trials
     one by one, and starts a worker for each: 20 s that a reused one does not take."""
@@ -164,7 +164,9 @@ def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str 
 
 def own_raylet() -> list[tuple[str, psutil.Process]]:
     """The raylet of this machine that this process talks to, when it has not started it."""
-    socket = ray._private.worker.global_worker.node.raylet_socket_name
+    node = ray._private.worker.global_worker.node
+    assert node is not None  # connected
+    socket = node.raylet_socket_name
     return [
         ("raylet", process)
         for process in psutil.process_iter(["name", "cmdline"])

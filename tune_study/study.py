@@ -242,7 +242,7 @@ def _fit(
         tune.with_resources(trainable, tune.PlacementGroupFactory([slots.resources])),
         param_space={} if search else grid,
         tune_config=tune.TuneConfig(
-            **(search.tune_config(slots.count) if search else {"scheduler": Gate()}),
+            **(search.tune_config(slots.at_a_time) if search else {"scheduler": Gate()}),
             max_concurrent_trials=slots.limit,
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.config["trial_id"],
