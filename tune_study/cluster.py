@@ -166,11 +166,12 @@ def own_raylet() -> list[tuple[str, psutil.Process]]:
     """The raylet of this machine that this process talks to, when it has not started it."""
     node = ray._private.worker.global_worker.node
     assert node is not None  # connected
-    socket = node.raylet_socket_name
+    # The whole argument: on one machine a second raylet's socket is the first one's and a suffix.
+    socket = f"--raylet_socket_name={node.raylet_socket_name}"
     return [
         ("raylet", process)
         for process in psutil.process_iter(["name", "cmdline"])
-        if process.info["name"] == "raylet" and socket in " ".join(process.info["cmdline"] or [])
+        if process.info["name"] == "raylet" and socket in (process.info["cmdline"] or [])
     ]
 
 
