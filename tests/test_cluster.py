@@ -1,5 +1,7 @@
 """Addresses, nodes that differ, and data and weights on their way to a node."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import ray
@@ -65,6 +67,23 @@ def test_what_computes_names_every_package_that_must_be_equal():
     assert found["device cpu"] == "there"
     if not torch.cuda.is_available():
         assert provenance.what_computes("cuda")["device cuda"] == "not there"
+
+
+def test_only_the_raylet_of_the_own_node_is_watched(monkeypatch):
+    """On one machine, the sockets of further raylets are named as the first one's and a suffix."""
+    found = [
+        SimpleNamespace(info={"name": name, "cmdline": command})
+        for name, command in (
+            ("raylet", ["raylet", "--raylet_socket_name=/s/raylet", "--x"]),
+            ("raylet", ["raylet", "--raylet_socket_name=/s/raylet.1"]),
+            ("raylet", None),  # another user's
+            ("python", ["python", "--raylet_socket_name=/s/raylet"]),
+        )
+    ]
+    monkeypatch.setattr(cluster.psutil, "process_iter", lambda names: found)
+    node = SimpleNamespace(raylet_socket_name="/s/raylet")
+    monkeypatch.setattr(ray._private.worker.global_worker, "node", node)
+    assert cluster.own_raylet() == [("raylet", found[0])]
 
 
 @pytest.fixture
