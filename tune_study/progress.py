@@ -100,7 +100,7 @@ class Progress(tune.Callback):
     def _end(self, trial_id: str) -> None:
         state = self._running.pop(trial_id, {"epoch": 0})
         results = read_json(self._study_dir / trial_id / "results.json") or {}
-        status = results.get("status", "error")
+        status = results.get("status", "pending")  # it died before it could write any
         for sentence in results.get("warnings", []):
             if (trial_id, sentence) not in self._said:
                 self._said.add((trial_id, sentence))

@@ -168,7 +168,7 @@ class Deaths(tune.Callback):
         kills = out_of_memory_kills()
         killed_for_memory, self._kills = kills > self._kills, kills
         cause = "the system killed it for lack of memory" if killed_for_memory else "it was killed"
-        if "node has died" in detail or "node is dead" in detail:
+        if "its node has died" in _in_full(trial):
             cause = "its node died"
         if killed_for_memory:
             self._take_less(trial)
@@ -191,6 +191,12 @@ class Deaths(tune.Callback):
             else:
                 _give_up(trial, self._study_dir / trial.trial_id, self._count[trial.trial_id])
         return again
+
+
+def _in_full(trial: Any) -> str:
+    """Ray's own words, of which its error object keeps the first line alone."""
+    path = Path(trial.error_file or "")
+    return path.read_text(errors="replace") if path.is_file() else ""
 
 
 def _give_up(trial: TrialConfig, folder: Path, deaths: int) -> None:
