@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +18,11 @@ import pandas as pd
 from analysis import statistics
 from analysis.layout import clean
 from analysis.load import Study, StudyError, read_study
+from analysis.places import near
 from analysis.sections import provenance
 from analysis.summaries import modes_of
 from analysis.wording import between, known, listing, number, p_value, plural, points, signed
+from tune_study.remote import masked
 
 METRICS = (
     "test_accuracy", "val_accuracy", "weights_bytes", "peak_train_bytes", "rss_peak_bytes",
@@ -235,11 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m analysis.compare", description="Compare the same cells of two studies."
     )
-    parser.add_argument("study_a", type=Path, help="folder of the study to compare with")
-    parser.add_argument("study_b", type=Path, help="folder of the study that changed something")
+    parser.add_argument("study_a", help="folder or URI of the study to compare with")
+    parser.add_argument("study_b", help="folder or URI of the study that changed something")
     options = parser.parse_args(arguments)
     try:
-        a, b = read_study(options.study_a), read_study(options.study_b)
+        with near(options.study_a) as folder_a, near(options.study_b) as folder_b:
+            a, b = read_study(folder_a), read_study(folder_b)
         found = compare(a, b)
     except StudyError as error:
         print(error, file=sys.stderr)
@@ -250,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, study in (("A", a), ("B", b)):
         for problem in study.problems:
             print(clean(f"{name}: {problem}"), file=sys.stderr)
-    told = in_words(found, (str(options.study_a), str(options.study_b)))
+    told = in_words(found, (masked(options.study_a), masked(options.study_b)))
     print("\n".join(clean(line) for line in told.split("\n")))
     return 0
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis import latex, search_figures, summary
+from analysis import latex, places, search_figures, summary
 from analysis.decisions import WORDS, Decision
 from analysis.drawing import Drawn, png, save, short
 from analysis.findings import Findings, compute
@@ -28,6 +28,7 @@ from analysis.sections import sections
 from analysis.summaries import modes_of
 from analysis.tables import write_whole
 from analysis.wording import MISSING, between, listing, number, plural, points, signed
+from tune_study import remote
 
 QUESTION = (
     "A large frozen network is adapted to a new task by training small LoRA matrices beside it. "
@@ -277,15 +278,37 @@ def escape_markdown(text: str) -> str:
     return safe
 
 
+def _report(study: str, to: Path | None) -> str:
+    """Where report.html is. That of a study behind a URI is put back, unless it goes ``to``."""
+    if not remote.is_uri(study):
+        if to is not None:
+            raise StudyError(f"--to {to}: it is for a study behind a URI; leave it out")
+        return str(write_report(study))
+    if to is not None:
+        if to.exists():
+            raise StudyError(f"--to {to}: it is there already; name a new folder")
+        places.fetch(study, to)
+        return str(write_report(to))
+    with places.near(study) as folder:
+        path = write_report(folder)
+        places.put_back(study, folder)
+        return remote.masked(remote.join(study, path.relative_to(folder).as_posix()))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 and one sentence for a mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis.report", description="Write the report of a study."
     )
-    parser.add_argument("study", type=Path, help="folder that holds study.json")
+    parser.add_argument("study", help="folder that holds study.json, or its URI")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        help="with a URI: fetch the study into this new folder, and leave it there",
+    )
     options = parser.parse_args(arguments)
     try:
-        path = write_report(options.study)
+        path = _report(options.study, options.to)
     except StudyError as error:
         print(error, file=sys.stderr)
         return 2

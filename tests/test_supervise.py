@@ -101,16 +101,38 @@ def test_the_first_signal_asks_and_the_second_stops_now(number, reason):
     assert signal.getsignal(number) == before
 
 
-def dead(config, detail="ActorDiedError: killed"):
+def dead(config, detail="ActorDiedError: killed", error_file=None):
     return SimpleNamespace(
         trial_id="t",
         config={"trial_id": config.trial_id, "trial": config.model_dump(mode="json")},
         get_error=lambda: detail,
+        error_file=error_file,
     )
 
 
 def failed(deaths, trial):
     deaths.on_trial_error(1, [], trial)
+
+
+def test_a_dead_node_is_told_and_its_trial_continued(tiny, tmp_path):
+    config, said = tiny("none"), []
+    (tmp_path / config.trial_id).mkdir()
+    (tmp_path / "error.txt").write_text("The actor died because its node has died. Node Id: 1")
+    deaths = Deaths(tmp_path, said.append)
+    failed(deaths, dead(config, error_file=str(tmp_path / "error.txt")))
+    assert deaths.to_continue([config]) == [config]
+    assert said == [f"{config.trial_id}: its worker process died (its node died)"]
+
+
+def test_a_lost_store_stops_the_study_and_fails_no_trial(tiny, tmp_path):
+    config, said = tiny("none"), []
+    Stop.reset()
+    deaths = Deaths(tmp_path, said.append)
+    failed(deaths, dead(config, "RayTaskError(RemoteError): s3://b: writing x failed"))
+    assert Stop.reason == "storage"
+    assert deaths.to_continue([config]) == []
+    assert not (tmp_path / config.trial_id).exists()
+    Stop.reset()
 
 
 def test_a_dead_worker_is_continued_twice_and_then_an_error(tiny, tmp_path):

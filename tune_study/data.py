@@ -63,7 +63,7 @@ def load(dataset: str, data_dir: Path | None, sizes: DataConfig) -> Dataset:
     The images come from ``data_dir``, or from torchvision's download when it is ``None``.
     Raises ``UserError`` when they are missing, corrupt or fewer than asked for.
     """
-    source = read_source(dataset, data_dir)
+    source = _provided.get(dataset) or read_source(dataset, data_dir)
     everything, test = source.train, source.test
     if test is None:
         train_indices, test_indices = _split_off(everything.labels, None, 0.2, dataset, "test")
@@ -106,6 +106,14 @@ def _subset(split: Split, size: int | None, dataset: str, name: str) -> Split:
             "ask for fewer"
         )
     return split.take(_split_off(split.labels, size, 0, dataset, name)[1])
+
+
+_provided: dict[str, Source] = {}
+
+
+def provide(dataset: str, source: Source) -> None:
+    """From now on this process takes the data set from memory: it came from another node."""
+    _provided[dataset] = source
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 
 SETTINGS = {
     # Nothing listens beyond this machine, on any system: Ray itself would do so only on a Mac.
@@ -33,8 +39,28 @@ SETTINGS = {
 }
 
 
+def clustered(arguments: Sequence[str]) -> bool:
+    """Whether ``--address`` names a Ray whose head is reached over a network.
+
+    With the setting for clusters, Ray takes loopback for the machine's network address, and finds
+    no head that listens on loopback alone.
+    """
+    pairs = itertools.pairwise([*arguments, ""])
+    given = [value for option, value in pairs if option == "--address"]
+    given += [a.partition("=")[2] for a in arguments if a.startswith("--address=")]
+    address = given[-1] if given else "local"
+    if address == "auto":
+        running = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+        address = os.environ.get("RAY_ADDRESS") or (
+            running.read_text().strip() if running.is_file() else "local"
+        )
+    return not re.match(r"local$|localhost:|127\.|\[::1\]", address)
+
+
 def prepare() -> None:
     """No telemetry, no open port, no chatter. What the user has set stays."""
+    if clustered(sys.argv):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     # At import it names a faster kernel of a package that is not there.

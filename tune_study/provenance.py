@@ -58,6 +58,24 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def what_computes(device: str) -> dict[str, Any]:
+    """Of the machine that runs this: the versions, the commit, and whether ``device`` is there.
+
+    The nodes of a cluster answer it before a study begins, on the CPU without loading torch.
+    """
+    there = device == "cpu"
+    if not there:
+        import torch
+
+        backend = torch.cuda if device == "cuda" else torch.backends.mps
+        there = backend.is_available()
+    return {
+        **versions(),
+        "commit of tune-study": commit(),
+        f"device {device}": "there" if there else "not there",
+    }
+
+
 def now() -> str:
     """The time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tune_study.config import TrialConfig, UserError, parse_assignment
+from tune_study.remote import masked
 from tune_study.schema import PLANNED_ENDS
 
 if TYPE_CHECKING:
@@ -29,7 +31,14 @@ if TYPE_CHECKING:
     from tune_study.trainable import RunContext
 
 EXIT_FAILED, EXIT_USER = 1, 2
-EXIT_STOPPED = {"disk": 1, "time": 124, "interrupt": 130, "terminate": 143}
+EXIT_STOPPED = {
+    "storage": 1,
+    "lease": 1,
+    "disk": 1,
+    "time": 124,
+    "interrupt": 130,
+    "terminate": 143,
+}
 """By the reason why a study stopped early: the shell's own codes for time and signals."""
 LONGEST_NAME = 200
 """Bytes of a study's name; file systems allow 255, and trials' files add to it."""
@@ -59,7 +68,22 @@ def study(
     val_size: Annotated[int | None, typer.Option(help="validation images")] = None,
     test_size: Annotated[int | None, typer.Option(help="stratified subset, in images")] = None,
     max_experiments: Annotated[int | None, typer.Option(min=1, help="only the first N")] = None,
-    max_concurrent: Annotated[int, typer.Option(min=1, max=1024, help="trials at a time")] = 1,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URI", help="where studies are kept, such as s3://bucket/path"),
+    ] = None,
+    address: Annotated[
+        str, typer.Option(help="local, or a Ray cluster: auto or HOST:PORT")
+    ] = "local",
+    max_concurrent: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1024, help="trials at a time; default 1, on a cluster all that fit"
+        ),
+    ] = None,
+    cpus_per_trial: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="cores and threads of a trial")
+    ] = None,
     gpus_per_trial: Annotated[
         float | None, typer.Option(min=0, help="share of a GPU, such as 0.5")
     ] = None,
@@ -82,6 +106,9 @@ def study(
     ] = None,
     seed_sd: Annotated[
         float | None, typer.Option(min=0, max=1, help="of --simulate; default 0.004")
+    ] = None,
+    epoch_s: Annotated[
+        float | None, typer.Option(min=0, help="of --simulate: how long an epoch lasts")
     ] = None,
     search: Annotated[
         str | None, typer.Option(help="optuna: search a space instead of running a grid")
@@ -115,7 +142,10 @@ def study(
     from tune_study import manifest, preflight, trackers
     from tune_study import space as spaces
     from tune_study import study as studies
+    from tune_study.cluster import check_options
     from tune_study.limits import refuse_full_disk
+    from tune_study.storage import held, push_all
+    from tune_study.store import place_of
     from tune_study.supervise import only_run
     from tune_study.trainable import RunContext
 
@@ -146,40 +176,57 @@ def study(
     study_dir = _resolved(
         "--output-dir", output_dir / _safe_name(default_name if name is None else name)
     )
-    if resume and not (study_dir / "study.json").is_file():
-        raise UserError(f"--resume: there is no study in {study_dir}; leave it out to begin one")
+    if not simulation and epoch_s is not None:
+        raise UserError("--epoch-s belongs to --simulate; add it, or leave it out")
+    check_options(address, storage, search)
     context = RunContext(
         study_dir=study_dir,
         data_dir=_resolved("--data-dir", data_dir) if data_dir else None,
         weights=_resolved("--weights", weights) if weights else None,
         device=preflight.choose_device(device),
-        num_threads=_threads(max_concurrent),
+        num_threads=cpus_per_trial or _threads(max_concurrent or 1),
         simulation=simulation,
         keep_checkpoints=_one_of("--keep-checkpoints", keep_checkpoints, ("all", "best", "none")),
+        storage=place_of(storage, study_dir.name),
+        on_cluster=address != "local",
+        epoch_s=_finite("--epoch-s", epoch_s) or 0,
     )
     if simulation and (dry_run or validate_only):
         raise UserError("--simulate trains nothing: leave out --dry-run and --validate-only")
-    drawn = trials
-    if not simulation:
-        trials = _settle_compute_dtype(console, trials, context)
-    _say_what_is_unusual(console, trials, simulation)
-    checked = preflight.check(trials, context)
-    _say_long_warm_up(console, trials, checked)
-    if dry_run:
-        _print_plan(console, trials, checked, context)
-        return
-    if validate_only:
-        preflight.validate(trials, checked, context)
-        console.print(f"{len(trials)}/{len(trials)} valid")
-        return
-    command = shlex.join(["python", "-m", "tune_study.run", *sys.argv[1:]])
-    options: dict[str, Any] = {
-        "max_concurrent": max_concurrent,
-        "gpus_per_trial": gpus_per_trial,
-        "dashboard": dashboard,
-    }
-    refuse_full_disk(study_dir)
-    with only_run(study_dir):
+    with ExitStack() as holds:
+        works = not (dry_run or validate_only)
+        store = None
+        if works and context.storage:  # what is there decides what follows
+            holds.enter_context(only_run(study_dir))
+            store = holds.enter_context(held(context.storage, study_dir, console.print))
+        if resume and not (study_dir / "study.json").is_file():
+            raise UserError(
+                f"--resume: there is no study in {study_dir}; leave it out to begin one"
+            )
+        drawn = trials
+        if not simulation:
+            trials = _settle_compute_dtype(console, trials, context)
+        _say_what_is_unusual(console, trials, simulation)
+        checked = preflight.check(trials, context)
+        _say_long_warm_up(console, trials, checked)
+        if dry_run:
+            _print_plan(console, trials, checked, context)
+            return
+        if validate_only:
+            preflight.validate(trials, checked, context)
+            console.print(f"{len(trials)}/{len(trials)} valid")
+            return
+        command = masked(shlex.join(["python", "-m", "tune_study.run", *sys.argv[1:]]))
+        options: dict[str, Any] = {
+            "address": address,
+            "max_concurrent": max_concurrent,
+            "gpus_per_trial": gpus_per_trial,
+            "dashboard": dashboard,
+            "store": store,
+        }
+        refuse_full_disk(study_dir)
+        if store is None:
+            holds.enter_context(only_run(study_dir))
         if settings:
             settled = "fp32" if trials != drawn else None
             settings, trials = spaces.continued(settings, study_dir, compute_dtype=settled)
@@ -197,6 +244,8 @@ def study(
         )
         if retry_failed:
             studies.forget(trials, study_dir)
+        if store:
+            push_all(store, trials)
         if settings:
             from tune_study.search import Search
 
@@ -216,6 +265,7 @@ def _run(
     """Runs what is to do, collects the tables, and returns the exit code."""
     from tune_study import study as studies
     from tune_study.limits import disk_full
+    from tune_study.storage import push_end
     from tune_study.supervise import Stop
 
     study_dir = context.study_dir
@@ -237,7 +287,9 @@ def _run(
         if logged:
             logged.close(trials)
         studies.collect(study_dir)
-        _say_where(console, study_dir, report=not now)
+        _say_where(console, context, report=not now)
+        if (store := options["store"]) and Stop.reason not in ("lease", "storage"):
+            push_end(store, trials)
     except Exception as error:
         if full := disk_full(error, study_dir):
             raise full from error
@@ -251,6 +303,8 @@ def _run(
 
 
 _STOPPED = {
+    "storage": "stopped, because the store of --storage does not answer",
+    "lease": "stopped, because another run has taken this study over in the store",
     "disk": "stopped, because the disk is full: free some space",
     "time": "stopped, because the time of --max-hours is over",
     "interrupt": "interrupted",
@@ -293,11 +347,14 @@ def _train(
     return False
 
 
-def _say_where(console: Console, study_dir: Path, *, report: bool) -> None:
+def _say_where(console: Console, context: RunContext, *, report: bool) -> None:
     from analysis.report import write_report
     from tune_study.report_images import show_figures
 
+    study_dir = context.study_dir
     console.print(f"results:     {study_dir}")
+    if context.storage:
+        console.print(f"kept in:     {masked(context.storage)}")
     if report:
         console.print(f"report:      {write_report(study_dir)}")
         show_figures(study_dir)

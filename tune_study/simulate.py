@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +92,16 @@ def _normal(*names: object) -> float:
     return float(np.random.default_rng(int.from_bytes(digest[:16], "big")).standard_normal())
 
 
-def execute(config: TrialConfig, simulation: Simulation, study_dir: Path, report: Any) -> None:
-    """Reports the drawn epochs, and writes the trial's files as a real trial does."""
+def execute(
+    config: TrialConfig, simulation: Simulation, study_dir: Path, report: Any, epoch_s: float = 0.0
+) -> None:
+    """Reports the drawn epochs, ``epoch_s`` apart, and writes a trial's files as a real one."""
     folder = study_dir / config.trial_id
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config.model_dump(mode="json"))
     rows, _ = draw(config, simulation)
     for row in rows:
+        time.sleep(epoch_s)
         report({**row, "best_val_accuracy": max(r["val_accuracy"] for r in rows[: row["epoch"]])})
     write_json(folder / "results.json", results_of(config, simulation))
 

@@ -6,7 +6,6 @@ import datetime
 import importlib.util
 import inspect
 import json
-import logging
 import math
 import os
 import shutil
@@ -17,18 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
-from ray.tune.execution import class_cache
 from ray.tune.search.variant_generator import generate_variants
 
 from analysis.load import Study, rebuild, write_tables
 from search_spaces import grids
-from tune_study import provenance
+from tune_study import cluster, storage
 from tune_study.config import TrialConfig, UserError, assign, parse_trial
 from tune_study.files import read_json
 from tune_study.hparams import axes_of
+from tune_study.inputs import ship
 from tune_study.mode_curves import ModeCurves, write_study_run
 from tune_study.progress import Progress
 from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS, STATUSES
+from tune_study.store import Store
 from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop, graceful_signals
 from tune_study.tensorboard import TensorBoardCallback
 from tune_study.trainable import RunContext, run_trial
@@ -36,17 +36,7 @@ from tune_study.trainable import RunContext, run_trial
 if TYPE_CHECKING:
     from tune_study.search import Search
 
-AWS_SECRETS = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SECURITY_TOKEN",
-    "AWS_SESSION_TOKEN",
-)
-"""What Tune hands to its workers by way of a log file (seen with Ray 2.60)."""
 MOST_TRIALS = 100_000
-TRIAL_SLOT = "trial_slot"
-"""A resource of ours that limits the trials at a time: with Tune's own limit, grid trials are
-created lazily, and an interrupted study would not know of those to come."""
 
 
 def load_grid(grid: str) -> tuple[str, dict[str, Any]]:
@@ -178,42 +168,44 @@ def run(
     progress: Progress,
     *,
     on_dead_ray: Callable[[str], None],
-    max_concurrent: int = 1,
+    address: str = "local",
+    max_concurrent: int | None = None,
     gpus_per_trial: float | None = None,
     dashboard: bool = False,
     search: Search | None = None,
+    store: Store | None = None,
     trackers: tune.Callback | None = None,
 ) -> None:
-    """Runs ``trials`` with Ray Tune, and continues those whose worker died.
+    """Runs ``trials`` with Ray Tune, and continues those whose worker or node died.
 
     A ``search`` is asked for the trials instead, until it has no more.
 
     Each trial continues from its own newest checkpoint, so nothing of an earlier run's Tune state
     is needed, and nothing of it is unpickled.
     """
-    gpus = 1 if context.device == "cuda" and gpus_per_trial is None else gpus_per_trial or 0
-    resources = {"CPU": context.num_threads, TRIAL_SLOT: 1, "GPU": gpus}
-    ray.init(
-        address="local",
-        num_cpus=max(provenance.cores(), context.num_threads * max_concurrent),
-        resources={TRIAL_SLOT: max_concurrent},
-        include_dashboard=dashboard,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
+    slots = cluster.connect(
+        address,
+        context,
+        max_concurrent=max_concurrent,
+        gpus_per_trial=gpus_per_trial,
+        dashboard=dashboard,
     )
-    # Ray would write them into a log that everyone may read; local workers inherit them anyway.
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(AWS_SECRETS)
-    # What a trial died of stands in its error.json, and we say so: no traceback beside it.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     deaths = Deaths(context.study_dir, progress.say)
-    callbacks = [progress, deaths, *([trackers] if trackers else [])]
+    ours = [progress, deaths, *([trackers] if trackers else [])]
+    others = cluster.own_raylet() if context.on_cluster else []
     try:
-        with graceful_signals(progress.say), RayWatch(on_dead_ray):
+        trainable = tune.with_parameters(
+            run_trial,
+            context=context.model_dump(mode="json"),
+            inputs=ship(trials, context) if context.on_cluster else None,
+        )
+        with graceful_signals(progress.say), RayWatch(on_dead_ray, others):
             if search:
                 search.begin(progress)
             waiting = list(trials)
             while (waiting or search) and not Stop.requested():
-                _fit(waiting, context, callbacks, resources, search, max_concurrent)
+                callbacks = _callbacks(context, search, ours, store)
+                _fit(waiting, context, trainable, callbacks, slots, search)
                 waiting = deaths.to_continue(search.trials if search else waiting)
                 if not waiting:
                     break
@@ -223,13 +215,25 @@ def run(
         ray.shutdown()
 
 
+def _callbacks(
+    context: RunContext, search: Search | None, ours: Sequence[tune.Callback], store: Store | None
+) -> list[tune.Callback]:
+    """In the order in which they need each other's files."""
+    return [
+        *([storage.Before(store)] if store and context.on_cluster else []),
+        *_tensorboard(context, search),
+        *ours,
+        *([storage.After(store)] if store else []),
+    ]
+
+
 def _fit(
     trials: Sequence[TrialConfig],
     context: RunContext,
-    callbacks: Sequence[tune.Callback],
-    resources: dict[str, float],
+    trainable: Callable[..., Any],
+    callbacks: list[tune.Callback],
+    slots: cluster.Slots,
     search: Search | None,
-    max_concurrent: int,
 ) -> None:
     """One Tuner, in a new run folder of the study."""
     cells = {trial.trial_id: trial.model_dump(mode="json") for trial in trials}
@@ -237,12 +241,12 @@ def _fit(
         "trial_id": tune.grid_search(list(cells)),
         "trial": tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]]),
     }
-    trainable = tune.with_parameters(run_trial, context=context.model_dump(mode="json"))
     tuner = tune.Tuner(
-        tune.with_resources(trainable, tune.PlacementGroupFactory([resources])),
+        tune.with_resources(trainable, tune.PlacementGroupFactory([slots.resources])),
         param_space={} if search else grid,
         tune_config=tune.TuneConfig(
-            **(search.tune_config(max_concurrent) if search else {"scheduler": Gate()}),
+            **(search.tune_config(slots.at_a_time) if search else {"scheduler": Gate()}),
+            max_concurrent_trials=slots.limit,
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.config["trial_id"],
             trial_dirname_creator=lambda trial: trial.config["trial_id"],
@@ -251,7 +255,7 @@ def _fit(
             name=_new_run(context.study_dir),
             storage_path=str(context.study_dir),
             stop=EpochStopper(),
-            callbacks=[*_tensorboard(context, search), *callbacks],
+            callbacks=callbacks,
             verbose=0,
         ),
     )

@@ -67,7 +67,7 @@ class Stop:
     """
 
     reason: str | None = None
-    """``interrupt`` (Ctrl-C), ``terminate`` (SIGTERM), ``time`` or ``disk``."""
+    """``interrupt`` (Ctrl-C), ``terminate`` (SIGTERM), or a word of ``run.EXIT_STOPPED``."""
     _deadline: float | None = None
     running: set[str] = set()  # noqa: RUF012  (Tune's trial ids)
 
@@ -160,11 +160,16 @@ class Deaths(tune.Callback):
         if "DiskFull" in detail or not has_room(self._study_dir):
             Stop.request("disk")
             return
+        if "RemoteError" in detail:
+            Stop.request("storage")
+            return
         self._count[trial_id] += 1
         self._details[trial_id] = detail
         kills = out_of_memory_kills()
         killed_for_memory, self._kills = kills > self._kills, kills
         cause = "the system killed it for lack of memory" if killed_for_memory else "it was killed"
+        if "its node has died" in _in_full(trial):
+            cause = "its node died"
         if killed_for_memory:
             self._take_less(trial)
         self._say(f"{trial_id}: its worker process died ({cause})")
@@ -186,6 +191,12 @@ class Deaths(tune.Callback):
             else:
                 _give_up(trial, self._study_dir / trial.trial_id, self._count[trial.trial_id])
         return again
+
+
+def _in_full(trial: Any) -> str:
+    """Ray's own words, of which its error object keeps the first line alone."""
+    path = Path(trial.error_file or "")
+    return path.read_text(errors="replace") if path.is_file() else ""
 
 
 def _give_up(trial: TrialConfig, folder: Path, deaths: int) -> None:
@@ -219,10 +230,13 @@ def out_of_memory_kills() -> int:
 class RayWatch:
     """Context: calls ``on_death`` when Ray's own processes die, for then Tune would wait forever.
 
-    Only processes that this one has started are watched.
+    Only processes that this one has started are watched, and ``others``.
     """
 
-    def __init__(self, on_death: Callable[[str], None]) -> None:
+    def __init__(
+        self, on_death: Callable[[str], None], others: Sequence[tuple[str, psutil.Process]] = ()
+    ) -> None:
+        self._others = others
         self._on_death = on_death
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ray-watch", daemon=True)
@@ -230,7 +244,8 @@ class RayWatch:
 
     def __enter__(self) -> RayWatch:
         children = psutil.Process().children(recursive=True)
-        self._processes = [(p.name(), p) for p in children if p.name() in _RAY_PROCESSES]
+        own = [(p.name(), p) for p in children if p.name() in _RAY_PROCESSES]
+        self._processes = [*own, *self._others]
         self._thread.start()
         return self
 

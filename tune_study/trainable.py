@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from filelock import FileLock
@@ -31,9 +31,13 @@ from tune_study.memory import release_memory, reset_rss_peak
 from tune_study.model import BuiltModel, build_model
 from tune_study.predict import predict
 from tune_study.record import Record
+from tune_study.remote import RemoteError
 from tune_study.resources import ResourceMonitor
 from tune_study.simulate import Simulation
 from tune_study.train import Training
+
+if TYPE_CHECKING:
+    from tune_study.inputs import Inputs
 
 Report = Callable[[dict[str, Any]], None]
 LOCK_WAIT_S = 60
@@ -54,18 +58,30 @@ class RunContext(BaseModel):
     """Draws the trials instead of training them."""
     keep_checkpoints: Literal["all", "best", "none"] = "best"
     """Of a trial that ended well: every epoch's, its best adapter, or nothing."""
+    storage: str | None = None
+    """URI of the study's folder in a store, where all that a trial leaves goes."""
+    on_cluster: bool = False
+    """Trials run on nodes that share no folder with the driver: ``study_dir`` is the driver's."""
+    epoch_s: float = 0.0
+    """How long an epoch of a simulated trial lasts."""
 
 
-def run_trial(config: dict[str, Any], context: dict[str, Any]) -> None:
+def run_trial(
+    config: dict[str, Any], context: dict[str, Any], inputs: Inputs | None = None
+) -> None:
     """Tune's function trainable. ``config["trial"]`` is a ``TrialConfig`` as a dictionary.
 
     An exception is written to ``error.json`` and raised again, so that Tune knows of it too.
+    ``inputs`` are the data and weights on a cluster.
     """
+    from tune_study.worker import at_work
+
     trial, where = TrialConfig.model_validate(config["trial"]), RunContext.model_validate(context)
-    if where.simulation is not None:
-        simulate.execute(trial, where.simulation, where.study_dir, tune.report)
-    else:
-        execute(trial, where, tune.report)
+    with at_work(trial, where, inputs, tune.report) as (where, report):
+        if where.simulation is not None:
+            simulate.execute(trial, where.simulation, where.study_dir, report, where.epoch_s)
+        else:
+            execute(trial, where, report)
 
 
 def execute(config: TrialConfig, context: RunContext, report: Report) -> dict[str, Any]:
@@ -111,6 +127,8 @@ def _attempt(config: TrialConfig, context: RunContext, report: Report, record: R
         write_json(record.folder / "config.json", config.model_dump(mode="json"))
         record.effective = within_memory(config, record.folder)
         _train(context, report, record)
+    except RemoteError:
+        raise  # nothing is wrong with the trial
     except Exception as error:
         if full := disk_full(error, context.study_dir):
             raise full from error

@@ -28,7 +28,7 @@ def test_nothing_listens_beyond_loopback_and_no_secret_reaches_a_file(tmp_path, 
     assert addresses <= {"127.0.0.1", "::1"}, listening
     sessions = [p for p in Path("/tmp/ray").glob("session_2*") if p.stat().st_mtime >= began]
     assert sessions
-    told = [path for folder in (tmp_path, *sessions) for path in _holding(folder, canary)]
+    told = [path for folder in (tmp_path, *sessions) for path in holding(folder, canary)]
     assert told == []
 
 
@@ -44,10 +44,13 @@ def _listening(process: psutil.Process) -> set[tuple[str, str]]:
         return set()  # it ended meanwhile
 
 
-def _holding(folder: Path, canary: str) -> list[Path]:
+def holding(folder: Path, canary: str) -> list[Path]:
     """The files that hold ``canary``."""
-    return [
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and canary.encode() in path.read_bytes()
-    ]
+    return [path for path in folder.rglob("*") if path.is_file() and _has(path, canary)]
+
+
+def _has(path: Path, canary: str) -> bool:
+    try:
+        return canary.encode() in path.read_bytes()
+    except FileNotFoundError:
+        return False  # another study's, which ended meanwhile

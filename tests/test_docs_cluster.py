@@ -1,0 +1,102 @@
+"""The commands of docs/cluster.md as they stand there, simulated, against a real S3 server."""
+
+import re
+import shlex
+import urllib.request
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import typer.main
+
+from analysis import compare, report
+from tests.e2e import s3
+from tune_study import remote, run, simulate, study
+from tune_study.worker import at_work
+
+PAGE = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = [shlex.split(line) for block in BLOCKS for line in block.splitlines()]
+MODULES = {"tune_study.run": run, "analysis.report": report, "analysis.compare": compare}
+
+
+def without_ray(waiting, context, progress, **options):
+    """The trials one by one in this process, in place of ``study.run``."""
+    here = context.model_copy(update={"on_cluster": False})
+    for trial in waiting:
+        with at_work(trial, here, None, lambda row: None) as (where, told):
+            simulate.execute(trial, where.simulation, where.study_dir, told)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    with s3.server(tmp_path / "log.txt") as endpoint:
+        for name, value in s3.environment(endpoint).items():
+            monkeypatch.setenv(name, value)
+        request = urllib.request.Request(f"{endpoint}/my-bucket", method="PUT")
+        with urllib.request.urlopen(request):
+            yield remote.open_remote("s3://my-bucket/studies")
+
+
+def test_every_option_on_the_page_exists():
+    known = {name for p in typer.main.get_command(run.app).params for name in p.opts}
+    elsewhere = {"--to", "--head"}
+    assert len(COMMANDS) == 6
+    for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE):
+        assert option in known | elsewhere, option
+
+
+def test_the_commands_run(bucket, tmp_path, monkeypatch, capsys):
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(study, "run", without_ray)
+    for command in COMMANDS:
+        module, arguments = MODULES[command[2]], command[3:]
+        if module is not run:
+            code = module.main(arguments)
+        else:
+            named = [] if "--name" in arguments else ["--name", "demo"]
+            monkeypatch.setattr("sys.argv", ["tune-study", *arguments, *named, "--simulate"])
+            with pytest.raises(SystemExit) as exit_:
+                run.main()
+            code = exit_.value.code
+        said = capsys.readouterr()
+        assert not code, f"{command}: {said.out}{said.err}"
+        if "another_folder" in command:
+            assert "nothing to do: all 12 trials" in said.out
+    there = remote.listing(bucket)
+    for name in ("demo", "on_cluster"):
+        assert f"{name}/report/report.html" in there
+        assert sum(bool(re.match(f"{name}/[^/]+/results.json", key)) for key in there) == 12
+    for folder in ("ray_results/demo", "another_folder/demo", "demo_report"):
+        assert len(pd.read_parquet(work / folder / "trials.parquet")) == 12
+
+
+def refusal(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("sys.argv", ["tune-study", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        run.main()
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--address", "ray://head:10001"], ["ray://head:10001", "--address auto"]),
+        (["--address", "somewhere"], ["somewhere", "HOST:PORT"]),
+        (["--address", "auto"], ["--address auto", "--storage"]),
+        (["--address", "auto", "--storage", "file:///x", "--search", "optuna"], ["--search"]),
+        (["--storage", "some/folder"], ["some/folder", "--output-dir"]),
+        (["--storage", "nonsense://K:SECRET@x/y"], ["nonsense://***@x/y"]),
+        (["--epoch-s", "1"], ["--epoch-s", "--simulate"]),
+    ],
+)
+def test_mistakes_are_one_sentence(monkeypatch, capsys, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    line = refusal(monkeypatch, capsys, *arguments)
+    for word in words:
+        assert word in line
+    assert "SECRET" not in line

@@ -1,0 +1,104 @@
+"""A trial that works for a store: on one machine, on a node, and when the store goes away."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.test_trainable import without_times
+from tune_study import remote, worker
+from tune_study.remote import RemoteError
+from tune_study.trainable import RunContext, execute
+
+
+@pytest.fixture
+def context(tmp_path):
+    uri = (tmp_path / "store" / "study").as_uri()
+    return RunContext(study_dir=tmp_path / "driver" / "study", storage=uri)
+
+
+@pytest.fixture
+def config(tiny):
+    return tiny("nf4")
+
+
+@pytest.fixture
+def alone(config, tmp_path):
+    """The undisturbed trial's results.json."""
+    return execute(config, RunContext(study_dir=tmp_path / "alone"), lambda row: None)
+
+
+def run(config, context, report):
+    context.study_dir.mkdir(parents=True, exist_ok=True)
+    with worker.at_work(config, context, None, report) as (where, pushing):
+        return execute(config, where, pushing)
+
+
+def there(tmp_path, config, name):
+    return tmp_path / "store" / "study" / config.trial_id / name
+
+
+def test_a_node_continues_from_what_another_has_pushed(
+    context, config, alone, tmp_path, monkeypatch
+):
+    context = context.model_copy(update={"on_cluster": True})
+    context.study_dir.mkdir(parents=True)
+    for node in "ab":
+        (tmp_path / node).mkdir()
+
+    def dies(row):
+        assert there(tmp_path, config, "checkpoints/epoch-00001/state.json").is_file()
+        raise KeyboardInterrupt  # as a kill: nothing runs after it
+
+    monkeypatch.setattr(worker, "node_folder", lambda study: tmp_path / "a" / study)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, context, dies)
+    shutil.rmtree(tmp_path / "a")
+    assert json.loads(there(tmp_path, config, "results.json").read_text())["status"] == (
+        "interrupted"
+    )
+
+    monkeypatch.setattr(worker, "node_folder", lambda study: tmp_path / "b" / study)
+    rows = []
+    results = run(config, context, rows.append)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert without_times(results) == without_times(alone)
+    assert "continues after epoch 1" in there(tmp_path, config, "trial.log").read_text()
+    assert there(tmp_path, config, "adapter/adapter_model.safetensors").is_file()
+    assert not there(tmp_path, config, "checkpoints").is_dir() or not list(
+        there(tmp_path, config, "checkpoints").rglob("*.pt")
+    )
+    assert not (tmp_path / "b" / "study" / config.trial_id).exists()  # the store has it
+    assert not list(context.study_dir.iterdir())  # the driver's folder is the driver's
+
+
+def test_a_store_that_goes_away_fails_no_trial(context, config, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "WAITS_S", ())
+    store, rows = tmp_path / "store", []
+
+    def breaks(row):
+        rows.append(row)
+        shutil.rmtree(store)
+        store.write_text("a file in the way")
+
+    with pytest.raises(RemoteError, match="writing"):
+        run(config, context, breaks)
+    assert [row["epoch"] for row in rows] == [1]  # what is not kept is not reported
+    folder = context.study_dir / config.trial_id
+    assert json.loads((folder / "results.json").read_text())["status"] == "interrupted"
+    assert not (folder / "error.json").exists()
+    store.unlink()
+    assert without_times(run(config, context, rows.append)) == without_times(alone)
+    assert (
+        there(tmp_path, config, "results.json").read_bytes()
+        == (folder / "results.json").read_bytes()
+    )
+
+
+def test_what_a_failed_trial_says_of_itself_is_kept(context, config, tmp_path):
+    def fails(row):
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        run(config, context, fails)
+    assert json.loads(there(tmp_path, config, "error.json").read_text())["message"] == "planted"

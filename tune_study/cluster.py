@@ -1,0 +1,189 @@
+"""Ray, on this machine alone or as a cluster that is there already: ``--address``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import ray
+from ray.exceptions import RayError
+from ray.tune.execution import class_cache
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tune_study import provenance
+from tune_study.config import UserError
+from tune_study.trainable import RunContext
+
+AWS_SECRETS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SECURITY_TOKEN",
+    "AWS_SESSION_TOKEN",
+)
+"""What Tune hands to its workers by way of a log file (seen with Ray 2.60)."""
+TRIAL_SLOT = "trial_slot"
+"""A resource of ours that limits the trials at a time, on a Ray that this command starts."""
+PATIENCE_S = 600
+"""For a node's first answer: its worker imports torch, on a machine that may be busy."""
+
+
+class Slots(NamedTuple):
+    """What a trial takes, and how many run at a time."""
+
+    resources: dict[str, float]
+    at_a_time: int
+    limit: int | None = None
+    """For Tune, where fewer than fit are wanted and no resource says so. Tune then creates trials
+    one by one, and starts a worker for each: 20 s that a reused one does not take."""
+
+
+def parse_address(address: str) -> str:
+    """``local``, ``auto`` or ``HOST:PORT``. Raises ``UserError``."""
+    if address.startswith("ray://"):
+        raise UserError(
+            f"--address {address}: a study does not run through Ray's client; run it on the "
+            "cluster's head with --address auto, for example by ray job submit"
+        )
+    if address not in ("local", "auto") and not re.fullmatch(r"\S+:\d{1,5}", address):
+        raise UserError(f"--address {address}: write local, auto or HOST:PORT")
+    return address
+
+
+def check_options(address: str, storage: str | None, search: str | None) -> None:
+    """Raises ``UserError`` for what a study on a cluster lacks, or can't do there."""
+    if parse_address(address) == "local":
+        return
+    if storage is None:
+        raise UserError(
+            f"--address {address}: the nodes of a cluster need a place for what their trials "
+            "leave; add --storage with s3://bucket/path, or file:///path of a folder they share"
+        )
+    if search is not None:
+        raise UserError(
+            f"--address {address}: --search runs on one machine; leave one of the two out"
+        )
+
+
+def connect(
+    address: str,
+    context: RunContext,
+    *,
+    max_concurrent: int | None,
+    gpus_per_trial: float | None,
+    dashboard: bool = False,
+) -> Slots:
+    """Starts a Ray of our own, or joins the one at ``address``. Raises ``UserError``."""
+    # Ray would write them into a log that everyone may read; local workers inherit them anyway.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(AWS_SECRETS)
+    # What a trial died of stands in its error.json, and we say so: no traceback beside it.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    gpus = 1 if context.device == "cuda" and gpus_per_trial is None else gpus_per_trial or 0
+    resources: dict[str, float] = {"CPU": context.num_threads, "GPU": gpus}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        count = max_concurrent or 1
+        ray.init(
+            address="local",
+            num_cpus=max(provenance.cores(), context.num_threads * count),
+            resources={TRIAL_SLOT: count},
+            include_dashboard=dashboard,
+            **quiet,
+        )
+        return Slots({**resources, TRIAL_SLOT: 1}, count)
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"--address {address}: no Ray cluster answers there ({first[:200]}); start one with "
+            "ray start --head, or leave --address out"
+        ) from None
+    fits = _look_at_nodes(address, context, resources)
+    if max_concurrent is None or max_concurrent >= fits:
+        return Slots(resources, fits)
+    return Slots(resources, max_concurrent, limit=max_concurrent)
+
+
+def _look_at_nodes(address: str, context: RunContext, resources: Mapping[str, float]) -> int:
+    """How many trials fit on the nodes at a time. Raises ``UserError`` for one that differs."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    fits = sum(_fit(node["Resources"], resources) for node in nodes)
+    if not fits:
+        raise UserError(
+            f"--address {address}: no node has {resources['CPU']:g} CPUs and {resources['GPU']:g} "
+            "GPUs for a trial; see --cpus-per-trial and --gpus-per-trial"
+        )
+    look = ray.remote(num_cpus=0)(provenance.what_computes)
+    asked = {
+        name_of(node): look.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(context.device)
+        for node in nodes
+        if _fit(node["Resources"], resources)
+    }
+    ours = provenance.what_computes(context.device)
+    for name, answer in asked.items():
+        try:
+            theirs = ray.get(answer, timeout=PATIENCE_S)
+        except (RayError, TimeoutError) as error:
+            last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise UserError(
+                f"--address {address}: {name} can't run trials ({last[0][:200]}); install this "
+                "version of tune-study and its dependencies there"
+            ) from None
+        if difference := first_difference(ours, theirs):
+            raise UserError(
+                f"--address {address}: on {name}, {difference}; a study wants the same on all nodes"
+            )
+    return fits
+
+
+def name_of(node: Mapping[str, Any]) -> str:
+    """In words. Nodes are told apart by their id: those of one machine share the address."""
+    return f"node {node['NodeID'][:8]} ({node['NodeManagerAddress']})"
+
+
+def _fit(there: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    return int(min(there.get(k, 0) / v for k, v in resources.items() if v))
+
+
+def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """``torch is 2.6.0 and here it is 2.7.1``; a commit that one side can't tell does not count."""
+    for name, value in ours.items():
+        other = theirs.get(name)
+        if other != value and (other is not None and value is not None):
+            return f"{name} is {other} and here it is {value}"
+    return None
+
+
+def own_raylet() -> list[tuple[str, psutil.Process]]:
+    """The raylet of this machine that this process talks to, when it has not started it."""
+    node = ray._private.worker.global_worker.node
+    assert node is not None  # connected
+    # The whole argument: on one machine a second raylet's socket is the first one's and a suffix.
+    socket = f"--raylet_socket_name={node.raylet_socket_name}"
+    return [
+        ("raylet", process)
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "raylet" and socket in (process.info["cmdline"] or [])
+    ]
+
+
+def node_folder(study: str) -> Path:
+    """Where this node's workers keep what they work on, for this run of the study alone.
+
+    By node and not by machine: several nodes can share one.
+    """
+    where = ray.get_runtime_context()
+    name = f"tune-study-{where.get_node_id()[:16]}-{where.get_job_id()}"
+    folder = Path(tempfile.gettempdir()) / name
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or (os.name != "nt" and folder.stat().st_uid != os.getuid()):
+        raise PermissionError(f"{folder} belongs to someone else")
+    return folder / study

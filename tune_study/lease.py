@@ -1,0 +1,139 @@
+"""One run per study in a store that has no locks: an object that its owner writes again and again.
+
+A second run watches the object. While it changes, the study is taken. When it does not change
+for ``WATCHED_S``, or names a process of this machine that is gone, the study is free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from tune_study import remote
+from tune_study.config import UserError
+from tune_study.provenance import now
+from tune_study.remote import Remote, RemoteError
+
+NAME = ".lease.json"
+REWRITTEN_S = 5.0
+WATCHED_S = 30.0
+SETTLES_S = 1.0
+"""Two runs that found the study free both write; after this time both read who was last."""
+
+
+def _machine() -> str:
+    """The same for processes that share process ids; says nothing about the machine's name."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    words = [platform.node(), boot.read_text() if boot.exists() else str(psutil.boot_time())]
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
+
+
+def _record(owner: str, beat: int) -> bytes:
+    process = psutil.Process()
+    return json.dumps(
+        {
+            "owner": owner,
+            "beat": beat,
+            "time": now(),
+            "machine": _machine(),
+            "pid": process.pid,
+            "process_started": process.create_time(),
+        }
+    ).encode()
+
+
+def _owner(content: bytes | None) -> dict | None:
+    try:
+        found = json.loads(content or b"null")
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_dead(lease: dict | None) -> bool:
+    """Whether it names a process of this machine that is not there any more."""
+    if lease is None or lease.get("machine") != _machine():
+        return False
+    try:
+        started = psutil.Process(lease["pid"]).create_time()
+    except psutil.NoSuchProcess:
+        return True
+    return bool(abs(started - lease["process_started"]) > 1)
+
+
+def _watch(place: Remote, content: bytes, say: Callable[[str], None]) -> None:
+    """Returns when the owner is dead. Raises ``UserError`` when it writes."""
+    lease = _owner(content)
+    if _is_dead(lease):
+        return
+    since = (lease or {}).get("time", "some time")
+    say(f"note: a run from {since} has not given this study back; looking whether it lives")
+    end = time.monotonic() + WATCHED_S
+    while time.monotonic() < end:
+        time.sleep(min(1.0, WATCHED_S))
+        latest = remote.read(place, NAME)
+        if latest is None:
+            return
+        if latest != content:
+            raise UserError(
+                f"--storage {remote.masked(place.uri)}: another run is working on this study; wait "
+                "for it, stop it, or choose another --name"
+            )
+
+
+@contextmanager
+def only_run(
+    place: Remote, say: Callable[[str], None], on_loss: Callable[[], None]
+) -> Iterator[None]:
+    """Holds the study in the store. Raises ``UserError`` while another run holds it.
+
+    ``on_loss`` is called, in a thread, when another run has taken the study over, as it may when
+    this one could not write for ``WATCHED_S``.
+    """
+    owner = uuid.uuid4().hex
+    if (content := remote.read(place, NAME)) is not None:
+        _watch(place, content, say)
+    remote.write(place, NAME, _record(owner, 0))
+    time.sleep(SETTLES_S)
+    if (_owner(remote.read(place, NAME)) or {}).get("owner") != owner:
+        raise UserError(
+            f"--storage {remote.masked(place.uri)}: another run began on this study at the same "
+            "moment; wait for it, or choose another --name"
+        )
+    done = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not done.wait(REWRITTEN_S):
+            count += 1
+            try:
+                held = (_owner(remote.read(place, NAME)) or {}).get("owner") == owner
+                if held:
+                    remote.write(place, NAME, _record(owner, count))
+            except RemoteError:
+                continue  # those who push say so; who comes back in time still holds it
+            if not held and not done.is_set():
+                on_loss()
+                return
+
+    thread = threading.Thread(target=beat, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        # A store that no longer answers sees the lease grow stale, and that is as good.
+        with contextlib.suppress(RemoteError):
+            if (_owner(remote.read(place, NAME)) or {}).get("owner") == owner:
+                remote.delete(place, [NAME])

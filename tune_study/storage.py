@@ -1,0 +1,122 @@
+"""``--storage URI``: the store holds the truth, and the study is worked on in a local folder.
+
+It is pulled when a run starts and pushed as the run goes on: what an epoch leaves before that
+epoch is reported, the study's own files at every trial's start and end. Ray's run folders stay
+local.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from tune_study import lease, remote
+from tune_study.config import TrialConfig
+from tune_study.files import read_json
+from tune_study.remote import RemoteError
+from tune_study.schema import FINISHED_STATUSES, GOOD_STATUSES
+from tune_study.store import Store, open_store, plainly
+from tune_study.supervise import Stop
+
+
+@contextmanager
+def held(uri: str | None, folder: Path, say: Callable[[str], None]) -> Iterator[Store | None]:
+    """The store of this run alone, its study pulled into ``folder``; ``None`` without a URI.
+
+    Raises ``UserError`` for a URI that can't be used, and while another run holds the study.
+    """
+    if uri is None:
+        yield None
+        return
+    store = open_store(uri, folder)
+    with plainly(), lease.only_run(store.remote, say, lambda: Stop.request("lease")):
+        store.pull_study()
+        yield store
+
+
+@contextmanager
+def kept(
+    store: Store | None, trial_id: str, report: Callable[[dict[str, Any]], None]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Gives a ``report`` that pushes the trial's folder first; at the end it is pushed again."""
+    if store is None:
+        yield report
+        return
+
+    def push_and_report(row: dict[str, Any]) -> None:
+        store.push(trial_id)
+        report(row)
+
+    try:
+        yield push_and_report
+    except RemoteError:
+        raise  # there is nothing to push to
+    except Exception:
+        store.push(trial_id)  # its error.json
+        raise
+    store.push(trial_id)
+
+
+class Before(tune.Callback):
+    """On a cluster: fetches what a trial left before the other callbacks look at it."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for a restore of its own, which we never use."""
+        return {}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        with plainly():
+            self._store.pull(trial.config["trial_id"])
+
+    on_trial_error = on_trial_complete
+
+
+class After(tune.Callback):
+    """Pushes the study's own files, and what the other callbacks wrote of a trial that ended."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its callbacks for a restore of its own, which we never use."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        with plainly():
+            self._store.push("")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        with plainly():
+            self._store.push("", f"tensorboard/{trial.config['trial_id']}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if not Stop.requested():
+            with plainly():
+                self._store.push("", trial.config["trial_id"])
+
+
+def push_all(store: Store, trials: Sequence[TrialConfig]) -> None:
+    """At a run's start, when nothing else writes: trials that were forgotten go there as well."""
+    with plainly():
+        there = {name.partition("/")[0] for name in remote.listing(store.remote)}
+        ids = [trial.trial_id for trial in trials]
+        store.push(*(i for i in ids if i in there or (store.folder / i).is_dir()))
+        store.push("report", "tensorboard", "")
+
+
+def push_end(store: Store, trials: Sequence[TrialConfig]) -> None:
+    """At a run's end: tables, report, and what was said of trials that ended badly."""
+    with plainly():
+        for trial in trials:
+            results = read_json(store.folder / trial.trial_id / "results.json")
+            status = results.get("status") if isinstance(results, dict) else None
+            if status in FINISHED_STATUSES and status not in GOOD_STATUSES:
+                store.push(trial.trial_id)
+        store.push("report", "tensorboard", "")

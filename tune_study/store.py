@@ -1,0 +1,178 @@
+"""A study folder and its place behind a URI: what is pulled, what is pushed, in which order.
+
+Objects appear whole, the tensors of a checkpoint before the ``state.json`` that holds their
+checksums, ``results.json`` last, and deletions come at the end: a push that was cut off is an
+earlier state, or a checkpoint that is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote
+
+from tune_study import remote
+from tune_study.config import UserError
+from tune_study.files import read_json
+from tune_study.remote import Remote, RemoteError
+from tune_study.schema import FINISHED_STATUSES
+
+_WRITTEN_LAST = ("state.json", "results.json", "study.json")
+"""In this order: what vouches for other files comes after them."""
+
+
+class StorageLost(UserError):
+    """The store does not answer: the study stops, and can be continued when it does."""
+
+    exit_code = 1
+
+
+class Store:
+    """A study folder and its place behind a URI, as one process knows them."""
+
+    def __init__(self, where: Remote, folder: Path) -> None:
+        self.remote, self.folder = where, folder
+        self._known: dict[str, tuple[int, int]] = {}
+        """What is there: (size, local modification time in ns) by name; zeros of what was not
+        seen here."""
+        self._listed: set[str] = set()
+
+    def push(self, *parts: str) -> None:
+        """Makes these folders of the study there what they are here; ``""`` is its own files.
+
+        Raises ``RemoteError`` when the store does not answer for half a minute.
+        """
+        for part in parts:
+            here = self._here(part)
+            self._list(part)
+            changed = [name for name in here if self._known.get(name) != here[name]]
+            for name in sorted(changed, key=_order):
+                try:
+                    content = (self.folder / name).read_bytes()
+                except FileNotFoundError:
+                    continue  # it was removed meanwhile
+                remote.write(self.remote, name, content)
+                self._known[name] = here[name]
+            gone = [name for name in self._known if _within(name, part) and name not in here]
+            remote.delete(self.remote, gone)
+            for name in gone:
+                del self._known[name]
+
+    def _here(self, part: str) -> dict[str, tuple[int, int]]:
+        if part:
+            found = remote.local_files(self.folder / part)
+            return {f"{part}/{name}": stat for name, stat in found.items()}
+        files = [path for path in self.folder.iterdir() if path.is_file()]
+        stats = {path.name: path.stat() for path in files if remote.travels(path.name)}
+        return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+    def _list(self, part: str) -> None:
+        if part in self._listed or (part and "*" in self._listed):
+            return
+        found = remote.listing(self.remote, part)
+        prefix = f"{part}/" if part else ""
+        for name in found:
+            if remote.travels(prefix + name) and _within(prefix + name, part):
+                self._known.setdefault(prefix + name, (0, 0))
+        self._listed.add(part)
+
+    def pull(self, part: str) -> None:
+        """Makes a folder of the study here what it is there."""
+        names = [f"{part}/{name}" for name in remote.listing(self.remote, part)]
+        names = [name for name in names if remote.travels(name)]
+        remote.empty(self.folder / part)
+        self._fetch(names)
+
+    def pull_study(self) -> bool:
+        """Makes the local folder what the store holds; ``False`` when no study is there yet.
+
+        Trials whose results.json says here and there that they have ended are not fetched again.
+        Raises ``UserError`` when the local folder holds another study.
+        """
+        there = remote.read(self.remote, "study.json")
+        if there is None:
+            return False
+        _refuse_other_study(self, there)
+        names = [name for name in remote.listing(self.remote) if remote.travels(name)]
+        ended = {name.partition("/")[0] for name in names if self._has_ended(name)}
+        for entry in self.folder.iterdir():
+            if remote.travels(entry.name) and entry.name not in ended:
+                remote.discard(entry)
+        self._fetch([name for name in names if name.partition("/")[0] not in ended])
+        for trial_id in ended:
+            self._known |= self._here(trial_id)
+        self._listed |= {"", "*"}
+        return True
+
+    def _has_ended(self, name: str) -> bool:
+        path = PurePosixPath(name)
+        if len(path.parts) != 2 or path.name != "results.json":
+            return False
+        here = read_json(self.folder / name)
+        if not isinstance(here, dict) or here.get("status") not in FINISHED_STATUSES:
+            return False
+        return remote.read(self.remote, name) == (self.folder / name).read_bytes()
+
+    def _fetch(self, names: Sequence[str]) -> None:
+        remote.fetch(self.remote, self.folder, names)
+        for name in names:
+            if (path := self.folder / name).is_file():
+                self._known[name] = (path.stat().st_size, path.stat().st_mtime_ns)
+
+
+def _order(name: str) -> tuple[int, str]:
+    last = PurePosixPath(name).name
+    return (_WRITTEN_LAST.index(last) + 1 if last in _WRITTEN_LAST else 0, name)
+
+
+def _within(name: str, part: str) -> bool:
+    return name.startswith(f"{part}/") if part else "/" not in name
+
+
+def _refuse_other_study(store: Store, there: bytes) -> None:
+    """Nothing local is thrown away that did not come from this store."""
+    here = read_json(store.folder / "study.json")
+    try:
+        manifest = json.loads(there)
+    except ValueError:
+        manifest = None
+    anything = any(remote.travels(path.name) for path in store.folder.iterdir())
+    ours, theirs = (m.get("created") if isinstance(m, dict) else None for m in (here, manifest))
+    if anything and (ours is None or ours != theirs):
+        raise UserError(
+            f"--storage {remote.masked(store.remote.uri)}: {store.folder} holds something "
+            "else than the study that lies there; choose another --output-dir or --name"
+        )
+
+
+def place_of(storage: str | None, name: str) -> str | None:
+    """The URI of the folder of study ``name``. Raises ``UserError`` for a plain path."""
+    if storage is None:
+        return None
+    if not remote.is_uri(storage):
+        raise UserError(
+            f"--storage {storage}: write a URI, such as s3://bucket/path or file:///path; a local "
+            "folder is --output-dir"
+        )
+    return remote.join(storage, quote(name))
+
+
+def open_store(uri: str, folder: Path) -> Store:
+    """Raises ``UserError`` for a URI that can't be reached. ``uri`` is of the study's folder."""
+    try:
+        return Store(remote.open_remote(uri), folder)
+    except RemoteError as error:
+        raise UserError(f"--storage {error}") from None
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """A store that does not answer is one sentence."""
+    try:
+        yield
+    except RemoteError as error:
+        raise StorageLost(
+            f"--storage {error}; repeat the command when it answers: every pushed epoch is kept"
+        ) from None
