@@ -39,6 +39,7 @@ def command(tmp_path, monkeypatch, capsys):
             simulate.execute(trial, context.simulation, context.study_dir, lambda row: None)
 
     monkeypatch.setattr(study, "run", without_ray)
+    monkeypatch.setattr("analysis.report.write_report", lambda folder: folder / "report")
 
     def call(models, seeds, *options):
         ran.clear()

@@ -13,9 +13,10 @@ from rich.table import Table
 from tune_study.config import TrialConfig
 from tune_study.estimate import Estimate, estimate
 from tune_study.extension import Extension
-from tune_study.predict import expected_weights_bytes, skeleton_of
+from tune_study.predict import expected_weights_bytes
 from tune_study.progress import duration
 from tune_study.simulate import CLASSES
+from tune_study.targets import skeleton_of
 
 if TYPE_CHECKING:
     from tune_study.preflight import Checked

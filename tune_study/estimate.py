@@ -15,7 +15,8 @@ from torch import nn
 
 from tune_study.config import TrialConfig, UserError
 from tune_study.data import Dataset
-from tune_study.predict import predict, skeleton_of
+from tune_study.predict import predict
+from tune_study.targets import skeleton_of
 
 BACKWARD_SHARE = 1.0
 """Backward work over forward work: the frozen weights need no gradient of their own."""

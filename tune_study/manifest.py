@@ -51,7 +51,11 @@ def review(
         _refuse_mixture(folder, old, context)
         refuse_other_search(folder.name, old.get("search"), search)
         _refuse_other_protocol(folder, old["plan"], trials)
-        refuse_other_inputs(f"--name {folder.name}", old["provenance"], checksums)
+        if changed := changed_inputs(old["provenance"], checksums):
+            raise UserError(
+                f"--name {folder.name}: {changed[0]} are not those that the study began with; "
+                "choose another --name"
+            )
         before = {cell["trial_id"]: cell for cell in old["plan"]}
         return Review(old, {**before, **cells}, _differences(old, context))
     if (folder / "study.json").is_file():
@@ -90,6 +94,7 @@ def open_study(
         "grid": grid,
         "device": context.device,
         **({"search": merged((old or {}).get("search"), search)} if search else {}),
+        **({"merged": old["merged"]} if old and "merged" in old else {}),
         "plan": list(cells.values()),
         "provenance": {**_session(context), **_merged(old, checksums)},
         "sessions": [
@@ -254,17 +259,17 @@ def listed_changes(changes: Sequence[str], most: int = 4) -> str:
     return "; ".join(changes[:most]) + more
 
 
-def refuse_other_inputs(what: str, before: Mapping[str, Any], checksums: Mapping[str, Any]) -> None:
-    """Raises ``UserError``, which begins with ``what``, for data or weights that differ."""
-    for kind in ("data", "weights"):
-        for name, now in checksums[kind].items():
-            then = before[kind].get(name)
-            if then is not None and then["sha256"] != now["sha256"]:
-                raise UserError(
-                    f"{what}: the {kind} of {name} are not those that the study "
-                    f"began with (sha256 {str(now['sha256'])[:12]}, then "
-                    f"{str(then['sha256'])[:12]}); choose another --name"
-                )
+def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The data and weights whose checksums differ: ``the data of cifar10 (sha256 ..., then ...)``.
+
+    Both are the ``provenance`` of a study.json, or what ``preflight`` found.
+    """
+    return [
+        f"the {kind} of {name} (sha256 {str(entry['sha256'])[:12]}, then {str(then)[:12]})"
+        for kind in ("data", "weights")
+        for name, entry in now[kind].items()
+        if name in before[kind] and (then := before[kind][name]["sha256"]) != entry["sha256"]
+    ]
 
 
 def settled_compute_dtype(study_dir: Path) -> str | None:
