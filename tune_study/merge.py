@@ -122,8 +122,8 @@ def choose(sources: Sequence[Source]) -> tuple[dict[str, Source], list[str]]:
             elif _rank(theirs) == _rank(ours) == 0 and _learned(theirs) != _learned(ours):
                 if _conditions(ours) == _conditions(theirs) and _repeats(ours):
                     raise UserError(
-                        f"{both}, under the same versions and hardware: one of them is not what it says; leave "
-                        "one study out"
+                        f"{both}, under the same versions and hardware: one of them is not what "
+                        "it says; leave one study out"
                     )
                 notes.append(
                     f"{both}, on other hardware or versions: that of {kept.folder} is kept"
