@@ -140,7 +140,7 @@ def test_swin_is_built_as_predicted_where_the_kernel_is_right(mode):
         integers = [b for b in skeleton.buffers() if not b.is_floating_point()]
         assert bytes_at(integers, 2) == bytes_at(integers, 4) > 100_000
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    scores = built.model(images)
+    scores = built.model.eval()(images)  # in training, Swin drops whole blocks at random
     scores.sum().backward()
     adapters = [p for n, p in built.model.named_parameters() if "lora_B" in n]
     assert len(adapters) == 48
