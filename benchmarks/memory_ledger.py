@@ -73,7 +73,7 @@ def measure_cell(model: str, mode: str, batch: int, variant: str) -> dict[str, A
         "batch": batch,
         "variant": variant,
         "weights_bytes": built.weights_bytes,
-        "weights_bytes_fp32": 4 * built.base_parameters,
+        "weights_bytes_fp32": built.bytes_fp32,
         "quantizable_bytes": built.quantizable_bytes,
         "measured": measured._asdict(),
         "predicted": {**expected.ledger._asdict(), "peak_train_bytes": expected.peak_train_bytes},

@@ -14,7 +14,8 @@ from tune_study.estimate import (
     settle_compute_dtype,
 )
 from tune_study.model import build_model
-from tune_study.predict import expected_weights_bytes, predict, skeleton_of
+from tune_study.predict import expected_weights_bytes, predict
+from tune_study.targets import skeleton_of
 
 from .test_model import WHOLE_MODEL_BYTES
 

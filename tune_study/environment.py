@@ -22,6 +22,8 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_SILENT": "true",
+    # A relative folder:PATH is found from where the command was typed, not from Tune's folders.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     # It would abort the whole study; a trial that runs out of memory is handled by itself.

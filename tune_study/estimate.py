@@ -15,7 +15,8 @@ from torch import nn
 
 from tune_study.config import TrialConfig, UserError
 from tune_study.data import Dataset
-from tune_study.predict import predict, skeleton_of
+from tune_study.predict import predict
+from tune_study.targets import skeleton_of
 
 BACKWARD_SHARE = 1.0
 """Backward work over forward work: the frozen weights need no gradient of their own."""
@@ -90,24 +91,33 @@ def _tokens(skeleton: nn.Module) -> int:
 
 
 def settle_compute_dtype(
-    trials: Sequence[TrialConfig], device: str, planned: Collection[str] = ()
+    trials: Sequence[TrialConfig],
+    device: str,
+    planned: Collection[str] = (),
+    compute_dtype: str | None = None,
 ) -> tuple[list[TrialConfig], float]:
     """(trials, how many times slower than fp32 ``device`` multiplies bf16, where that mattered).
 
     A trial that does not name its ``compute_dtype`` computes in bf16, but on a device without a
-    kernel for it in fp32; the second value is then over ``TOO_SLOW``, else 1. A trial whose id is
-    among ``planned`` (of the study that is continued) keeps what it was planned with.
+    kernel for it in fp32; the second value is then over ``TOO_SLOW``, else 1. In a study that is
+    continued or extended, a trial whose id is among ``planned`` keeps what it was planned with, and
+    a new one takes ``compute_dtype``, that of all planned trials, whatever the device is.
     """
-    settled, slowness = [], 1.0
+    settled, asked = [], False
     for trial in trials:
-        if "compute_dtype" not in trial.training.model_fields_set:
+        if "compute_dtype" not in trial.training.model_fields_set and (
+            trial.trial_id not in planned
+        ):
+            asked = True
             fp32 = _with_compute_dtype(trial, "fp32")
-            if trial.trial_id not in planned and (
-                fp32.trial_id in planned or bf16_slowness(device) > TOO_SLOW
-            ):
-                trial, slowness = fp32, bf16_slowness(device)
+            wanted = compute_dtype or (
+                "fp32" if bf16_slowness(device) > TOO_SLOW else trial.training.compute_dtype
+            )
+            if fp32.trial_id in planned or wanted == "fp32":
+                trial = fp32
         settled.append(trial)
-    return settled, slowness
+    slowness = bf16_slowness(device) if asked else 1.0
+    return settled, slowness if slowness > TOO_SLOW else 1.0
 
 
 def _with_compute_dtype(trial: TrialConfig, compute_dtype: str) -> TrialConfig:

@@ -4,18 +4,67 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from analysis.folder import mapping
-from tune_study import provenance
-from tune_study.config import TrialConfig, UserError
+from tune_study import protocol, provenance
+from tune_study.config import TrialConfig, UserError, parse_trial
 from tune_study.files import read_json, write_json
 from tune_study.space import merged, refuse_other_search
-from tune_study.trainable import RunContext
+
+if TYPE_CHECKING:
+    from tune_study.trainable import RunContext
 
 FORMAT = 1
+
+
+class Review(NamedTuple):
+    """What may be written: see ``review``."""
+
+    old: dict[str, Any] | None
+    """study.json as it stands, if there is a whole one."""
+    cells: dict[str, dict[str, Any]]
+    """The plan by trial id: the old one, and what the command adds to it."""
+    notes: list[str]
+    """Sentences for the user: what differs from the session before, such as versions."""
+
+
+def review(
+    trials: Sequence[TrialConfig],
+    context: RunContext,
+    checksums: Mapping[str, Any],
+    search: Mapping[str, Any] | None = None,
+) -> Review:
+    """Looks whether ``trials`` may join the study in its folder; writes nothing.
+
+    A part of the old plan continues it, and a plan that contains it extends it. So does any other
+    that keeps its protocol: the trials of the old plan stay, whether the command names them or not.
+    Raises ``UserError`` for any other plan, for changed data or weights, and for a folder that is
+    no study.
+    """
+    folder = context.study_dir
+    old = read_manifest(folder)
+    cells = {t.trial_id: {"trial_id": t.trial_id, **t.model_dump(mode="json")} for t in trials}
+    if old is not None:
+        _refuse_mixture(folder, old, context)
+        refuse_other_search(folder.name, old.get("search"), search)
+        _refuse_other_protocol(folder, old["plan"], trials)
+        if changed := changed_inputs(old["provenance"], checksums):
+            raise UserError(
+                f"--name {folder.name}: {changed[0]} are not those that the study began with; "
+                "choose another --name"
+            )
+        before = {cell["trial_id"]: cell for cell in old["plan"]}
+        return Review(old, {**before, **cells}, _differences(old, context))
+    if (folder / "study.json").is_file():
+        _refuse_other_data(trials, folder, checksums)
+        note = "study.json is not whole: it is written anew, from this command alone"
+        return Review(None, cells, [note])
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UserError(f"--name {folder.name}: {folder} is not empty and holds no study.json")
+    return Review(None, cells, [])
 
 
 def open_study(
@@ -27,48 +76,25 @@ def open_study(
     command: str,
     search: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Writes ``study.json``, or checks that the one there plans the same study.
+    """Writes ``study.json`` as ``review`` allows it, and returns its notes for the user.
 
     ``search`` is the record of a search (``space.Settings``), whose plan grows as it goes on.
-
-    A plan that contains the old one extends it; one that the old one contains is a part of it.
-    Returns sentences for the user: what differs from the session before, such as versions.
-    Raises ``UserError`` for any other plan, and for changed data or weights.
+    Raises ``UserError`` as ``review``.
     """
     folder = context.study_dir
-    old = _manifest(folder)
-    notes = []
-    broken = old is None and (folder / "study.json").is_file()
-    if broken:
-        notes.append("study.json is not whole: it is written anew, from this command alone")
-        _refuse_other_data(trials, folder, checksums)
-    cells = {t.trial_id: {"trial_id": t.trial_id, **t.model_dump(mode="json")} for t in trials}
-    created = provenance.now()
-    if old is not None:
-        _refuse_mixture(folder, old, context)
-        refuse_other_search(folder.name, old.get("search"), search)
-        before = {cell["trial_id"]: cell for cell in old["plan"]}
-        _refuse_other_study(folder, before, cells, old["provenance"], checksums)
-        cells = {**before, **cells}
-        created = old["created"]
-        notes += _differences(old, context)
-    elif (
-        not broken
-        and folder.is_dir()
-        and any(not path.name.startswith(".") for path in folder.iterdir())
-    ):
-        raise UserError(f"--name {folder.name}: {folder} is not empty and holds no study.json")
+    old, cells, notes = review(trials, context, checksums, search)
     manifest = {
         "format": FORMAT,
         "study": folder.name,
         "simulated": context.simulation is not None,
         "simulation": context.simulation and context.simulation.model_dump(mode="json"),
-        "created": created,
+        "created": old["created"] if old else provenance.now(),
         "written": provenance.now(),
         "command": command,
         "grid": grid,
         "device": context.device,
         **({"search": merged((old or {}).get("search"), search)} if search else {}),
+        **({"merged": old["merged"]} if old and "merged" in old else {}),
         "plan": list(cells.values()),
         "provenance": {**_session(context), **_merged(old, checksums)},
         "sessions": [
@@ -150,7 +176,7 @@ class _Manifest(BaseModel):
     sessions: list[dict[str, Any]] = []
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
     """study.json, or ``None`` when there is no whole one. Raises ``UserError`` for another's."""
     found = read_json(folder / "study.json")
     if found is not None:
@@ -168,7 +194,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 
 def planned_ids(study_dir: Path) -> set[str]:
     """The trial ids of the study in that folder; none where there is no study yet."""
-    manifest = _manifest(study_dir) or {"plan": []}
+    manifest = read_manifest(study_dir) or {"plan": []}
     return {cell["trial_id"] for cell in manifest["plan"]}
 
 
@@ -190,36 +216,64 @@ def _refuse_mixture(folder: Path, old: Mapping[str, Any], context: RunContext) -
         )
 
 
-def _refuse_other_study(
-    folder: Path,
-    before: Mapping[str, Any],
-    cells: Mapping[str, Any],
-    provenance_before: Mapping[str, Any],
-    checksums: Mapping[str, Any],
+def _refuse_other_protocol(
+    folder: Path, plan: Sequence[Mapping[str, Any]], trials: Sequence[TrialConfig]
 ) -> None:
-    if not (before.keys() <= cells.keys() or cells.keys() <= before.keys()):
-        difference = first_difference(next(iter(before.values())), next(iter(cells.values())))
+    """A plan that holds the whole old one may add what it likes: its grid names it all."""
+    before = {cell["trial_id"] for cell in plan}
+    if before <= {trial.trial_id for trial in trials}:
+        return
+    added = [trial for trial in trials if trial.trial_id not in before]
+    if added and (changes := protocol.difference(planned(folder.name, plan), added)):
         raise UserError(
-            f"--name {folder.name}: that study was planned differently ({difference}); repeat its "
-            "command to continue it, or choose another --name"
+            f"--name {folder.name}: that study has another protocol ({listed_changes(changes)}), "
+            "so the new trials could not be compared with its own; give the same --set options to "
+            "extend it, or choose another --name"
         )
-    for kind in ("data", "weights"):
-        for name, now in checksums[kind].items():
-            then = provenance_before[kind].get(name)
-            if then is not None and then["sha256"] != now["sha256"]:
-                raise UserError(
-                    f"--name {folder.name}: the {kind} of {name} are not those that the study "
-                    f"began with (sha256 {str(now['sha256'])[:12]}, then "
-                    f"{str(then['sha256'])[:12]}); choose another --name"
-                )
 
 
-def first_difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> str:
-    """The first field in which two nested records differ, in words; the id does not count."""
-    for name in a:
-        if name == "trial_id" or a[name] == b.get(name):
-            continue
-        if isinstance(a[name], Mapping) and isinstance(b.get(name), Mapping):
-            return first_difference(a[name], b[name], f"{prefix}{name}.")
-        return f"{prefix}{name} was {a[name]!r} and is {b.get(name)!r}"
-    return "other trials"
+def planned(study: str, plan: Sequence[Mapping[str, Any]]) -> list[TrialConfig]:
+    """The configurations of a study.json's plan.
+
+    Raises ``UserError`` unless each has the trial id under which it stands there: ids are folder
+    names, and those of another version may mean something else.
+    """
+    trials = []
+    for cell in plan:
+        try:
+            trial = parse_trial({k: v for k, v in cell.items() if k != "trial_id"})
+        except UserError as error:
+            raise UserError(f"study {study}: its plan is of another version ({error})") from None
+        if trial.trial_id != cell["trial_id"]:
+            raise UserError(
+                f"study {study}: its plan is of another version ({cell['trial_id']!r:.120} would "
+                f"be {trial.trial_id} now); use the version that wrote it"
+            )
+        trials.append(trial)
+    return trials
+
+
+def listed_changes(changes: Sequence[str], most: int = 4) -> str:
+    """``changes``, and how many more there are."""
+    more = f"; and {len(changes) - most} more" if len(changes) > most else ""
+    return "; ".join(changes[:most]) + more
+
+
+def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The data and weights whose checksums differ: ``the data of cifar10 (sha256 ..., then ...)``.
+
+    Both are the ``provenance`` of a study.json, or what ``preflight`` found.
+    """
+    return [
+        f"the {kind} of {name} (sha256 {str(entry['sha256'])[:12]}, then {str(then)[:12]})"
+        for kind in ("data", "weights")
+        for name, entry in now[kind].items()
+        if name in before[kind] and (then := before[kind][name]["sha256"]) != entry["sha256"]
+    ]
+
+
+def settled_compute_dtype(study_dir: Path) -> str | None:
+    """What all planned trials of the study there compute in; ``None`` without one such type."""
+    manifest = read_manifest(study_dir) or {"plan": []}
+    found = {mapping(cell, "training").get("compute_dtype") for cell in manifest["plan"]}
+    return found.pop() if len(found) == 1 else None

@@ -29,6 +29,7 @@ from tune_study.quantize import (
     state_tensors,
     tensor_bytes,
 )
+from tune_study.targets import adapted, block_ranges, bytes_at, refuse_without_effect
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PEFT_CLASSES = {
@@ -46,6 +47,9 @@ class BuiltModel(NamedTuple):
     preprocessing: Preprocessing
     base_parameters: int
     """Elements of the base model before quantization, buffers included."""
+    bytes_fp32: int
+    bytes_16bit: int
+    """Of the same base model with 4 and 2 bytes a number; integers keep their own width."""
     weights_bytes: int
     """Base model as built: weights, quantization state, and the residue at full precision."""
 
@@ -54,16 +58,8 @@ class BuiltModel(NamedTuple):
 
     @property
     def quantized_blocks(self) -> str:
-        """Numbers of the blocks with quantized layers: ``0-11``, ``3``, ``0,2-4``, or ``none``."""
-        blocks = sorted({int(re.findall(r"blocks\.(\d+)\.", lay.name)[-1]) for lay in self.layers})
-        runs: list[list[int]] = []
-        for block in blocks:
-            if runs and runs[-1][-1] == block - 1:
-                runs[-1].append(block)
-            else:
-                runs.append([block])
-        words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-        return ",".join(words) or "none"
+        """The blocks with quantized layers, as ``targets.block_ranges`` writes them."""
+        return block_ranges(layer.name for layer in self.layers)
 
     @property
     def quantization_error(self) -> float:
@@ -100,6 +96,8 @@ def build_model(
     residue = [p for n, p in base.named_parameters() if n not in block_weights]
     residue_bytes = tensor_bytes([*residue, *base.buffers()])
     base_parameters = sum(tensor.numel() for tensor in tensors)
+    full_bytes = bytes_at(tensors, 4), bytes_at(tensors, 2)
+    refuse_without_effect(base, config)
     compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
     layers = quantize_model(base, config.quantization, compute_dtype, device)
     weights_bytes = base_bytes(base)
@@ -109,7 +107,9 @@ def build_model(
     model = add_lora(base, config)
     model.to(device)
     quantizable = weights_bytes - residue_bytes
-    built = BuiltModel(model, layers, preprocessing, base_parameters, weights_bytes, quantizable)
+    built = BuiltModel(
+        model, layers, preprocessing, base_parameters, *full_bytes, weights_bytes, quantizable
+    )
     _prove(built, config)
     return built
 
@@ -293,21 +293,12 @@ def checkpoint_blocks(base: nn.Module, name: str) -> None:
 
 def add_lora(base: nn.Module, config: TrialConfig) -> PeftModel:
     """LoRA on the target layers and a trained copy of the head. Raises ``UserError``."""
-    matching = [
-        name
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear) and re.fullmatch(config.lora.target_modules, name)
-    ]
-    if not matching:
-        raise UserError(
-            f"lora.target_modules = {config.lora.target_modules}: no linear layer of "
-            f"{config.model} has such a name; choose a timm Vision Transformer or other targets"
-        )
+    pattern, _ = adapted(base, config.lora.target_modules, config.model)
     lora = LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.lora_alpha,
         lora_dropout=config.lora.lora_dropout,
-        target_modules=config.lora.target_modules,
+        target_modules=pattern,
         # The head is new for this data set: it must be trained, whole.
         modules_to_save=classifier_names(base),
     )

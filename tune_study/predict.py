@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any, NamedTuple, cast
 
 import bitsandbytes as bnb
-import timm
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -28,7 +27,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from tune_study.config import QuantizationConfig, TrialConfig, UserError
+from tune_study.config import QuantizationConfig, TrialConfig
 from tune_study.data import preprocess
 from tune_study.memory import Ledger
 from tune_study.model import (
@@ -40,6 +39,7 @@ from tune_study.model import (
     trainable,
 )
 from tune_study.quantize import BLOCKSIZE, INT8_THRESHOLD, plan_layers, tell_peft
+from tune_study.targets import bytes_at, skeleton_of
 
 NESTED_BLOCKSIZE = 256
 CODEBOOK_BYTES = 16 * 4
@@ -114,20 +114,9 @@ def _predict(key: str, num_classes: int, device_type: str) -> Prediction:
     return Prediction(weights, ledger, None if most is None else ledger.at_rest_bytes + most)
 
 
-@cache
-def skeleton_of(model: str, num_classes: int, image_size: int | None) -> nn.Module:
-    """The timm model without any numbers, on the ``meta`` device. Raises ``UserError``."""
-    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
-    try:
-        with torch.device("meta"):
-            return timm.create_model(model, num_classes=num_classes, **options)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise UserError(f"model = {model}: timm cannot build it so: {error}") from None
-
-
 def expected_weights_bytes(skeleton: nn.Module, config: TrialConfig) -> int:
     """Bytes of the base model as it will be built: quantized layers, and the residue at fp32."""
-    total = 4 * sum(t.numel() for t in [*skeleton.parameters(), *skeleton.buffers()])
+    total = bytes_at([*skeleton.parameters(), *skeleton.buffers()], 4)
     for name, mode in plan_layers(skeleton, config.quantization).items():
         layer = cast(nn.Linear, skeleton.get_submodule(name))
         full = 4 * layer.weight.numel()

@@ -21,8 +21,8 @@ from tune_study.model import (
     refuse_unknown_model,
     weights_file,
 )
-from tune_study.predict import skeleton_of
 from tune_study.quantize import block_linears, check_kernel, plan_layers
+from tune_study.targets import refuse_without_effect, skeleton_of
 from tune_study.trainable import RunContext
 
 
@@ -89,6 +89,7 @@ def _check_model(trial: TrialConfig, num_classes: int, context: RunContext) -> N
     refuse_unknown_model(trial.model)
     skeleton = skeleton_of(trial.model, num_classes, trial.data.image_size)
     preprocessing_of(skeleton, trial)
+    refuse_without_effect(skeleton, trial)
     linears = block_linears(skeleton)
     for name, mode in plan_layers(skeleton, trial.quantization).items():
         check_kernel(mode, linears[name].in_features, context.device)

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from tune_study.config import TrialConfig, UserError, parse_assignment
 from tune_study.remote import masked
 from tune_study.schema import PLANNED_ENDS
 
 if TYPE_CHECKING:
+    from tune_study.extension import Extension
     from tune_study.preflight import Checked
     from tune_study.simulate import Simulation
     from tune_study.trackers import Trackers
@@ -143,6 +143,8 @@ def study(
     from tune_study import space as spaces
     from tune_study import study as studies
     from tune_study.cluster import check_options
+    from tune_study.dry_run import print_plan
+    from tune_study.extension import NEW
     from tune_study.limits import refuse_full_disk
     from tune_study.storage import held, push_all
     from tune_study.store import place_of
@@ -191,8 +193,8 @@ def study(
         on_cluster=address != "local",
         epoch_s=_finite("--epoch-s", epoch_s) or 0,
     )
-    if simulation and (dry_run or validate_only):
-        raise UserError("--simulate trains nothing: leave out --dry-run and --validate-only")
+    if simulation and validate_only:
+        raise UserError("--simulate trains nothing: leave out --validate-only")
     with ExitStack() as holds:
         works = not (dry_run or validate_only)
         store = None
@@ -210,7 +212,9 @@ def study(
         checked = preflight.check(trials, context)
         _say_long_warm_up(console, trials, checked)
         if dry_run:
-            _print_plan(console, trials, checked, context)
+            notes = manifest.review(trials, context, checked.checksums).notes
+            extension = _extension(trials, context, retry_failed)
+            print_plan(console, trials, checked, context, extension, notes)
             return
         if validate_only:
             preflight.validate(trials, checked, context)
@@ -230,6 +234,7 @@ def study(
         if settings:
             settled = "fp32" if trials != drawn else None
             settings, trials = spaces.continued(settings, study_dir, compute_dtype=settled)
+        extension = None if settings else _extension(trials, context, retry_failed)
         for note in manifest.open_study(
             trials,
             context,
@@ -239,6 +244,8 @@ def study(
             search=settings.record() if settings else None,
         ):
             console.print(f"note: {note}")
+        if extension and (extension.others or NEW in extension.states.values()):
+            console.print(f"extending {study_dir.name}: {extension.sentence}")
         logged = trackers.opened(
             tracker_modules, study_dir, lambda line: console.print(line, markup=False)
         )
@@ -274,7 +281,7 @@ def _run(
     done = len(trials) - len(waiting)
     planned = search.planned if search else len(trials)
     if done >= planned:
-        console.print(f"nothing to do: all {planned} trials of this study have ended")
+        console.print(f"nothing to do: all {planned} trials of this command have ended")
     elif done:
         console.print(f"continuing: {done} of {planned} trials have ended")
     Stop.reset(max_hours)
@@ -391,15 +398,34 @@ def _settle_compute_dtype(
     console: Console, trials: Sequence[TrialConfig], context: RunContext
 ) -> list[TrialConfig]:
     from tune_study.estimate import settle_compute_dtype
-    from tune_study.manifest import planned_ids
+    from tune_study.manifest import planned_ids, settled_compute_dtype
 
-    settled, slowness = settle_compute_dtype(trials, context.device, planned_ids(context.study_dir))
+    folder = context.study_dir
+    settled, slowness = settle_compute_dtype(
+        trials, context.device, planned_ids(folder), settled_compute_dtype(folder)
+    )
     if slowness > 1:
+        fp32 = any(trial.training.compute_dtype == "fp32" for trial in settled)
+        so = "so the trials compute in fp32; --set training.compute_dtype=bf16 overrides"
+        as_begun = "and the study in this folder computes in bf16; another --name would not"
         console.print(
             f"note: {context.device} multiplies bf16 matrices {slowness:.0f} times slower than "
-            "fp32 ones, so the trials compute in fp32; --set training.compute_dtype=bf16 overrides"
+            f"fp32 ones, {so if fp32 else as_begun}"
         )
     return settled
+
+
+def _extension(
+    trials: Sequence[TrialConfig], context: RunContext, retry_failed: bool
+) -> Extension | None:
+    """What the command does in the study that is in its folder; ``None`` where there is none."""
+    from tune_study.extension import held_against
+    from tune_study.manifest import planned_ids
+
+    planned = planned_ids(context.study_dir)
+    if not planned:
+        return None
+    return held_against(trials, planned, context.study_dir, retry_failed=retry_failed)
 
 
 def _threads(max_concurrent: int) -> int:
@@ -457,43 +483,6 @@ def _say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: 
                     "steps of a trial; see --set training.warmup_steps"
                 )
                 return
-
-
-def _print_plan(
-    console: Console, trials: Sequence[TrialConfig], checked: Checked, context: RunContext
-) -> None:
-    import torch
-
-    from tune_study.estimate import estimate
-    from tune_study.progress import duration
-
-    table = Table(title=f"{len(trials)} planned trials", title_justify="left")
-    for heading, justify in (
-        ("trial", "left"),
-        ("weights, MB", "right"),
-        ("peak, MB", "right"),
-        ("time", "right"),
-    ):
-        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    total = 0.0
-    for trial in trials:
-        expected = estimate(trial, checked.data[trial.trial_id], torch.device(context.device))
-        total += expected.train_time_s
-        table.add_row(
-            trial.trial_id,
-            f"{expected.weights_bytes / 1e6:.2f}",
-            "unknown"
-            if math.isnan(expected.peak_train_bytes)
-            else f"{expected.peak_train_bytes / 1e6:.0f}",
-            duration(expected.train_time_s),
-        )
-    wide = Console(highlight=False, width=max(console.width, 110))
-    wide.print(table)
-    console.print(
-        f"{len({t.trial_id for t in trials})} distinct ids. Base weights are exact; the peak of a "
-        "training step is within about 2 % on a CPU (docs/memory.md), and the time of all epochs "
-        f"on this machine within a factor of about 2: {duration(total)} in all."
-    )
 
 
 def main() -> None:

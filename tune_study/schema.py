@@ -70,7 +70,7 @@ TRIALS: tuple[Column, ...] = (
     Column("total_parameters", "int", "parameters", "base, adapters and head"),
     Column("trainable_parameters", "int", "parameters", "adapters and head"),
     Column("quantized_layers", "int", "layers", "Linear layers proven to be quantized"),
-    Column("quantized_blocks", "str", "", "blocks with quantized layers, such as 0-11"),
+    Column("quantized_blocks", "str", "", "blocks with quantized layers: 0-11; of stages: 2/0-5"),
     Column("weights_bytes", "int", "bytes", "base weights, quantization state included"),
     Column("weights_bytes_fp32", "int", "bytes", "the same base weights at fp32"),
     Column("weights_bytes_16bit", "int", "bytes", "the same base weights at 16 bit"),

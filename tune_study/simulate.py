@@ -25,9 +25,10 @@ from pydantic import BaseModel, ConfigDict
 
 from tune_study.config import TrialConfig, UserError
 from tune_study.files import write_json
-from tune_study.predict import expected_weights_bytes, skeleton_of
+from tune_study.predict import expected_weights_bytes
 from tune_study.provenance import commit, hardware, versions
 from tune_study.schema import MODES
+from tune_study.targets import bytes_at, skeleton_of
 
 BASE_ACCURACY, CONFIGURATION_SD, INTERACTION_SD, EPOCHS_TO_LEARN = 0.90, 0.02, 0.002, 2.0
 CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
@@ -114,7 +115,7 @@ def results_of(
     rows = rows[:epochs]
     best = max(rows, key=lambda row: row["val_accuracy"])
     skeleton = skeleton_of(config.model, CLASSES.get(config.dataset, 10), config.data.image_size)
-    parameters = sum(t.numel() for t in [*skeleton.parameters(), *skeleton.buffers()])
+    tensors = [*skeleton.parameters(), *skeleton.buffers()]
     return {
         "trial_id": config.trial_id,
         "status": "completed",
@@ -135,8 +136,8 @@ def results_of(
             "model_metrics": {
                 "num_classes": CLASSES.get(config.dataset),
                 "weights_bytes": expected_weights_bytes(skeleton, config),
-                "weights_bytes_fp32": 4 * parameters,
-                "weights_bytes_16bit": 2 * parameters,
+                "weights_bytes_fp32": bytes_at(tensors, 4),
+                "weights_bytes_16bit": bytes_at(tensors, 2),
             },
             "resource_metrics": {"peak_source": "simulated: nothing was run"},
             "epochs": rows,

@@ -232,7 +232,7 @@ def _memory(config: TrialConfig, built: BuiltModel, training: Training) -> dict[
     measured = train.measure_memory(training)
     expected = predict(config, len(training.data.class_names), training.device)
     peak = measured.peak_train_bytes or math.nan
-    saved = built.base_parameters * 4 - built.weights_bytes
+    saved = built.bytes_fp32 - built.weights_bytes
     return {
         **measured._asdict(),
         "predicted_activation_bytes": expected.ledger.activation_bytes,

@@ -1,0 +1,103 @@
+"""The commands of docs/your-own.md, as they stand there, run in a folder with two class folders."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import typer.main
+from PIL import Image
+
+from tune_study import merge, run, simulate, study, trainable
+
+PAGE = (Path(__file__).parents[1] / "docs" / "your-own.md").read_text()
+COMMANDS = [
+    shlex.split(line)
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+def test_every_option_on_the_page_exists():
+    known = {name for p in typer.main.get_command(run.app).params for name in p.opts}
+    assert len(COMMANDS) == 12
+    assert {command[2] for command in COMMANDS} == {"tune_study.run", "tune_study.merge"}
+    for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE):
+        assert option in known | {"--output"}, option
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder of the page: ``leaves`` with two classes of 20 small images, ``my_grid.py``."""
+    generator = np.random.default_rng(0)
+    for name, level in (("oak", 60), ("ash", 180)):
+        (tmp_path / "leaves" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = np.clip(generator.normal(level, 30, (24, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "leaves" / name / f"{i}.png")
+    (tmp_path / "my_grid.py").write_text(
+        re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]  # type: ignore[index]
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def without_ray(waiting, context, progress, **options):
+    """The trials one by one in this process, in place of ``study.run``."""
+    for trial in waiting:
+        if context.simulation:
+            simulate.execute(trial, context.simulation, context.study_dir, lambda row: None)
+        else:
+            trainable.execute(trial, context, lambda row: None)
+
+
+def outputs(commands, monkeypatch, capsys):
+    """What each command printed; all must end well."""
+    found = []
+    for command in commands:
+        monkeypatch.setattr("sys.argv", ["command", *command[3:]])
+        main = {"tune_study.run": run.main, "tune_study.merge": merge.main}[command[2]]
+        code = None
+        try:
+            main()
+        except SystemExit as exit_:
+            code = exit_.code
+        said = capsys.readouterr()
+        assert not code, said.err
+        found.append(said.out)
+    return found
+
+
+def test_the_commands_run(folder, monkeypatch, capsys):
+    monkeypatch.setattr(study, "run", without_ray)
+    monkeypatch.setattr("analysis.report.write_report", lambda folder: folder / "report")
+    found = outputs(COMMANDS, monkeypatch, capsys)
+    assert "2 planned trials" in found[0]
+    assert "2/2 valid" in found[1]
+    assert "all 2 trials ended well" in found[2]
+    assert "RANDOM" in found[3]
+    assert "beit_base_patch16_224-folder_folder_leaves" in found[4]
+    assert "8 to run: 8 new; 4 finished stay as they are" in found[6]
+    assert "all 12 trials ended well" in found[7]
+    assert "12 that this command does not name stay as they are" in found[8]
+    assert "8 trials: 4 of one, 4 of two" in found[11]
+    results = folder / "ray_results"
+    for name, planned in (("leaves", 2), ("growing", 16), ("both", 8)):
+        trials = pd.read_parquet(results / name / "trials.parquet")
+        assert len(trials) == planned
+        assert set(trials["status"]) <= {"completed", "early_stopped"}
+    cells = json.loads((results / "leaves" / "study.json").read_text())["plan"]
+    assert {cell["dataset"] for cell in cells} == {"folder:leaves"}
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_relative_folder_is_found_by_rays_workers(folder, monkeypatch, capsys):
+    """Tune would change into a folder of its own before each trial."""
+    (output,) = outputs(COMMANDS[2:3], monkeypatch, capsys)
+    assert "all 2 trials ended well" in output
+    trials = pd.read_parquet(folder / "ray_results" / "leaves" / "trials.parquet")
+    assert list(trials["quantized_layers"]) == [0, 24]

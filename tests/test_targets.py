@@ -1,0 +1,147 @@
+"""Where a model's layers are, whether they act, and what is refused because it would not."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tune_study.config import UserError, parse_trial
+from tune_study.model import build_model
+from tune_study.predict import predict
+from tune_study.quantize import block_linears, check_kernel, plan_layers
+from tune_study.targets import (
+    adapted,
+    block_ranges,
+    bytes_at,
+    called_linears,
+    refuse_without_effect,
+    skeleton_of,
+)
+
+SWIN = "swin_tiny_patch4_window7_224"
+DEFAULT = parse_trial({"model": "m", "dataset": "digits"}).lora.target_modules
+
+
+def trial(model, mode="none", **fields):
+    fields.setdefault("training", {"compute_dtype": "fp32"})
+    values = {"model": model, "dataset": "digits", "quantization": mode, "pretrained": False}
+    return parse_trial({**values, **fields})
+
+
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [
+        ("vit_small_patch14_dinov2", 48),
+        ("vit_base_patch16_224", 48),
+        ("deit3_small_patch16_224", 48),
+        ("vit_small_patch16_dinov3", 48),
+        (SWIN, 48),
+        ("pit_ti_224", 48),
+    ],
+)
+def test_the_default_targets_are_all_block_layers_and_all_are_called(model, layers):
+    skeleton = skeleton_of(model, 10, None)
+    _, names = adapted(skeleton, DEFAULT, model)
+    assert len(names) == layers
+    assert set(names) == set(block_linears(skeleton))
+    assert set(names) <= called_linears(model, None)
+    for mode in ("none", "nf4"):
+        refuse_without_effect(skeleton, trial(model, mode))
+
+
+@pytest.mark.parametrize(
+    "model", ["beit_base_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256"]
+)
+def test_layers_that_a_model_never_calls_are_refused_with_the_remedy(model):
+    skeleton = skeleton_of(model, 10, None)
+    with pytest.raises(UserError, match=r"an adapter on .*attn\.qkv would have no effect") as found:
+        refuse_without_effect(skeleton, trial(model))
+    remedy = str(found.value).partition("lora.target_modules=")[2].partition("'")[0]
+    others = {"lora": {"target_modules": remedy}}
+    refuse_without_effect(skeleton, trial(model, **others))
+    names = adapted(skeleton, remedy, model)[1]
+    assert names
+    assert not any("qkv" in name for name in names)
+    with pytest.raises(UserError, match=r"attn\.qkv cannot be quantized") as found:
+        refuse_without_effect(skeleton, trial(model, "nf4", **others))
+    assert 'skip_layers=["*.attn.qkv"]\'' in str(found.value)
+    skipped = {"mode": "nf4", "skip_layers": ["*.attn.qkv"]}
+    refuse_without_effect(skeleton, trial(model, skipped, **others))
+
+
+def test_what_is_called_is_seen_and_looking_leaves_no_trace():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read, self.called = nn.Linear(4, 4), nn.Linear(4, 10)
+            self.pretrained_cfg = {"input_size": (3, 4, 4)}
+
+        def forward(self, x):
+            x = torch.nn.functional.linear(x.mean(1), self.read.weight)
+            return self.called(x).mean(1)
+
+    @timm.models.register_model
+    def reads_a_weight(**kwargs):
+        return Reads()
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    assert called_linears("reads_a_weight", None) == {"called"}
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_patterns_are_held_against_whole_names_then_from_blocks_on():
+    plain, staged = skeleton_of("deit_tiny_patch16_224", 10, None), skeleton_of(SWIN, 10, None)
+    pattern, names = adapted(plain, DEFAULT, "m")
+    assert pattern == DEFAULT  # as before: PEFT's own file of the adapter stays the same
+    assert len(names) == 48
+    assert len(adapted(staged, DEFAULT, SWIN)[1]) == 48
+    one = adapted(staged, r"layers\.2\.blocks\.0\.attn\.qkv", SWIN)
+    assert one[1] == ["layers.2.blocks.0.attn.qkv"]
+    # Anchored at both ends: neither a part of a name nor the patch merging between the stages.
+    for wrong in (r"attn\.qkv", r"\d+\.attn\.qkv", "reduction", "qkv"):
+        with pytest.raises(UserError, match="no linear layer of"):
+            adapted(staged, wrong, SWIN)
+
+
+def test_blocks_are_told_with_their_stage():
+    assert block_ranges([]) == "none"
+    assert block_ranges(f"blocks.{i}.attn.qkv" for i in (0, 2, 3, 4)) == "0,2-4"
+    assert block_ranges(block_linears(skeleton_of(SWIN, 10, None))) == "0/0-1,1/0-1,2/0-5,3/0-1"
+    assert block_ranges(f"blocks.{i}.mlp.fc1" for i in range(12)) == "0-11"
+
+
+def kernel_is_right(mode, width):
+    try:
+        return check_kernel(mode, width, "cpu") > 0
+    except UserError:
+        return False
+
+
+@pytest.mark.parametrize("mode", ["none", "nf4"])
+def test_swin_is_built_as_predicted_where_the_kernel_is_right(mode):
+    """bitsandbytes' 4-bit kernel for AVX512 returns wrong weights of 96 columns."""
+    config = trial(SWIN, mode, lora={"r": 2})
+    skeleton = skeleton_of(SWIN, 10, None)
+    linears = block_linears(skeleton)
+    modes = plan_layers(skeleton, config.quantization)
+    widths = {linears[name].in_features for name in modes}
+    if not all(kernel_is_right(mode, width) for width in widths):
+        with pytest.raises(UserError, match="96 columns"):
+            build_model(config, 10)
+        pytest.skip("this CPU's 4-bit kernel is wrong for 96 columns: refused, as it should be")
+    built = build_model(config, 10)
+    assert len(built.layers) == (48 if mode == "nf4" else 0)
+    assert built.quantized_blocks == ("0/0-1,1/0-1,2/0-5,3/0-1" if mode == "nf4" else "none")
+    # Indices of 8 bytes among the buffers (relative positions) are counted as they are.
+    assert built.weights_bytes == predict(config, 10, torch.device("cpu")).weights_bytes
+    if mode == "none":
+        assert built.bytes_fp32 == built.weights_bytes
+        integers = [b for b in skeleton.buffers() if not b.is_floating_point()]
+        assert bytes_at(integers, 2) == bytes_at(integers, 4) > 100_000
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    scores = built.model.eval()(images)  # in training, Swin drops whole blocks at random
+    scores.sum().backward()
+    adapters = [p for n, p in built.model.named_parameters() if "lora_B" in n]
+    assert len(adapters) == 48
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapters)

@@ -1,0 +1,148 @@
+"""Where the layers of a timm model are that can be quantized and adapted, and whether they act.
+
+A plain Vision Transformer has them in ``blocks.N``, a staged one (Swin) in ``layers.S.blocks.N``.
+Some models read a layer's weight without calling the layer (``F.linear(x, self.qkv.weight)`` in
+BEiT, EVA and SwinV2): an adapter there would have no effect, and no error would tell.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection, Iterable
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from tune_study import backbone  # noqa: F401  (registers the demo's backbone with timm)
+from tune_study.config import TrialConfig, UserError
+from tune_study.quantize import plan_layers
+
+_BLOCK = re.compile(r"(?:(.*)\.)?blocks\.(\d+)\.")
+
+
+@cache
+def skeleton_of(model: str, num_classes: int, image_size: int | None) -> nn.Module:
+    """The timm model without any numbers, on the ``meta`` device. Raises ``UserError``."""
+    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    try:
+        with torch.device("meta"):
+            return timm.create_model(model, num_classes=num_classes, **options)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise UserError(f"model = {model}: timm cannot build it so: {error}") from None
+
+
+@cache
+def called_linears(model: str, image_size: int | None) -> frozenset[str]:
+    """Names of the ``nn.Linear`` layers that a forward pass calls, seen on the ``meta`` device."""
+    with torch.random.fork_rng(devices=[]):  # looking must leave no trace
+        skeleton = copy.deepcopy(skeleton_of(model, 10, image_size)).eval()
+        called: set[str] = set()
+
+        def note(name: str) -> Any:
+            return lambda module, inputs: called.add(name)
+
+        for name, module in skeleton.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(note(name))
+        channels, *native = resolve_model_data_config(skeleton)["input_size"]
+        sides = native if image_size is None else [image_size, image_size]
+        with torch.no_grad():
+            skeleton(torch.empty(1, channels, *sides, device="meta"))
+    return frozenset(called)
+
+
+def adapted(model: nn.Module, target_modules: str, name: str) -> tuple[str, list[str]]:
+    """(PEFT's pattern, the names) of the linear layers that ``target_modules`` means.
+
+    The regular expression is held against whole names; where none matches, against names from
+    ``blocks`` on, so that one setting serves plain and staged models. Raises ``UserError`` when
+    nothing matches; ``name`` is the model's.
+    """
+    names = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
+    staged = rf"(?:.+\.)?(?=blocks\.)(?:{target_modules})"
+    for pattern in (target_modules, staged):
+        if matching := [n for n in names if re.fullmatch(pattern, n)]:
+            return pattern, matching
+    raise UserError(
+        f"lora.target_modules = {target_modules}: no linear layer of {name} has such a name; "
+        "choose a timm Vision Transformer or other targets"
+    )
+
+
+def refuse_without_effect(model: nn.Module, config: TrialConfig) -> None:
+    """Raises ``UserError`` for layers to be adapted or quantized that ``model`` never calls.
+
+    ``model`` is the timm model of ``config`` before quantization, or its skeleton.
+    """
+    called = called_linears(config.model, config.data.image_size)
+    why = f"{config.model} never calls it as a layer (timm reads its weight)"
+    for name in plan_layers(model, config.quantization):
+        if name not in called:
+            raise UserError(
+                f"quantization.mode = {config.quantization.mode}: {name} cannot be quantized, for "
+                f"{why}; leave such layers out with "
+                f"--set 'quantization.skip_layers=[\"*.{_kind(name)}\"]'"
+            )
+    names = adapted(model, config.lora.target_modules, config.model)[1]
+    for name in names:
+        if name not in called:
+            raise UserError(
+                f"lora.target_modules = {config.lora.target_modules}: an adapter on {name} would "
+                f"have no effect, for {why}; {_others(names, called)}"
+            )
+
+
+def _others(names: Iterable[str], called: Collection[str]) -> str:
+    kinds = sorted({re.escape(_kind(name)) for name in names if name in called})
+    if not kinds:
+        return "choose other targets or another model"
+    return f"adapt the others with --set 'lora.target_modules=blocks\\.\\d+\\.({'|'.join(kinds)})'"
+
+
+def _kind(name: str) -> str:
+    """``layers.0.blocks.1.attn.qkv`` -> ``attn.qkv``."""
+    return name[found.end() :] if (found := _BLOCK.match(name)) else name
+
+
+def block_ranges(names: Iterable[str]) -> str:
+    """The blocks of the layers called ``names``: ``0-11``, ``3``, ``0,2-4``, or ``none``.
+
+    Of a staged model with the stage before: ``0/0-1,1/0-1,2/0-5``.
+    """
+    blocks = sorted({_place(name) for name in names})
+    words = []
+    for stage, places in groupby(blocks, key=lambda place: place[0]):
+        runs: list[list[int]] = []
+        for _, block in places:
+            if runs and runs[-1][-1] == block - 1:
+                runs[-1].append(block)
+            else:
+                runs.append([block])
+        prefix = "" if stage < 0 else f"{stage}/"
+        words += [
+            prefix + (str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}") for run in runs
+        ]
+    return ",".join(words) or "none"
+
+
+def _place(name: str) -> tuple[int, int]:
+    """(stage, block) of a block's layer; the stage is -1 in a model that has none."""
+    found = _BLOCK.match(name)
+    if found is None:
+        raise ValueError(f"{name} is in no block")
+    stage = re.findall(r"\d+", found[1] or "")
+    return (int(stage[-1]) if stage else -1), int(found[2])
+
+
+def bytes_at(tensors: Iterable[Tensor], width: int) -> int:
+    """Bytes of ``tensors`` with ``width`` bytes a number; integers (indices) keep their own."""
+    return sum(
+        tensor.numel() * (width if tensor.is_floating_point() else tensor.element_size())
+        for tensor in tensors
+    )
