@@ -79,7 +79,7 @@ def test_the_commands_run(folder, monkeypatch, capsys):
     assert "2/2 valid" in found[1]
     assert "all 2 trials ended well" in found[2]
     assert "RANDOM" in found[3]
-    assert "beit_base_patch16_224-folder_folder_leaves" in found[4]
+    assert "eva02_tiny_patch14_224-folder_folder_leaves" in found[4]
     assert "8 to run: 8 new; 4 finished stay as they are" in found[6]
     assert "all 12 trials ended well" in found[7]
     assert "12 that this command does not name stay as they are" in found[8]
