@@ -85,7 +85,8 @@ def refusal(monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--address", "ray://head:10001"], ["ray://head:10001", "--address auto"]),
+        (["--address", "ray://head:10001"], ["ray://head:10001", "--storage"]),
+        (["--address", "ray://head", "--storage", "file:///x"], ["ray://head", "ray://HOST:PORT"]),
         (["--address", "somewhere"], ["somewhere", "HOST:PORT"]),
         (["--address", "auto"], ["--address auto", "--storage"]),
         (["--address", "auto", "--storage", "file:///x", "--search", "optuna"], ["--search"]),

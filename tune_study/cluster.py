@@ -44,14 +44,10 @@ class Slots(NamedTuple):
 
 
 def parse_address(address: str) -> str:
-    """``local``, ``auto`` or ``HOST:PORT``. Raises ``UserError``."""
-    if address.startswith("ray://"):
-        raise UserError(
-            f"--address {address}: a study does not run through Ray's client; run it on the "
-            "cluster's head with --address auto, for example by ray job submit"
-        )
-    if address not in ("local", "auto") and not re.fullmatch(r"\S+:\d{1,5}", address):
-        raise UserError(f"--address {address}: write local, auto or HOST:PORT")
+    """``local``, ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``. Raises ``UserError``."""
+    named = address.removeprefix("ray://")
+    if address not in ("local", "auto") and not re.fullmatch(r"[^\s/]+:\d{1,5}", named):
+        raise UserError(f"--address {address}: write local, auto, HOST:PORT or ray://HOST:PORT")
     return address
 
 

@@ -73,7 +73,7 @@ def study(
         typer.Option(metavar="URI", help="where studies are kept, such as s3://bucket/path"),
     ] = None,
     address: Annotated[
-        str, typer.Option(help="local, or a Ray cluster: auto or HOST:PORT")
+        str, typer.Option(help="local, or a Ray cluster: auto, HOST:PORT or ray://HOST:PORT")
     ] = "local",
     max_concurrent: Annotated[
         int | None,
@@ -138,6 +138,8 @@ def study(
     dashboard: Annotated[bool, typer.Option(help="start Ray's dashboard")] = False,
 ) -> None:
     """Run a study of quantized LoRA fine-tuning; the same command continues an interrupted one."""
+    if address.startswith("ray://"):
+        raise typer.Exit(_on_head(address, storage, search))
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     from tune_study import manifest, preflight, trackers
     from tune_study import space as spaces
@@ -258,6 +260,14 @@ def study(
 
             options["search"] = Search(settings, context, trials)
         raise typer.Exit(_run(console, trials, context, options, command, max_hours, logged))
+
+
+def _on_head(address: str, storage: str | None, search: str | None) -> int:
+    from tune_study.client import run_on_head
+    from tune_study.cluster import check_options
+
+    check_options(address, storage, search)
+    return run_on_head(address, sys.argv[1:])
 
 
 def _run(

@@ -27,10 +27,17 @@ def start(output_dir: Path, *arguments: object, grid: str | None = "smoke") -> s
 
     ``grid=None`` is for a search, whose options are among the ``arguments``.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tune_study.run", "--output-dir", output_dir]
+    return start_anywhere(output_dir, "--output-dir", output_dir, *arguments, grid=grid)
+
+
+def start_anywhere(
+    folder: Path, *arguments: object, grid: str | None = "smoke"
+) -> subprocess.Popen:
+    """As ``start``, with the output in ``folder`` and the study wherever the command puts it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "tune_study.run"]
     command += [] if grid is None else ["--grid", grid]
-    with (output_dir / "output.txt").open("w") as output:
+    with (folder / "output.txt").open("w") as output:
         return subprocess.Popen(
             [str(part) for part in (*command, *arguments)],
             stdout=output,

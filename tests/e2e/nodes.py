@@ -18,15 +18,18 @@ PATIENCE_S = 600
 """A machine that is busy needs minutes to start a few raylets."""
 
 
-def serve(nodes: int, cpus: int) -> None:
-    """The head is one of the nodes."""
+def serve(nodes: int, cpus: int, client_port: int = 0) -> None:
+    """The head is one of the nodes; with a port it listens to Ray's client there."""
     from tune_study import environment
 
     environment.prepare()
     from ray.cluster_utils import Cluster
 
     sizes = {"num_cpus": cpus, "object_store_memory": 150 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={**sizes, "include_dashboard": False})
+    head = {**sizes, "include_dashboard": False}
+    if client_port:
+        head["ray_client_server_port"] = client_port
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(nodes - 1):
             cluster.add_node(wait=False, **sizes)
@@ -41,9 +44,9 @@ def serve(nodes: int, cpus: int) -> None:
 
 
 @contextmanager
-def cluster(nodes: int, cpus: int = 1) -> Iterator[dict[str, Any]]:
+def cluster(nodes: int, cpus: int = 1, client_port: int = 0) -> Iterator[dict[str, Any]]:
     """``address`` and ``raylets``, the head's first. All its processes end with the context."""
-    command = [sys.executable, "-m", "tests.e2e.nodes", str(nodes), str(cpus)]
+    command = [sys.executable, "-m", "tests.e2e.nodes", *map(str, (nodes, cpus, client_port))]
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def until(process, folder, enough):
             return
         assert process.poll() is None, said
         time.sleep(0.2)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def object_stores(pid):
@@ -89,3 +96,25 @@ def test_real_trials_survive_a_node_and_equal_those_of_one(tmp_path):
     harness.no_epoch_twice(folder / "smoke")
     logs = [path.read_text() for path in folder.glob("smoke/*/trial.log")]
     assert sum("continues after epoch" in log for log in logs) >= 1
+
+
+@pytest.mark.slow
+def test_through_rays_client_the_command_runs_on_the_head(tmp_path):
+    """It is interrupted there, and continued."""
+    port = free_port()
+    with nodes.cluster(1, client_port=port):
+        places = ("--address", f"ray://127.0.0.1:{port}", "--cpus-per-trial", 1)
+        places += ("--storage", (tmp_path / "store").as_uri())
+        arguments = (*places, *SIMULATED, "--epoch-s", 2)
+        process = harness.start_anywhere(tmp_path, *arguments)
+        until(process, tmp_path, lambda said: ": epoch 1/4" in said)
+        harness.interrupt(process)
+        code, output = harness.finish(process, tmp_path)
+        assert code == 130, output
+        assert "interrupted; continue with" in output
+        code, output = harness.finish(harness.start_anywhere(tmp_path, *arguments), tmp_path)
+    assert code == 0, output
+    assert "all 4 trials ended well" in output
+    there = tmp_path / "store" / "smoke-simulated"
+    assert len(pd.read_parquet(there / "epochs.parquet")) == 16
+    assert not (tmp_path / "ray_results").exists()
