@@ -13,7 +13,10 @@ import pytest
 
 from . import harness, nodes
 
-SIMULATED = ("--simulate", "--set", "training.num_train_epochs=4")
+EPOCHS = ("--set", "training.num_train_epochs=4")
+SIMULATED = ("--simulate", *EPOCHS)
+REAL = (*EPOCHS, "--train-size", 320)
+"""A worker outlives its killed raylet by about ten seconds: its trial must not end in them."""
 
 
 def start(tmp_path, cluster, *arguments):
@@ -84,13 +87,13 @@ def test_simulated_trials_survive_a_node_and_equal_those_of_one(tmp_path):
 @pytest.mark.slow
 def test_real_trials_survive_a_node_and_equal_those_of_one(tmp_path):
     code, output = harness.finish(
-        harness.start(tmp_path / "one", "--cpus-per-trial", 1), tmp_path / "one"
+        harness.start(tmp_path / "one", "--cpus-per-trial", 1, *REAL), tmp_path / "one"
     )
     assert code == 0, output
     with nodes.cluster(3) as cluster:
-        process = start(tmp_path, cluster)
+        process = start(tmp_path, cluster, *REAL)
         folder = tmp_path / "cluster"
-        until(process, folder, lambda said: said.count(": epoch 1/2") == 3)
+        until(process, folder, lambda said: said.count(": epoch 1/4") == 3)
         kill_a_node(cluster, process, folder)
     harness.compare(folder / "smoke", tmp_path / "one" / "smoke")
     harness.no_epoch_twice(folder / "smoke")
