@@ -16,7 +16,7 @@ from ray import tune
 from benchmarks.timing import Comparison
 
 SEEDS = 36
-EPOCHS = 12
+EPOCHS = 4
 """So that a trial takes more than 10 s on two cores."""
 
 
