@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,17 +16,23 @@ from tune_study import train
 SIDE = 2048
 
 
+def _seconds(work: Callable[[], None], rounds: int) -> list[float]:
+    """Of each round, after one that is not measured."""
+    work()
+    found = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - begun)
+    return found
+
+
 def product_peak(dtype: torch.dtype, device: str, rounds: int = 7) -> float:
     """FLOP/s of a square matrix product of side 2,048 (8,192 on a GPU): the best of ``rounds``."""
     side = SIDE if device == "cpu" else 4 * SIDE
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     work = synchronised(lambda: left @ right, device)
-    work()
-    seconds = []
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - begun)
+    seconds = _seconds(work, rounds)
     return 2 * side**3 / min(seconds)
 
 
@@ -43,12 +50,7 @@ def utilisation(training: train.Training, device: str, rounds: int = 7) -> dict[
     """Model FLOP utilisation of the bare step: its FLOP/s over the machine's peak."""
     dtype = torch.bfloat16 if training.config.training.compute_dtype == "bf16" else torch.float32
     flops, step = step_flops(training), synchronised(bare_step(training), device)
-    step()
-    seconds = []
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - begun)
+    seconds = _seconds(step, rounds)
     peak = product_peak(dtype, device)
     return {
         "compute_dtype": training.config.training.compute_dtype,

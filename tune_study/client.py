@@ -6,7 +6,6 @@ whole command runs there, with the cluster's own address, and what it leaves lie
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
@@ -22,6 +21,7 @@ import ray
 from ray.exceptions import RayError
 
 import tune_study
+from tune_study.cluster import join
 from tune_study.config import UserError
 
 HEAD = {"node:__internal_head__": 0.001}
@@ -76,14 +76,7 @@ def run_on_head(address: str, arguments: Sequence[str]) -> int:
     Signals are passed on. Raises ``UserError`` when no cluster answers, and ``ConnectionLost``.
     """
     arguments, files = prepared(arguments)
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"--address {address}: no Ray cluster answers there ({first[:200]}); start one with "
-            "ray start --head, or leave --address out"
-        ) from None
+    join(address)
     try:
         command: Any = ray.remote(Command).options(num_cpus=0, resources=HEAD)
         return _hear(command.remote(arguments, files))

@@ -29,6 +29,7 @@ AWS_SECRETS = (
 """What Tune hands to its workers by way of a log file (seen with Ray 2.60)."""
 TRIAL_SLOT = "trial_slot"
 """A resource of ours that limits the trials at a time, on a Ray that this command starts."""
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 PATIENCE_S = 600
 """For a node's first answer: its worker imports torch, on a machine that may be busy."""
 
@@ -81,7 +82,6 @@ def connect(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     gpus = 1 if context.device == "cuda" and gpus_per_trial is None else gpus_per_trial or 0
     resources: dict[str, float] = {"CPU": context.num_threads, "GPU": gpus}
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         count = max_concurrent or 1
         ray.init(
@@ -89,21 +89,26 @@ def connect(
             num_cpus=max(provenance.cores(), context.num_threads * count),
             resources={TRIAL_SLOT: count},
             include_dashboard=dashboard,
-            **quiet,
+            **QUIET,
         )
         return Slots({**resources, TRIAL_SLOT: 1}, count)
+    join(address)
+    fits = _look_at_nodes(address, context, resources)
+    if max_concurrent is None or max_concurrent >= fits:
+        return Slots(resources, fits)
+    return Slots(resources, max_concurrent, limit=max_concurrent)
+
+
+def join(address: str) -> None:
+    """Connects to the Ray at ``address``, ``ray://`` or not. Raises ``UserError``."""
     try:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, **QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"--address {address}: no Ray cluster answers there ({first[:200]}); start one with "
             "ray start --head, or leave --address out"
         ) from None
-    fits = _look_at_nodes(address, context, resources)
-    if max_concurrent is None or max_concurrent >= fits:
-        return Slots(resources, fits)
-    return Slots(resources, max_concurrent, limit=max_concurrent)
 
 
 def _look_at_nodes(address: str, context: RunContext, resources: Mapping[str, float]) -> int:

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray import tune
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import custom_scalars
 
+from tune_study.callback import Callback
 from tune_study.event_files import RunFile, replace_run, scalar
 from tune_study.files import read_json
 from tune_study.hparams import Axis, axes_of, experiment, flatten
@@ -63,7 +63,7 @@ def _mean(values: Sequence[Any]) -> float:
     return statistics.fmean(known)
 
 
-class ModeCurves(tune.Callback):
+class ModeCurves(Callback):
     """Writes what belongs to the study as a whole: columns, layout, and the modes' curves."""
 
     def __init__(self, study_dir: Path, plan: Sequence[Mapping[str, Any]]) -> None:
@@ -78,10 +78,6 @@ class ModeCurves(tune.Callback):
         self._files = {mode: RunFile(self._root / "modes" / mode) for mode in modes}
         for mode in modes:
             self._write(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks for a restore of its own, which we never use."""
-        return {}
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any

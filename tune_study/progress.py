@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ray import tune
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -15,11 +14,12 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from tune_study.callback import Callback
 from tune_study.files import read_json
 from tune_study.schema import GOOD_STATUSES
 
 
-class Progress(tune.Callback):
+class Progress(Callback):
     """Tune's callbacks, shown. Use as a context manager around the run."""
 
     def __init__(
@@ -51,10 +51,6 @@ class Progress(tune.Callback):
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks for a restore of its own, which we never use."""
-        return {}
 
     def expect(self, trial_id: str, epochs: int) -> None:
         """A trial that was not planned at the start: a search has suggested it."""

@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray import tune
-
 from tune_study import lease, remote
+from tune_study.callback import Callback
 from tune_study.config import TrialConfig
 from tune_study.files import read_json
 from tune_study.remote import RemoteError
@@ -61,15 +60,11 @@ def kept(
     store.push(trial_id)
 
 
-class Before(tune.Callback):
+class Before(Callback):
     """On a cluster: fetches what a trial left before the other callbacks look at it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks for a restore of its own, which we never use."""
-        return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         with plainly():
@@ -78,15 +73,11 @@ class Before(tune.Callback):
     on_trial_error = on_trial_complete
 
 
-class After(tune.Callback):
+class After(Callback):
     """Pushes the study's own files, and what the other callbacks wrote of a trial that ended."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks for a restore of its own, which we never use."""
-        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         with plainly():

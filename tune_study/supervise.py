@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 
+from tune_study.callback import Callback
 from tune_study.config import TrialConfig, UserError
 from tune_study.files import read_json, write_json
 from tune_study.limits import has_room, note_out_of_memory, within_memory
@@ -128,7 +129,7 @@ class Gate(FIFOScheduler):
         return None if Stop.requested() else super().choose_trial_to_run(tune_controller)
 
 
-class Deaths(tune.Callback):
+class Deaths(Callback):
     """Tells a worker that died from a trial that failed, and which trials to continue."""
 
     def __init__(self, study_dir: Path, say: Callable[[str], None]) -> None:
@@ -137,10 +138,6 @@ class Deaths(tune.Callback):
         self._count: Counter[str] = Counter()
         self._details: dict[str, str] = {}
         self._kills = out_of_memory_kills()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks for a restore of its own, which we never use."""
-        return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         Stop.running.add(trial.trial_id)

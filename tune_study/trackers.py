@@ -16,9 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ray import tune
-
 from analysis.records import measured
+from tune_study.callback import Callback
 from tune_study.config import TrialConfig, UserError
 from tune_study.files import read_json
 from tune_study.hparams import flatten
@@ -85,7 +84,7 @@ def plainly(error: Exception) -> str:
     return re.sub(r"//[^/@\s]*@", "//", lines[0])[:300]
 
 
-class Trackers(tune.Callback):
+class Trackers(Callback):
     """Tells every tracker what happens. One that fails is left out from then on, and it is said:
 
     the study goes on, and the next start brings the tracker up to date from the trials' own files.
@@ -99,10 +98,6 @@ class Trackers(tune.Callback):
         self._study_dir = study_dir
         self._say = say
         self._held: dict[tuple[str, str], int] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its callbacks for a restore of its own, which we never use."""
-        return {}
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
