@@ -73,7 +73,7 @@ def test_gradient_checkpointing_shrinks_the_activations_and_changes_no_bit(tiny,
         losses = [row["train_loss"] for row in train.fit(training)]
         runs[checkpointing] = measured, expected, losses
     # int8 keeps its inputs outside of autograd, where checkpointing cannot drop them.
-    share = 0.3 if mode == "int8" else 0.1
+    share = 0.4 if mode == "int8" else 0.1
     for plain, checkpointed in zip(runs[False][:2], runs[True][:2], strict=True):
         assert checkpointed.ledger.activation_bytes < share * plain.ledger.activation_bytes
         assert checkpointed.peak_train_bytes < 0.6 * plain.peak_train_bytes
