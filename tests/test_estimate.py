@@ -10,6 +10,7 @@ from tune_study.estimate import (
     bf16_slowness,
     estimate,
     free_bytes,
+    refuse_any_that_cannot_fit,
     refuse_what_cannot_fit,
     settle_compute_dtype,
 )
@@ -101,6 +102,26 @@ def test_a_trial_that_cannot_fit_is_refused_with_both_numbers(tiny, monkeypatch)
         assert f"{number / 1e6:,.0f} MB" in str(caught.value)
     assert "per_device_train_batch_size" in str(caught.value)
     assert 10**8 < free_bytes(torch.device("cpu")) < 10**14
+
+
+def test_a_plan_is_refused_as_its_trials_would_be_with_few_predictions(tiny, monkeypatch):
+    cpu = torch.device("cpu")
+    # The rank decides for none, the classes for nf4, whose largest is no trial of the plan.
+    sizes = [("none", 4, 10), ("none", 8, 10), ("nf4", 8, 10), ("nf4", 4, 10_000)]
+    planned = [(tiny(mode, lora={"r": r}), classes) for mode, r, classes in sizes]
+    peaks = [predict(*trial, cpu).peak_train_bytes for trial in planned]
+    asked = []
+    monkeypatch.setattr(estimates, "predict", lambda *given: asked.append(given) or predict(*given))
+    refuse_any_that_cannot_fit(planned, cpu)
+    assert len(asked) == 2
+    for free in (*peaks, max(peaks) + 1, min(peaks) - 1):
+        monkeypatch.setattr(estimates, "free_bytes", lambda device, free=free: free)
+        too_large = [t for (t, _), peak in zip(planned, peaks, strict=True) if peak > free]
+        if not too_large:
+            refuse_any_that_cannot_fit(planned, cpu)
+            continue
+        with pytest.raises(UserError, match=too_large[0].trial_id):
+            refuse_any_that_cannot_fit(planned, cpu)
 
 
 def dtypes(*trials, planned=()):

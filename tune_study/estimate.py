@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from torch import nn
 
 from tune_study.config import TrialConfig, UserError
 from tune_study.data import Dataset
-from tune_study.predict import predict
+from tune_study.predict import of_a_step, predict
 from tune_study.targets import skeleton_of
 
 BACKWARD_SHARE = 1.0
@@ -69,6 +70,31 @@ def refuse_what_cannot_fit(config: TrialConfig, num_classes: int, device: torch.
             f"{config.trial_id}: a training step needs {peak / 1e6:,.0f} MB, and {device.type} has "
             f"{free / 1e6:,.0f} MB free; {smaller}"
         )
+
+
+def refuse_any_that_cannot_fit(
+    planned: Iterable[tuple[TrialConfig, int]], device: torch.device
+) -> None:
+    """``refuse_what_cannot_fit`` for all (trial, classes) of a plan, with few predictions.
+
+    A higher rank or more classes never make a step smaller: where the most of both fits, so do
+    the other trials that differ in nothing else.
+    """
+    groups = defaultdict(list)
+    for trial, classes in planned:
+        groups[_of_rank(trial, 1).model_dump_json()].append((trial, classes))
+    for group in groups.values():
+        largest = _of_rank(group[0][0], max(trial.lora.r for trial, _ in group))
+        peak = predict(largest, max(classes for _, classes in group), device).peak_train_bytes
+        free = free_bytes(device)
+        if peak is not None and free is not None and peak > free:
+            for trial, classes in group:
+                refuse_what_cannot_fit(trial, classes, device)
+
+
+def _of_rank(trial: TrialConfig, r: int) -> TrialConfig:
+    lora = trial.lora.model_copy(update={"r": r})
+    return of_a_step(trial.model_copy(update={"lora": lora}))
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -75,8 +75,14 @@ def predict(config: TrialConfig, num_classes: int, device: torch.device) -> Pred
     Trials that differ only in what cannot change the bytes of a step share one prediction.
     Raises ``UserError`` for a model or setting that does not fit.
     """
+    # A configuration holds a dictionary, so it cannot be a key itself; its text can.
+    return _predict(of_a_step(config).model_dump_json(), num_classes, device.type)
+
+
+def of_a_step(config: TrialConfig) -> TrialConfig:
+    """``config`` with only what the bytes of a training step depend on, the classes aside."""
     settings = config.training
-    key = TrialConfig(
+    return TrialConfig(
         model=config.model,
         dataset="digits",
         lora=config.lora.model_copy(update={"lora_alpha": 1}),
@@ -88,8 +94,6 @@ def predict(config: TrialConfig, num_classes: int, device: torch.device) -> Pred
             "gradient_checkpointing": settings.gradient_checkpointing,
         },
     )
-    # A configuration holds a dictionary, so it cannot be a key itself; its text can.
-    return _predict(key.model_dump_json(), num_classes, device.type)
 
 
 @cache

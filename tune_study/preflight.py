@@ -11,7 +11,7 @@ import torch
 
 from tune_study.config import TrialConfig, UserError
 from tune_study.data import Dataset, load
-from tune_study.estimate import refuse_what_cannot_fit
+from tune_study.estimate import refuse_any_that_cannot_fit
 from tune_study.model import (
     build_model,
     file_sha256,
@@ -79,9 +79,10 @@ def check(trials: Sequence[TrialConfig], context: RunContext) -> Checked:
         if key not in bases:
             bases.add(key)
             load_base(trial, classes, context.weights)  # the weights are there, and fit
-        refuse_what_cannot_fit(trial, classes, torch.device(context.device))
         if trial.model not in sha256["weights"]:  # a large file is read once, not once a trial
             sha256["weights"][trial.model] = _weights_sha256(trial, context)
+    classes_of = [(trial, len(data[trial.trial_id].class_names)) for trial in trials]
+    refuse_any_that_cannot_fit(classes_of, torch.device(context.device))
     return Checked(data, sha256)
 
 
