@@ -1,4 +1,4 @@
-"""Dropout whose masks cost the CPU an eighth of ``nn.Dropout``'s (benchmarks/README.md)."""
+"""Dropout whose masks cost the CPU a third of ``nn.Dropout``'s (benchmarks/README.md)."""
 
 from __future__ import annotations
 
