@@ -27,7 +27,7 @@ from tune_study.limits import (
     refuse_full_disk,
     within_memory,
 )
-from tune_study.memory import release_memory, reset_rss_peak
+from tune_study.memory import release_memory, reset_rss_peak, spare_imports_from_collection
 from tune_study.model import BuiltModel, build_model
 from tune_study.predict import predict
 from tune_study.record import Record
@@ -93,6 +93,7 @@ def execute(config: TrialConfig, context: RunContext, report: Report) -> dict[st
     ``DiskFull`` and leaves the trial to be continued; any other exception ends it.
     """
     torch.set_num_threads(context.num_threads)
+    spare_imports_from_collection()
     reset_rss_peak()
     folder = context.study_dir / config.trial_id
     folder.mkdir(parents=True, exist_ok=True)
