@@ -50,7 +50,6 @@ LARGEST = 65536
 CPU_SHARE = 0.8
 """Of the free memory that a step may take to be tried on the host, where too much is answered by a
 kill and not by an error."""
-
 NOT_YET = (
     "--batch auto chooses the micro-batch when the study begins: peaks and times below are those "
     "of training.per_device_train_batch_size"
@@ -208,6 +207,7 @@ def measure(
                     del speeds[attempt.micro_batch]
                 else:
                     speeds[attempt.micro_batch].append(attempt.images_per_s)
+            release_memory()  # the workers need what this model had
             if not speeds:
                 raise UserError(
                     f"--batch auto: {trial.trial_id}: not even micro-batches of one image fit into "
