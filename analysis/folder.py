@@ -29,6 +29,7 @@ _STUDY_FILES = {
     "README.md",
 }
 _TRIAL_FILES = {
+    "batch.json",
     "config.json",
     "results.json",
     "quantization_analysis.json",

@@ -13,6 +13,7 @@ from rich.table import Table
 from tune_study.config import TrialConfig
 from tune_study.estimate import Estimate, estimate
 from tune_study.extension import Extension
+from tune_study.limits import within_memory
 from tune_study.predict import expected_weights_bytes
 from tune_study.progress import duration
 from tune_study.simulate import CLASSES
@@ -72,6 +73,7 @@ def print_plan(
 def _row(trial: TrialConfig, checked: Checked, context: RunContext) -> Estimate:
     """A simulated trial has bytes of weights, and no step and no time."""
     if context.simulation is None:
-        return estimate(trial, checked.data[trial.trial_id], torch.device(context.device))
+        taken = within_memory(trial, context.study_dir / trial.trial_id)
+        return estimate(taken, checked.data[trial.trial_id], torch.device(context.device))
     skeleton = skeleton_of(trial.model, CLASSES.get(trial.dataset, 10), trial.data.image_size)
     return Estimate(expected_weights_bytes(skeleton, trial), math.nan, math.nan)

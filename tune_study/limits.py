@@ -18,6 +18,7 @@ ROOM_BYTES = 64 * 2**20
 STATES_PER_CHECKPOINT = 4
 """The adapter now and at its best, and AdamW's two moments: four times the adapter's bytes."""
 OUT_OF_MEMORY_FILE = "out_of_memory.json"
+CHOICE_FILE = "batch.json"
 
 
 class DiskFull(UserError):
@@ -75,27 +76,48 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def images_per_step(config: TrialConfig) -> int:
+    """Images of one optimizer step, however many micro-batches they come in."""
+    settings = config.training
+    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+
+
+def with_micro_batch(config: TrialConfig, micro: int) -> TrialConfig:
+    """``config`` with micro-batches of ``micro`` images, a divisor of ``images_per_step``."""
+    update = {
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": images_per_step(config) // micro,
+    }
+    return config.model_copy(update={"training": config.training.model_copy(update=update)})
+
+
+def chosen(config: TrialConfig, trial_folder: Path) -> dict[str, Any] | None:
+    """What ``--batch auto`` chose for the trial (``batch.choose``); ``None`` without a whole one.
+
+    ``micro_batch`` is an int that divides the images of a step.
+    """
+    choice = read_json(trial_folder / CHOICE_FILE)
+    micro = choice.get("micro_batch") if isinstance(choice, dict) else None
+    fits = type(micro) is int and micro > 0 and images_per_step(config) % micro == 0
+    return choice if fits else None
+
+
 def within_memory(config: TrialConfig, trial_folder: Path) -> TrialConfig:
-    """``config`` with the micro-batch that earlier runs of the trial left it.
+    """``config`` with the micro-batch that ``--batch auto`` and earlier runs of the trial left it.
 
     Each time that it ran out of memory halves the micro-batch and doubles the accumulation, so
     that a step sees the same images. A batch that is no power of two goes to its next smaller
     divisor. Evaluation batches shrink by the same factor.
     """
-    settings = config.training
-    whole = settings.per_device_train_batch_size
+    if choice := chosen(config, trial_folder):
+        config = with_micro_batch(config, choice["micro_batch"])
+    whole = config.training.per_device_train_batch_size
     micro = whole
     for event in out_of_memory_events(trial_folder):
         micro = _next_smaller(whole, min(micro, int(event["micro_batch"])))
-    training = settings.model_copy(
-        update={
-            "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": settings.gradient_accumulation_steps * whole // micro,
-            "per_device_eval_batch_size": max(
-                1, settings.per_device_eval_batch_size * micro // whole
-            ),
-        }
-    )
+    config = with_micro_batch(config, micro)
+    evaluation = max(1, config.training.per_device_eval_batch_size * micro // whole)
+    training = config.training.model_copy(update={"per_device_eval_batch_size": evaluation})
     return config.model_copy(update={"training": training})
 
 

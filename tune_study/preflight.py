@@ -12,6 +12,7 @@ import torch
 from tune_study.config import TrialConfig, UserError
 from tune_study.data import Dataset, load
 from tune_study.estimate import refuse_any_that_cannot_fit
+from tune_study.limits import with_micro_batch, within_memory
 from tune_study.model import (
     build_model,
     file_sha256,
@@ -50,10 +51,13 @@ class Checked(NamedTuple):
     checksums: dict[str, Any]
 
 
-def check(trials: Sequence[TrialConfig], context: RunContext) -> Checked:
+def check(
+    trials: Sequence[TrialConfig], context: RunContext, *, auto_batch: bool = False
+) -> Checked:
     """Looks at every input before anything is written: data, models, weights, kernels.
 
-    Raises ``UserError`` for the first that is missing or does not fit.
+    Raises ``UserError`` for the first that is missing or does not fit. With ``auto_batch`` it is
+    enough that a step fits with micro-batches of one image.
     """
     if context.simulation is not None:
         for trial in trials:
@@ -81,8 +85,12 @@ def check(trials: Sequence[TrialConfig], context: RunContext) -> Checked:
             load_base(trial, classes, context.weights)  # the weights are there, and fit
         if trial.model not in sha256["weights"]:  # a large file is read once, not once a trial
             sha256["weights"][trial.model] = _weights_sha256(trial, context)
-    classes_of = [(trial, len(data[trial.trial_id].class_names)) for trial in trials]
-    refuse_any_that_cannot_fit(classes_of, torch.device(context.device))
+    planned = []
+    for trial in trials:
+        taken = within_memory(trial, context.study_dir / trial.trial_id)
+        least = with_micro_batch(trial, 1) if auto_batch else taken
+        planned.append((least, len(data[trial.trial_id].class_names)))
+    refuse_any_that_cannot_fit(planned, torch.device(context.device))
     return Checked(data, sha256)
 
 

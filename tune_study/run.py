@@ -75,6 +75,9 @@ def study(
     address: Annotated[
         str, typer.Option(help="local, or a Ray cluster: auto, HOST:PORT or ray://HOST:PORT")
     ] = "local",
+    batch: Annotated[
+        str | None, typer.Option(help="auto: the fastest micro-batch that fits, for all modes")
+    ] = None,
     max_concurrent: Annotated[
         int | None,
         typer.Option(
@@ -141,6 +144,7 @@ def study(
     if address.startswith("ray://"):
         raise typer.Exit(_on_head(address, storage, search))
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    from tune_study import batch as batches
     from tune_study import manifest, preflight, trackers
     from tune_study import space as spaces
     from tune_study import study as studies
@@ -197,6 +201,9 @@ def study(
     )
     if simulation and validate_only:
         raise UserError("--simulate trains nothing: leave out --validate-only")
+    auto = batches.wanted(
+        batch, context, search=search, max_concurrent=max_concurrent, gpus_per_trial=gpus_per_trial
+    )
     with ExitStack() as holds:
         works = not (dry_run or validate_only)
         store = None
@@ -211,11 +218,14 @@ def study(
         if not simulation:
             trials = _settle_compute_dtype(console, trials, context)
         _say_what_is_unusual(console, trials, simulation)
-        checked = preflight.check(trials, context)
+        checked = preflight.check(trials, context, auto_batch=auto)
+        choices = batches.known(trials, study_dir, auto=auto)
         _say_long_warm_up(console, trials, checked)
         if dry_run:
             notes = manifest.review(trials, context, checked.checksums).notes
             extension = _extension(trials, context, retry_failed)
+            if auto and len(choices) < len(trials):
+                notes = [*notes, batches.NOT_YET]
             print_plan(console, trials, checked, context, extension, notes)
             return
         if validate_only:
@@ -253,6 +263,7 @@ def study(
         )
         if retry_failed:
             studies.forget(trials, study_dir)
+        batches.choose(trials, context, choices, console.print, auto=auto)
         if store:
             push_all(store, trials)
         if settings:

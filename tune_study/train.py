@@ -25,6 +25,7 @@ from tune_study.data import (
     train_batches,
 )
 from tune_study.gradients import GradientFlowMonitor, NoiseScale
+from tune_study.limits import images_per_step
 from tune_study.memory import StepMemory, measure_step
 from tune_study.model import COMPUTE_DTYPES, BuiltModel, trainable
 
@@ -122,11 +123,6 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
         monitor=GradientFlowMonitor(parameters, warmup_steps=settings.warmup_steps),
         noise=NoiseScale(parameters) if settings.gradient_noise_scale else None,
     )
-
-
-def images_per_step(config: TrialConfig) -> int:
-    settings = config.training
-    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
 
 
 def finished(training: Training) -> str | None:

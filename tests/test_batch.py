@@ -1,0 +1,209 @@
+"""``--batch auto``: the fastest micro-batch that fits in every mode, chosen once, and no trace."""
+
+import json
+
+import pytest
+import torch
+
+from tests import test_run
+from tests.test_trainable import killed, run, without_times
+from tune_study import batch, manifest, study, train
+from tune_study.config import UserError
+from tune_study.files import write_json
+from tune_study.limits import note_out_of_memory, within_memory
+from tune_study.predict import predict
+from tune_study.trainable import RunContext
+
+command = test_run.command
+SPEEDS = {1: 3.0, 2: 9.0, 3: 8.0, 6: 20.0}
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Steps are taken, and their speeds are ``SPEEDS``."""
+    measured = batch._images_per_s
+
+    def speed(training):
+        assert measured(training) > 0
+        return SPEEDS[training.config.training.per_device_train_batch_size]
+
+    monkeypatch.setattr(batch, "_images_per_s", speed)
+
+
+def six(tiny, mode, micro=6, **fields):
+    """A trial that steps on 6 images."""
+    training = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 6 // micro}
+    data = {"train_size": 18, "val_size": 10, "test_size": 10}
+    return tiny(mode, training=training, data=data, **fields)
+
+
+def taken(trial, folder):
+    settings = within_memory(trial, folder / trial.trial_id).training
+    return settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+
+
+def test_the_fastest_that_fits_in_every_mode_then_training_as_if_it_had_been_given(
+    tiny, tmp_path, monkeypatch, planted
+):
+    trials = [six(tiny, "none"), six(tiny, "nf4")]
+    forward = train._forward
+
+    def refuse(training, images, labels):
+        if training.config.quantization.mode == "nf4" and len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(training, images, labels)
+
+    monkeypatch.setattr(train, "_forward", refuse)
+    where, said = RunContext(study_dir=tmp_path), []
+    batch.choose(trials, where, {}, said.append, auto=True)
+    choice = json.loads((tmp_path / trials[0].trial_id / "batch.json").read_text())
+    assert (choice["micro_batch"], choice["gradient_accumulation_steps"]) == (2, 3)
+    assert choice["largest_micro_batch"] == 3
+    assert choice["images_per_s"] == {"3": 8.0, "2": 9.0, "1": 3.0}
+    attempts = [
+        (a["trial_id"] == trials[1].trial_id, a["micro_batch"], a["images_per_s"])
+        for a in choice["attempts"]
+    ]
+    assert attempts == [
+        (False, 6, 20.0),
+        (False, 3, 8.0),
+        (False, 2, 9.0),
+        (False, 1, 3.0),
+        (True, 6, None),
+        (True, 3, 8.0),
+        (True, 2, 9.0),
+        (True, 1, 3.0),
+    ]
+    assert "2 images, 3 times a step: the fastest, 9.0 images/s" in said[1]
+    assert "3 are the most that fit (8.0 images/s)" in said[1]
+
+    killed(trials[1], tmp_path, 1)
+    monkeypatch.setattr(batch, "measure", None)  # it is not measured again
+    again = batch.known(trials, tmp_path, auto=True)
+    batch.choose(trials, where, again, said.append, auto=True)
+    results, _ = run(trials[1], tmp_path)
+    given, _ = run(six(tiny, "nf4", micro=2), tmp_path / "given")
+    assert results["train"]["resource_metrics"]["batch_size"] == 2
+    assert without_times(results) == without_times(given)
+
+
+def test_out_of_memory_later_goes_on_from_the_choice(tiny, tmp_path):
+    trial = six(tiny, "none")
+    (tmp_path / trial.trial_id).mkdir()
+    write_json(tmp_path / trial.trial_id / "batch.json", {"micro_batch": 2})
+    assert taken(trial, tmp_path) == (2, 3)
+    note_out_of_memory(tmp_path / trial.trial_id, 2, "planted")
+    assert taken(trial, tmp_path) == (1, 6)
+
+
+@pytest.mark.parametrize("choice", [{"micro_batch": 4}, {"micro_batch": True}, {}, [2]])
+def test_a_choice_that_cannot_be_is_none(tiny, tmp_path, choice):
+    trial = six(tiny, "none")
+    (tmp_path / trial.trial_id).mkdir()
+    write_json(tmp_path / trial.trial_id / "batch.json", choice)
+    assert taken(trial, tmp_path) == (6, 1)
+
+
+def test_what_is_predicted_not_to_fit_the_host_is_not_tried(tiny, tmp_path, monkeypatch, planted):
+    trial = six(tiny, "none")
+    peak = predict(six(tiny, "none", micro=3), 10, torch.device("cpu")).peak_train_bytes
+    monkeypatch.setattr(batch, "free_bytes", lambda device: peak / batch.CPU_SHARE)
+    sizes = []
+    step = train.train_step
+
+    def seen(training, *arguments):
+        sizes.append(training.config.training.per_device_train_batch_size)
+        return step(training, *arguments)
+
+    monkeypatch.setattr(train, "train_step", seen)
+    choice = batch.measure([trial], RunContext(study_dir=tmp_path), lambda line: None)
+    assert choice["largest_micro_batch"] == 3
+    assert set(sizes) == {3, 2, 1}
+    monkeypatch.setattr(batch, "free_bytes", lambda device: 1)
+    with pytest.raises(UserError, match="not even micro-batches of one image fit"):
+        batch.measure([trial], RunContext(study_dir=tmp_path), lambda line: None)
+
+
+def test_one_micro_batch_for_what_is_compared(tiny):
+    first = six(tiny, "none")
+    for same in (
+        six(tiny, "int8"),
+        six(tiny, "none", seed=7),
+        six(tiny, "nf4", micro=2),
+        six(tiny, "none", lora={"r": 16}),
+    ):
+        assert batch.comparable(same) == batch.comparable(first)
+    other = tiny("none", training={"gradient_checkpointing": True})
+    assert batch.comparable(other) != batch.comparable(tiny("none"))
+
+
+def test_a_study_keeps_to_what_it_began_with(tiny, tmp_path):
+    old, new = six(tiny, "none"), six(tiny, "nf4")
+    where = RunContext(study_dir=tmp_path / "study")
+    inputs = {"data": {}, "weights": {}}
+    manifest.open_study([old], where, inputs, grid="g", command="c")
+    folder = where.study_dir
+    assert batch.known([old, new], folder, auto=True) == {}
+    (folder / old.trial_id).mkdir()
+    write_json(folder / old.trial_id / "results.json", {})
+    with pytest.raises(UserError, match="begun with micro-batches as planned"):
+        batch.known([new], folder, auto=True)
+    assert batch.known([new], folder, auto=False) == {}
+    write_json(folder / old.trial_id / "batch.json", {"micro_batch": 2})
+    assert batch.known([old, new], folder, auto=True)[new.trial_id] == {"micro_batch": 2}
+    assert list(batch.known([old], folder, auto=False)) == [old.trial_id]
+    with pytest.raises(UserError, match="add --batch auto"):
+        batch.known([old, new], folder, auto=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch", "16"], ["--batch 16", "per_device_train_batch_size=N"]),
+        (["--batch", "auto", "--simulate"], ["--batch auto", "simulated"]),
+        (["--batch", "auto", "--search", "optuna"], ["--batch auto", "--search optuna"]),
+        (["--batch", "auto", "--max-concurrent", 2], ["--max-concurrent 2", "--batch auto"]),
+        (
+            ["--batch", "auto", "--address", "auto", "--storage", "file:///tmp/none"],
+            ["--batch auto", "--address"],
+        ),
+    ],
+)
+def test_what_it_does_not_go_with_is_one_sentence(command, tmp_path, arguments, words):
+    code, _, error = command(*arguments, "--device", "cpu")
+    assert code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_chooses_once_and_a_failed_trial_keeps_the_choice(
+    command,
+    tmp_path,
+    monkeypatch,
+):
+    grid, measured, micro = test_run.grid_file(tmp_path), [], []
+
+    def measure(trials, context, say):
+        measured.append(len(trials))
+        return {"micro_batch": 8}
+
+    def fail(waiting, context, progress, **options):
+        for trial in waiting:
+            micro.append(taken(trial, context.study_dir))
+            values = {"trial_id": trial.trial_id, "status": "error", "simulated": False}
+            write_json(context.study_dir / trial.trial_id / "results.json", values)
+
+    monkeypatch.setattr(batch, "measure", measure)
+    monkeypatch.setattr(study, "run", fail)
+    monkeypatch.setattr("analysis.report.write_report", lambda folder: folder / "report")
+    _, output, _ = command("--grid", grid, "--batch", "auto", "--dry-run")
+    assert "note: --batch auto chooses the micro-batch when the study begins" in output
+    assert measured == []
+    command("--grid", grid, "--batch", "auto")
+    command("--grid", grid, "--batch", "auto", "--retry-failed")
+    assert (measured, micro) == ([1], [(8, 4), (8, 4)])
+    output = command("--grid", grid, "--dry-run", "--batch", "auto")[1]
+    assert "when the study begins" not in output
