@@ -26,7 +26,6 @@ import json
 import math
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import psutil
@@ -77,7 +77,7 @@ def load(folder: Path) -> Callable[[], object]:
     return lambda: read_study(folder / "study")
 
 
-def statistics_(folder: Path) -> Callable[[], object]:
+def statistics(folder: Path) -> Callable[[], object]:
     from analysis.findings import compute
     from analysis.load import read_study
 
@@ -97,7 +97,7 @@ ALONE = {
     "plan": plan,
     "collect": collect,
     "load": load,
-    "statistics": statistics_,
+    "statistics": statistics,
     "report": report,
 }
 
@@ -105,11 +105,8 @@ ALONE = {
 def alone(phase: str, folder: Path, repeats: int) -> Cost:
     """Medians of :func:`once` over fresh processes."""
     command = [sys.executable, "-m", "benchmarks.scaling", "--phase", phase, str(folder)]
-    done = [
-        Cost(*json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
-        for _ in range(repeats)
-    ]
-    return Cost(*(statistics.median(values) for values in zip(*done, strict=True)))
+    done = [Cost(*json.loads(subprocess.check_output(command))) for _ in range(repeats)]
+    return Cost(*(median(values) for values in zip(*done, strict=True)))
 
 
 def once(phase: str, folder: Path) -> Cost:
@@ -125,7 +122,7 @@ def once(phase: str, folder: Path) -> Cost:
 def command(folder: Path, trials: int) -> dict[str, Cost]:
     """Makes the study of ``trials`` trials: the costs of ``command`` and of ``run``."""
     arguments = ["--grid", f"{folder / 'grid.py'}:seeds", "--simulate", "--name", "study"]
-    begun, peak, cpu = time.perf_counter(), 0, {}
+    begun, peak, cpu, spent = time.perf_counter(), 0, {}, [(0.0, 0.0)]
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "tune_study.run", *arguments, "--output-dir", str(folder)],
@@ -135,6 +132,7 @@ def command(folder: Path, trials: int) -> dict[str, Cost]:
         while process.poll() is None:
             rss, times = used(process.pid)
             peak, cpu = max(peak, rss), cpu | times
+            spent.append((time.time(), sum(cpu.values())))
             time.sleep(0.2)
     seconds = time.perf_counter() - begun
     started, ended = (
@@ -143,10 +141,16 @@ def command(folder: Path, trials: int) -> dict[str, Cost]:
     )
     if process.returncode or len(ended) != trials:
         raise RuntimeError((folder / "output.txt").read_text()[-2000:])
+    first, last = min(started), max(ended)
     return {
         "command": Cost(seconds, sum(cpu.values()), peak),
-        "run": Cost(max(ended) - min(started), math.nan, math.nan),
+        "run": Cost(last - first, until(last, spent) - until(first, spent), math.nan),
     }
+
+
+def until(moment: float, spent: list[tuple[float, float]]) -> float:
+    """The seconds of CPU that were ``spent`` at ``moment``: (time, seconds by then) in order."""
+    return max(seconds for when, seconds in spent if when <= moment)
 
 
 def used(pid: int) -> tuple[int, dict[int, float]]:
@@ -227,7 +231,7 @@ def main() -> None:
     found: dict[int, dict[str, Cost]] = {}
     for trials in options.trials:
         found[trials] = measure(trials, options.repeats)
-        print(f"{trials:,} trials: measured", file=sys.stderr, flush=True)
+        print(f"{trials:,} trials: {found[trials]}", file=sys.stderr, flush=True)
     print(f"{ran_on()}\n\n{table(found)}")
 
 
