@@ -1,8 +1,11 @@
 """What the benchmarks compute from times; never a time itself."""
 
+import math
+
 import pytest
 
 from benchmarks.__main__ import line
+from benchmarks.scaling import PHASES, Cost, growth, table
 from benchmarks.timing import Comparison, alternate, compare
 
 
@@ -35,3 +38,12 @@ def test_a_row_of_the_table_says_whether_the_target_is_met(ratio, word):
     row = line(one._asdict() | {"median": one.median, "met": one.met})
     assert row.split(" | ")[4] == word
     assert "one run" in row
+
+
+def test_growth_is_per_ten_times_the_trials_and_bold_when_faster_than_linear():
+    assert growth([1.0, 8.0, 64.0], [10, 100, 1000])[1:] == pytest.approx([8.0, 8.0])
+    assert growth([1.0, 4.0], [10, 20])[1:] == pytest.approx([100.0])  # quadratic
+    sizes = {144: Cost(1.0, math.nan, 2**20), 1440: Cost(11.0, math.nan, 2**21)}
+    rows = table({size: dict.fromkeys(PHASES, cost) for size, cost in sizes.items()}).splitlines()
+    assert rows[2] == "| plan | 144 | 1.00 |  |  |  |  | 1 |  |"
+    assert rows[3] == "| plan | 1,440 | 11.00 | **11.0** |  |  |  | 2 | 2.0 |"

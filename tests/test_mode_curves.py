@@ -1,10 +1,12 @@
 """Custom Scalars and the Images tab, read by TensorBoard's own code."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tune_study import mode_curves
 from tune_study.event_files import replace_run, scalar
 from tune_study.files import write_json
 from tune_study.mode_curves import Cell, ModeCurves, cells_of
@@ -40,14 +42,21 @@ def end(folder, plan_entry, accuracies, status="completed"):
     write_json(trial / "results.json", {"status": status, "train": {"epochs": rows}})
 
 
+@pytest.fixture(autouse=True)
+def _no_time_between_writes(monkeypatch):
+    monkeypatch.setattr(mode_curves, "WRITING_SHARE", math.inf)
+
+
 def report(curves, plan_entry, epoch, accuracy):
     trial = SimpleNamespace(config={"trial_id": plan_entry["trial_id"]})
     curves.on_trial_result(0, [], trial, row(epoch, accuracy))
+    curves.on_step_end(0, [])
 
 
 def complete(curves, plan_entry):
     trial = SimpleNamespace(config={"trial_id": plan_entry["trial_id"]})
     curves.on_trial_complete(0, [], trial)
+    curves.on_step_end(0, [])
 
 
 def accuracy(folder, title=TITLE):
@@ -78,6 +87,22 @@ def test_the_first_trial_of_a_mode_is_drawn_while_it_runs_and_the_next_when_they
     complete(curves, PLAN[1])
     report(curves, PLAN[3], 1, 0.1)
     assert accuracy(tmp_path) == {"modes/nf4": [(1, 0.5), (2, 0.6)]}
+
+
+def test_what_takes_long_to_write_is_written_seldom_and_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(mode_curves, "WRITING_SHARE", 0.1)
+    clock = iter([0.0, 2.0, *([19.0] * 3), 22.1, 22.1, 24.1, 25.0, 26.0, 26.0])
+    monkeypatch.setattr(mode_curves.time, "monotonic", lambda: next(clock))
+    curves = ModeCurves(tmp_path, PLAN)  # took 2 s: the next after 22 s
+    for epoch in (1, 2, 3):
+        report(curves, PLAN[1], epoch, 0.5)
+    assert accuracy(tmp_path) == {}
+    report(curves, PLAN[1], 4, 0.5)
+    assert len(accuracy(tmp_path)["modes/nf4"]) == 4
+    report(curves, PLAN[1], 5, 0.5)
+    assert len(accuracy(tmp_path)["modes/nf4"]) == 4
+    curves.on_experiment_end([])
+    assert len(accuracy(tmp_path)["modes/nf4"]) == 5
 
 
 def test_a_running_trial_does_not_cut_the_mean_of_those_that_ended():

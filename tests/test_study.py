@@ -1,8 +1,12 @@
+import os
+from types import SimpleNamespace
+
 import pytest
 from ray import tune
 
 from search_spaces import grids
 from tune_study import study
+from tune_study.cluster import Slots
 from tune_study.config import UserError
 from tune_study.files import write_json
 from tune_study.trainable import RunContext
@@ -114,3 +118,18 @@ def test_grid_search_inside_a_nested_field():
         "seed": tune.grid_search([1, 2]),
     }
     assert len(study.plan(space)) == 4
+
+
+def test_the_larger_the_study_the_more_seldom_tune_saves_its_state(tmp_path, monkeypatch):
+    name = "TUNE_GLOBAL_CHECKPOINT_S"
+    monkeypatch.setattr(study.tune, "Tuner", lambda *a, **k: SimpleNamespace(fit=lambda: None))
+    (trial,) = study.plan(grids.smoke())[:1]
+    context, slots = RunContext(study_dir=tmp_path), Slots({"CPU": 1}, 1)
+    monkeypatch.setenv(name, "7")
+    for count, set_by_user, period in ((12, False, 30), (14_400, False, 1440), (12, True, 7)):
+        if not set_by_user:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, "7")
+        study._fit([trial] * count, context, lambda config: None, [], slots, None)
+        assert float(os.environ[name]) == period

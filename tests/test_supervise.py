@@ -54,16 +54,46 @@ def _reset():
     Stop.reset()
 
 
+class FakeTrial:
+    """Tune's, which counts how often it is looked at."""
+
+    def __init__(self, status):
+        self.now, self.looked_at = status, 0
+
+    @property
+    def status(self):
+        self.looked_at += 1
+        return self.now
+
+    def is_finished(self):
+        return self.status in ("TERMINATED", "ERROR")
+
+
+def controller_of(trials):
+    return SimpleNamespace(get_trials=lambda: trials)
+
+
+def test_trials_start_in_their_order_and_ended_ones_are_not_looked_at_again():
+    gate, trials = Gate(), [FakeTrial("PENDING") for _ in range(4)]
+    controller = controller_of(trials)
+    assert gate.choose_trial_to_run(controller) is trials[0]
+    trials[0].now, trials[1].now = "RUNNING", "ERROR"
+    assert gate.choose_trial_to_run(controller) is trials[2]
+    trials[0].now = "TERMINATED"
+    assert gate.choose_trial_to_run(controller) is trials[2]
+    looks = [trial.looked_at for trial in trials[:2]]
+    trials.append(FakeTrial("PENDING"))
+    assert gate.choose_trial_to_run(controller) is trials[2]
+    assert [trial.looked_at for trial in trials[:2]] == looks
+    for trial in trials:
+        trial.now = "TERMINATED"
+    assert gate.choose_trial_to_run(controller) is None
+
+
 def test_a_stop_waits_for_the_running_trials_and_starts_no_other():
     Stop.reset()
     stopper, gate = EpochStopper(), Gate()
-    pending = SimpleNamespace(status="PENDING", placement_group_factory=None)
-    controller = SimpleNamespace(
-        get_live_trials=lambda: [pending],
-        trial_executor=None,
-        _trials=[pending],
-        get_trials=lambda: [pending],
-    )
+    controller = controller_of([FakeTrial("PENDING")])
     Stop.running.add("t")
     assert not stopper("t", {})
     Stop.request("interrupt")

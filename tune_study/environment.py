@@ -30,7 +30,6 @@ SETTINGS = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "30",
     "KINETO_LOG_LEVEL": "99",
     # Every trial of a worker runs in a thread of its own: with an arena of memory for each, the
     # worker of a long study grew from 1.5 to 3 GB.

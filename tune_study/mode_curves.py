@@ -1,8 +1,9 @@
 """TensorBoard's Custom Scalars: a group of charts per configuration, a curve per mode.
 
 The page colours by run. So each mode has a run of its own, ``tensorboard/modes/<mode>``, with the
-mean over the seeds of a configuration and mode, epoch by epoch. It is written anew whenever a mean
-changes, from the trials' own files and from what the running ones report: a restart adds no point.
+mean over the seeds of a configuration and mode, epoch by epoch. It is written anew when a mean has
+changed, from the trials' own files and from what the running ones report: a restart adds no point.
+A large study takes long to write: then it is written more seldom.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 import re
 import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,8 @@ CHARTS = {
     "grad_norm_mean": "gradient norm",
 }
 """What is drawn, by the column of the epochs table."""
+WRITING_SHARE = 0.05
+"""Of a run's time, at most: between two writes, 20 times as long as the first one took."""
 _IN_TITLE = ("model", "dataset", "lora.r", "lora.lora_alpha")
 _IN_WORDS = {"lora.r": "r", "lora.lora_alpha": "alpha "}
 
@@ -76,8 +80,8 @@ class ModeCurves(Callback):
         modes = dict.fromkeys(cell.mode for cell in self._cells.values())
         # Before any trial's, and one after the other: the page gives neighbours unlike colours.
         self._files = {mode: RunFile(self._root / "modes" / mode) for mode in modes}
-        for mode in modes:
-            self._write(mode)
+        self._stale = modes
+        self._write()
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -89,7 +93,7 @@ class ModeCurves(Callback):
             return  # a retry within this run reports its epochs again
         cell.running[trial_id] = [*before, dict(result)]
         if not cell.ended:
-            self._write(cell.mode)
+            self._stale[cell.mode] = None
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -105,18 +109,33 @@ class ModeCurves(Callback):
         trial_id = trial.config["trial_id"]
         self._cells[trial_id].running.pop(trial_id, None)
         self._read(trial_id)
-        self._write(self._cells[trial_id].mode)
+        self._stale[self._cells[trial_id].mode] = None
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Comes after each of the others, and every 0.1 s."""
+        if self._stale and time.monotonic() >= self._next_at:
+            self._write()
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        self._write()
 
     def _read(self, trial_id: str) -> None:
         results = read_json(self._study_dir / trial_id / "results.json")
         if isinstance(results, dict) and results.get("status") in GOOD_STATUSES:
-            self._cells[trial_id].ended[trial_id] = results["train"]["epochs"]
+            rows = results["train"]["epochs"]
+            drawn: list[Row] = [{column: row.get(column) for column in CHARTS} for row in rows]
+            self._cells[trial_id].ended[trial_id] = drawn
 
-    def _write(self, mode: str) -> None:
-        cells = {id(cell): cell for cell in self._cells.values() if cell.mode == mode}
-        points = [point for cell in cells.values() for point in _points(cell)]
-        if points:
-            self._files[mode].replace(points)
+    def _write(self) -> None:
+        begun = time.monotonic()
+        cells = list(dict.fromkeys(self._cells.values()))
+        for mode in self._stale:
+            points = [point for cell in cells if cell.mode == mode for point in _points(cell)]
+            if points:
+                self._files[mode].replace(points)
+        self._stale = {}
+        ended = time.monotonic()
+        self._next_at = ended + (ended - begun) / WRITING_SHARE
 
 
 def _points(cell: Cell) -> Iterator[tuple[int, Summary]]:

@@ -104,11 +104,14 @@ def plan(
             values = assign(values, key, value)
         trial = parse_trial(values)
         trials.setdefault(trial.trial_id, trial)
-    seeds = list(dict.fromkeys(trial.seed for trial in trials.values()))
-    groups = list(dict.fromkeys(trial.configuration for trial in trials.values()))
-    return sorted(
-        trials.values(), key=lambda t: (seeds.index(t.seed), groups.index(t.configuration))
-    )
+    seeds = _ranks(trial.seed for trial in trials.values())
+    groups = _ranks(trial.configuration for trial in trials.values())
+    return sorted(trials.values(), key=lambda t: (seeds[t.seed], groups[t.configuration]))
+
+
+def _ranks(values: Iterable[Any]) -> dict[Any, int]:
+    """Where each value comes first, among the different ones."""
+    return {value: rank for rank, value in enumerate(dict.fromkeys(values))}
 
 
 def _cells(space: Any) -> int:
@@ -236,6 +239,8 @@ def _fit(
     search: Search | None,
 ) -> None:
     """One Tuner, in a new run folder of the study."""
+    # Tune's snapshot of its state copies what it knows of all trials: the more, the more seldom.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(max(30, len(trials) / 10)))
     cells = {trial.trial_id: trial.model_dump(mode="json") for trial in trials}
     grid = {
         "trial_id": tune.grid_search(list(cells)),
