@@ -56,6 +56,7 @@ def test_the_fastest_that_fits_in_every_mode_then_training_as_if_it_had_been_giv
     monkeypatch.setattr(train, "_forward", refuse)
     where, said = RunContext(study_dir=tmp_path), []
     batch.choose(trials, where, {}, said.append, auto=True)
+    monkeypatch.setattr(train, "_forward", forward)
     choice = json.loads((tmp_path / trials[0].trial_id / "batch.json").read_text())
     assert (choice["micro_batch"], choice["gradient_accumulation_steps"]) == (2, 3)
     assert choice["largest_micro_batch"] == 3
