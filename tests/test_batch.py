@@ -7,7 +7,7 @@ import torch
 
 from tests import test_run
 from tests.test_trainable import killed, run, without_times
-from tune_study import batch, manifest, study, train
+from tune_study import batch, manifest, preflight, study, train
 from tune_study.config import UserError
 from tune_study.files import write_json
 from tune_study.limits import note_out_of_memory, within_memory
@@ -123,6 +123,20 @@ def test_what_is_predicted_not_to_fit_the_host_is_not_tried(tiny, tmp_path, monk
     monkeypatch.setattr(batch, "free_bytes", lambda device: 1)
     with pytest.raises(UserError, match="not even micro-batches of one image fit"):
         batch.measure([trial], RunContext(study_dir=tmp_path), lambda line: None)
+
+
+def test_one_image_is_enough_before_the_choice_and_afterwards_the_choice(
+    tiny, tmp_path, monkeypatch
+):
+    trial, where = six(tiny, "none"), RunContext(study_dir=tmp_path)
+    peak = predict(six(tiny, "none", micro=3), 10, torch.device("cpu")).peak_train_bytes
+    monkeypatch.setattr("tune_study.estimate.free_bytes", lambda device: peak)
+    with pytest.raises(UserError, match="a training step needs"):
+        preflight.check([trial], where)
+    preflight.check([trial], where, auto_batch=True)
+    (tmp_path / trial.trial_id).mkdir()
+    write_json(tmp_path / trial.trial_id / "batch.json", {"micro_batch": 3})
+    preflight.check([trial], where)
 
 
 def test_one_micro_batch_for_what_is_compared(tiny):
