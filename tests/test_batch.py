@@ -185,13 +185,7 @@ def test_a_study_keeps_to_what_it_began_with(tiny, tmp_path):
     ],
 )
 def test_what_it_does_not_go_with_is_one_sentence(command, tmp_path, arguments, words):
-    code, _, error = command(*arguments, "--device", "cpu")
-    assert code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    for word in words:
-        assert word in error
-    assert list(tmp_path.iterdir()) == []
+    test_run.refused(command, tmp_path, [*arguments, "--device", "cpu"], words)
 
 
 def test_the_command_chooses_once_and_a_failed_trial_keeps_the_choice(

@@ -31,6 +31,17 @@ def command(tmp_path, monkeypatch, capsys):
     return call
 
 
+def refused(command, tmp_path, arguments, words):
+    """It is one sentence with these words and exit code 2, and leaves nothing."""
+    code, _, error = command(*arguments)
+    assert code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+    assert list(tmp_path.iterdir()) == []
+
+
 def grid_file(tmp_path, model="vit_glyphs_patch4_32", dataset="digits"):
     path = tmp_path / "grid.py"
     path.write_text(GRID.replace("MODEL", model).replace("DATASET", dataset))
@@ -55,13 +66,7 @@ def grid_file(tmp_path, model="vit_glyphs_patch4_32", dataset="digits"):
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing(command, tmp_path, arguments, words):
-    code, _, error = command(*arguments)
-    assert code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    for word in words:
-        assert word in error
-    assert list(tmp_path.iterdir()) == []
+    refused(command, tmp_path, arguments, words)
 
 
 def test_an_option_that_does_not_exist_is_exit_2(command, tmp_path):

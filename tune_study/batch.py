@@ -125,16 +125,19 @@ def known(trials: Sequence[TrialConfig], study_dir: Path, *, auto: bool) -> dict
         return {}
     manifest = read_manifest(study_dir) or {"plan": []}
     choices: dict[tuple[Any, ...], Choice] = {}
+    own: dict[str, Choice] = {}
     as_planned = set()
-    for trial in [*planned(study_dir.name, manifest["plan"]), *trials]:
+    both = [*planned(study_dir.name, manifest["plan"]), *trials]
+    for trial in {trial.trial_id: trial for trial in both}.values():
         if choice := chosen(trial, study_dir / trial.trial_id):
+            own[trial.trial_id] = choice
             choices.setdefault(comparable(trial), choice)
         elif (study_dir / trial.trial_id / "results.json").exists():
             as_planned.add(comparable(trial))
     found = {}
     for trial in trials:
         group = comparable(trial)
-        choice = chosen(trial, study_dir / trial.trial_id)
+        choice = own.get(trial.trial_id)
         if auto and group in as_planned:
             raise UserError(
                 f"--batch auto: the study in {study_dir} has begun with micro-batches as planned; "

@@ -56,8 +56,8 @@ def estimate(config: TrialConfig, data: Dataset, device: torch.device) -> Estima
 
 def refuse_what_cannot_fit(config: TrialConfig, num_classes: int, device: torch.device) -> None:
     """Raises ``UserError`` when the predicted peak of a step is more than the memory now free."""
-    peak, free = predict(config, num_classes, device).peak_train_bytes, free_bytes(device)
-    if peak is not None and free is not None and peak > free:
+    if excess := _excess(config, num_classes, device):
+        peak, free = excess
         settings = config.training
         smaller = (
             "lower training.per_device_train_batch_size "
@@ -85,11 +85,17 @@ def refuse_any_that_cannot_fit(
         groups[_of_rank(trial, 1).model_dump_json()].append((trial, classes))
     for group in groups.values():
         largest = _of_rank(group[0][0], max(trial.lora.r for trial, _ in group))
-        peak = predict(largest, max(classes for _, classes in group), device).peak_train_bytes
-        free = free_bytes(device)
-        if peak is not None and free is not None and peak > free:
+        if _excess(largest, max(classes for _, classes in group), device):
             for trial, classes in group:
                 refuse_what_cannot_fit(trial, classes, device)
+
+
+def _excess(
+    config: TrialConfig, num_classes: int, device: torch.device
+) -> tuple[float, int] | None:
+    """(predicted peak of a step, memory now free) where the first is more, in bytes."""
+    peak, free = predict(config, num_classes, device).peak_train_bytes, free_bytes(device)
+    return (peak, free) if peak is not None and free is not None and peak > free else None
 
 
 def _of_rank(trial: TrialConfig, r: int) -> TrialConfig:

@@ -87,8 +87,8 @@ def check(
             sha256["weights"][trial.model] = _weights_sha256(trial, context)
     planned = []
     for trial in trials:
-        taken = within_memory(trial, context.study_dir / trial.trial_id)
-        least = with_micro_batch(trial, 1) if auto_batch else taken
+        folder = context.study_dir / trial.trial_id
+        least = with_micro_batch(trial, 1) if auto_batch else within_memory(trial, folder)
         planned.append((least, len(data[trial.trial_id].class_names)))
     refuse_any_that_cannot_fit(planned, torch.device(context.device))
     return Checked(data, sha256)

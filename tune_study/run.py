@@ -492,11 +492,13 @@ def _say_what_is_unusual(
 
 
 def _say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: Checked) -> None:
+    from tune_study.limits import images_per_step
+
     for trial in trials:
         training = trial.training
-        size = training.per_device_train_batch_size * training.gradient_accumulation_steps
         if trial.trial_id in checked.data:
-            per_epoch = math.ceil(len(checked.data[trial.trial_id].train.labels) / size)
+            images = len(checked.data[trial.trial_id].train.labels)
+            per_epoch = math.ceil(images / images_per_step(trial))
             steps = per_epoch * training.num_train_epochs
             if training.warmup_steps >= steps:
                 console.print(
