@@ -66,9 +66,10 @@ def test_simulated_trials_survive_a_node_and_equal_those_of_one(tmp_path):
     code, output = harness.finish(harness.start(tmp_path / "one", *SIMULATED), tmp_path / "one")
     assert code == 0, output
     with nodes.cluster(3) as cluster:
-        process = start(tmp_path, cluster, *SIMULATED, "--epoch-s", 5)
+        process = start(tmp_path, cluster, *SIMULATED, "--epoch-s", 10)
         folder = tmp_path / "cluster"
-        # Three run at a time, so that every node has one.
+        # Three run at a time, so that every node has one; so long that the first is far from its
+        # end when the last has begun, however busy the machine is.
         until(process, folder, lambda said: said.count(": epoch 1/4") == 3)
         kill_a_node(cluster, process, folder)
     name = "smoke-simulated"
