@@ -167,12 +167,12 @@ def test_new_trials_take_the_compute_dtype_of_the_study(monkeypatch, tiny, tmp_p
     assert manifest.settled_compute_dtype(where.study_dir) == "fp32"
     assert manifest.settled_compute_dtype(tmp_path / "nothing") is None
     new = parse_trial({**VALUES, "seed": 2})
-    for slowness, warned in ((1.0, 1.0), (100.0, 100.0)):
-        monkeypatch.setattr(estimate, "bf16_slowness", lambda device, value=slowness: value)
+    for reason in (None, "it has none"):
+        monkeypatch.setattr(estimate, "without_bf16", lambda device, reason=reason: reason)
         for compute_dtype in ("fp32", "bf16"):
             settled, said = settle_compute_dtype([new], "cpu", (), compute_dtype)
             assert settled[0].training.compute_dtype == compute_dtype
-            assert said == warned
+            assert said == reason
     (settled,), _ = settle_compute_dtype([new], "cpu", {fast.trial_id}, "fp32")
     manifest.open_study([settled], where, {"data": {}, "weights": {}}, grid="g", command="c")
     assert manifest.planned_ids(where.study_dir) == {fast.trial_id, settled.trial_id}

@@ -112,3 +112,24 @@ def test_a_wrong_twin_is_seen(tiny):
 def test_products_that_are_not_finite_are_nan():
     assert all(math.isnan(value) for value in fidelity._compare((math.nan, math.nan, 1.0)))
     assert all(math.isnan(value) for value in fidelity._compare((0.0, 0.0, 1.0)))
+
+
+def test_modes_of_a_seed_share_one_look_at_their_twin_and_get_what_they_would_alone(
+    tiny, monkeypatch
+):
+    builds = []
+    real = fidelity.build_model
+    monkeypatch.setattr(
+        fidelity, "build_model", lambda *given, **more: builds.append(0) or real(*given, **more)
+    )
+    monkeypatch.setattr(fidelity, "_latest", {})
+    for mode in ("none", "int8", "nf4"):
+        training = started(tiny(mode))
+        assert fidelity.at_start(training, None) == both(training)
+    assert len(builds) == 1 + 3
+    # Another seed, and another state of the adapters, have another twin.
+    training = started(tiny("nf4", seed=43))
+    for _ in range(2):
+        assert fidelity.at_start(training, None) == both(training)
+        next(iter(train.fit(training)))
+    assert len(builds) == 4 + 2 * 2

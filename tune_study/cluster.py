@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from ray.tune.execution import class_cache
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tune_study import provenance
+from tune_study import local_ray, provenance
 from tune_study.config import UserError
 from tune_study.trainable import RunContext
 
@@ -27,9 +27,6 @@ AWS_SECRETS = (
     "AWS_SESSION_TOKEN",
 )
 """What Tune hands to its workers by way of a log file (seen with Ray 2.60)."""
-TRIAL_SLOT = "trial_slot"
-"""A resource of ours that limits the trials at a time, on a Ray that this command starts."""
-QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 PATIENCE_S = 600
 """For a node's first answer: its worker imports torch, on a machine that may be busy."""
 
@@ -81,17 +78,11 @@ def connect(
     # What a trial died of stands in its error.json, and we say so: no traceback beside it.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     gpus = 1 if context.device == "cuda" and gpus_per_trial is None else gpus_per_trial or 0
-    resources: dict[str, float] = {"CPU": context.num_threads, "GPU": gpus}
     if address == "local":
         count = max_concurrent or 1
-        ray.init(
-            address="local",
-            num_cpus=max(provenance.cores(), context.num_threads * count),
-            resources={TRIAL_SLOT: count},
-            include_dashboard=dashboard,
-            **QUIET,
-        )
-        return Slots({**resources, TRIAL_SLOT: 1}, count)
+        local_ray.start(count, dashboard=dashboard)
+        return Slots({"CPU": 1, "GPU": gpus}, count)
+    resources: dict[str, float] = {"CPU": context.num_threads, "GPU": gpus}
     join(address)
     fits = _look_at_nodes(address, context, resources)
     if max_concurrent is None or max_concurrent >= fits:
@@ -102,7 +93,7 @@ def connect(
 def join(address: str) -> None:
     """Connects to the Ray at ``address``, ``ray://`` or not. Raises ``UserError``."""
     try:
-        ray.init(address=address, **QUIET)
+        ray.init(address=address, **local_ray.QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(

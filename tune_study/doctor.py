@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tune_study import provenance, quantize, train
 from tune_study.config import TrialConfig, UserError, parse_trial
 from tune_study.data import load
-from tune_study.estimate import TOO_SLOW, bf16_slowness, free_bytes, settle_compute_dtype
+from tune_study.estimate import bf16_slowness, free_bytes, settle_compute_dtype, without_bf16
 from tune_study.model import build_model
 from tune_study.schema import MODES
 
@@ -186,7 +186,7 @@ class _Operations(TorchDispatchMode):
 def compute_dtype(device: torch.device) -> Verdict:
     """What trials compute in that do not name it. fp32 is no fault, and no silence either."""
     slowness = bf16_slowness(device.type)
-    used = "fp32" if slowness > TOO_SLOW else "bf16"
+    used = "fp32" if without_bf16(device.type) else "bf16"
     found = f"trials use {used}; a bf16 matrix product takes {slowness:.2g} times as long as fp32"
     return Verdict("compute dtype", True, found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
@@ -24,8 +25,8 @@ BACKWARD_SHARE = 1.0
 EFFICIENCY = 0.4
 """Model work over the machine's matrix product rate, on two CPU cores; GPUs vary more."""
 TOO_SLOW = 4.0
-"""A device that multiplies bf16 this many times slower than fp32 has no kernel for it: x86 CPUs
-with AVX2 alone are 100 times slower (CHANGELOG.md), all others at most about as slow as fp32."""
+"""A device that multiplies bf16 this many times slower than fp32 has no kernel for it."""
+X86 = ("x86_64", "AMD64")
 
 
 class Estimate(NamedTuple):
@@ -127,13 +128,13 @@ def settle_compute_dtype(
     device: str,
     planned: Collection[str] = (),
     compute_dtype: str | None = None,
-) -> tuple[list[TrialConfig], float]:
-    """(trials, how many times slower than fp32 ``device`` multiplies bf16, where that mattered).
+) -> tuple[list[TrialConfig], str | None]:
+    """(trials, ``without_bf16`` of ``device``, where that mattered).
 
-    A trial that does not name its ``compute_dtype`` computes in bf16, but on a device without a
-    kernel for it in fp32; the second value is then over ``TOO_SLOW``, else 1. In a study that is
-    continued or extended, a trial whose id is among ``planned`` keeps what it was planned with, and
-    a new one takes ``compute_dtype``, that of all planned trials, whatever the device is.
+    A trial that does not name its ``compute_dtype`` computes in bf16, but on a device without fast
+    bf16 in fp32. In a study that is continued or extended, a trial whose id is among ``planned``
+    keeps what it was planned with, and a new one takes ``compute_dtype``, that of all planned
+    trials, whatever the device is.
     """
     settled, asked = [], False
     for trial in trials:
@@ -143,18 +144,34 @@ def settle_compute_dtype(
             asked = True
             fp32 = _with_compute_dtype(trial, "fp32")
             wanted = compute_dtype or (
-                "fp32" if bf16_slowness(device) > TOO_SLOW else trial.training.compute_dtype
+                "fp32" if without_bf16(device) else trial.training.compute_dtype
             )
             if fp32.trial_id in planned or wanted == "fp32":
                 trial = fp32
         settled.append(trial)
-    slowness = bf16_slowness(device) if asked else 1.0
-    return settled, slowness if slowness > TOO_SLOW else 1.0
+    return settled, without_bf16(device) if asked else None
 
 
 def _with_compute_dtype(trial: TrialConfig, compute_dtype: str) -> TrialConfig:
     training = trial.training.model_copy(update={"compute_dtype": compute_dtype})
     return trial.model_copy(update={"training": training})
+
+
+def without_bf16(device: str) -> str | None:
+    """Why bf16 is slower than fp32 on ``device``, as a clause; ``None`` where it is not.
+
+    An x86 CPU without AVX512-BF16 multiplies bf16 matrices about as fast as fp32 ones with AVX512,
+    and a hundred times slower with AVX2; a training step takes 1.6 to 2 times as long with the
+    former (benchmarks/README.md). Other devices are measured.
+    """
+    if device == "cpu" and platform.machine() in X86:
+        if torch.cpu._is_avx512_bf16_supported():
+            return None
+        return "this CPU has no bf16 instructions (AVX512-BF16)"
+    slowness = bf16_slowness(device)
+    if slowness <= TOO_SLOW:
+        return None
+    return f"{device} multiplies bf16 matrices {slowness:.0f} times slower than fp32 ones"
 
 
 @cache

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 
-from tune_study.config import QuantizationConfig, UserError
+from tune_study.config import QuantizationConfig, TrialConfig, UserError
 from tune_study.data import preprocess
 from tune_study.model import build_model, classifier_names, load_base, trainable
 from tune_study.train import Training, autocast
@@ -57,20 +57,37 @@ class OutputFidelity(NamedTuple):
     """Mean KL divergence in nats of the quantized model's classes from the twin's."""
 
 
+class Reference(NamedTuple):
+    """What the twin computes on the fixed images, in the adapter state that it was given."""
+
+    adapter: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    features: Tensor
+
+
+_latest: dict[str, Reference] = {}
+"""At most one: that of the last trial of this process that began."""
+
+
 @contextmanager
 def twin(training: Training, weights: Path | None) -> Iterator[PeftModel]:
     """The full-precision model of the same trial, in the same adapter state.
 
     Random states are put back at the end, whatever is drawn in between.
     """
-    config = training.config.model_copy(update={"quantization": QuantizationConfig()})
     with _random_states(training.device):
         classes = len(training.data.class_names)
-        built = build_model(config, classes, weights=weights, device=training.device)
+        built = build_model(
+            _of_twin(training.config), classes, weights=weights, device=training.device
+        )
         with torch.no_grad():
             for name, parameter in trainable(built.model).items():
                 parameter.copy_(training.parameters[name])
         yield built.model
+
+
+def _of_twin(config: TrialConfig) -> TrialConfig:
+    return config.model_copy(update={"quantization": QuantizationConfig()})
 
 
 @contextmanager
@@ -82,6 +99,37 @@ def _random_states(device: torch.device) -> Iterator[None]:
         torch.mps.set_rng_state(mps)
 
 
+def at_start(training: Training, weights: Path | None) -> tuple[GradientFidelity, OutputFidelity]:
+    """``gradient_fidelity`` and ``output_fidelity`` of a trial before its first step.
+
+    The modes of a configuration and seed begin with the same adapters, and so with the same twin:
+    the first of them to run in a process builds it and looks, for the others too.
+    """
+    key = "|".join(
+        [
+            _of_twin(training.config).model_dump_json(),
+            f"{weights} {training.data.sha256} {training.device} {torch.get_num_threads()}",
+        ]
+    )
+    known = _latest.get(key)
+    if known is None or not all(
+        torch.equal(p, known.adapter[name]) for name, p in training.parameters.items()
+    ):
+        _latest.clear()
+        with twin(training, weights) as other:
+            known = _latest[key] = Reference(
+                {name: p.detach().clone() for name, p in training.parameters.items()},
+                _gradients(training, other, trainable(other)),
+                _features(training, other),
+            )
+    ours = _gradients(training, training.model, training.parameters)
+    features = _features(training, training.model)
+    return (
+        _compare_gradients(ours, known.gradients),
+        _compare_outputs(training, features, known.features, weights),
+    )
+
+
 def gradient_fidelity(training: Training, other: nn.Module) -> GradientFidelity:
     """Compares the gradients of ``training.model`` with those of its twin ``other``.
 
@@ -89,7 +137,12 @@ def gradient_fidelity(training: Training, other: nn.Module) -> GradientFidelity:
     types, so that equal draws cannot be had.
     """
     theirs = _gradients(training, other, trainable(other))
-    ours = _gradients(training, training.model, training.parameters)
+    return _compare_gradients(_gradients(training, training.model, training.parameters), theirs)
+
+
+def _compare_gradients(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+) -> GradientFidelity:
     layers = {}
     products = {name: _products(ours[name], theirs[name]) for name in ours}
     for name, product in products.items():
@@ -147,6 +200,12 @@ def _compare(products: tuple[float, float, float]) -> tuple[float, float]:
 def output_fidelity(training: Training, other: PeftModel, weights: Path | None) -> OutputFidelity:
     """Compares features and logits before any training, when the adapters add exactly nothing."""
     ours, theirs = (_features(training, model) for model in (training.model, other))
+    return _compare_outputs(training, ours, theirs, weights)
+
+
+def _compare_outputs(
+    training: Training, ours: Tensor, theirs: Tensor, weights: Path | None
+) -> OutputFidelity:
     cosine = float(cosine_similarity(ours, theirs, dim=-1).mean())
     cosine = 1.0 if torch.equal(ours, theirs) else cosine
     head = _pretrained_head(training, weights)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tune_study import backbone  # noqa: F401  (registers the demo's backbone with timm)
 from tune_study.config import TrialConfig, UserError
 from tune_study.data import Preprocessing
-from tune_study.dropout import Dropout
+from tune_study.lora import speed_up
 from tune_study.quantize import (
     LayerReport,
     QuantizationFailed,
@@ -309,8 +309,8 @@ def add_lora(base: nn.Module, config: TrialConfig) -> PeftModel:
     torch.manual_seed(config.seed)
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            module.lora_dropout["default"] = Dropout(config.lora.lora_dropout)
             module.reset_lora_parameters("default", init_lora_weights=True)
+    speed_up(model)
     return model
 
 

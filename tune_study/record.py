@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,17 @@ class Record:
         self.fidelity: dict[str, Any] = {}
         self._analysis: dict[str, Any] = {}
         self.test_metrics: dict[str, float] = {}
-        self.test_time_s = 0.0
+        self.test_time_s = self._measuring_time_s = 0.0
         self.training: Training | None = None
         self.content: dict[str, Any] = {}
         self._started_at = now()
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Counts the time of what belongs to the study and not to training: memory, fidelity."""
+        started = time.perf_counter()
+        yield
+        self._measuring_time_s += time.perf_counter() - started
 
     def log(self, line: str) -> None:
         """A line of ``trial.log``, with the time."""
@@ -147,6 +156,8 @@ class Record:
                     "gradient_accumulation_steps": settings.gradient_accumulation_steps,
                     "device": self._device,
                 },
+                # Of this run of the trial; an earlier one's are not added.
+                "measuring_time_s": self._measuring_time_s,
                 "epochs": history,
             },
             "meta": {"versions": versions(), "commit": commit(), "hardware": hardware()},

@@ -16,9 +16,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import ray
 import typer
 from rich.console import Console
 
+from tune_study import local_ray
 from tune_study.config import TrialConfig, UserError, parse_assignment
 from tune_study.remote import masked
 from tune_study.schema import PLANNED_ENDS
@@ -144,6 +146,8 @@ def study(
     if address.startswith("ray://"):
         raise typer.Exit(_on_head(address, storage, search))
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    if address == "local" and not (dry_run or validate_only):
+        local_ray.start_during_imports(max_concurrent or 1, dashboard=dashboard)
     from tune_study import batch as batches
     from tune_study import manifest, preflight, trackers
     from tune_study import space as spaces
@@ -422,17 +426,14 @@ def _settle_compute_dtype(
     from tune_study.manifest import planned_ids, settled_compute_dtype
 
     folder = context.study_dir
-    settled, slowness = settle_compute_dtype(
+    settled, reason = settle_compute_dtype(
         trials, context.device, planned_ids(folder), settled_compute_dtype(folder)
     )
-    if slowness > 1:
+    if reason:
         fp32 = any(trial.training.compute_dtype == "fp32" for trial in settled)
         so = "so the trials compute in fp32; --set training.compute_dtype=bf16 overrides"
         as_begun = "and the study in this folder computes in bf16; another --name would not"
-        console.print(
-            f"note: {context.device} multiplies bf16 matrices {slowness:.0f} times slower than "
-            f"fp32 ones, {so if fp32 else as_begun}"
-        )
+        console.print(f"note: {reason}, {so if fp32 else as_begun}")
     return settled
 
 
@@ -519,6 +520,8 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(EXIT_STOPPED["interrupt"])
+    finally:
+        ray.shutdown()
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 from ray import tune
 
-from tune_study import checkpoint, simulate, train
+from tune_study import checkpoint, fidelity, simulate, train
 from tune_study.config import TrialConfig
 from tune_study.data import load
 from tune_study.estimate import refuse_what_cannot_fit
-from tune_study.fidelity import gradient_fidelity, output_fidelity, twin
 from tune_study.files import write_folder_whole, write_json
 from tune_study.limits import (
     STATES_PER_CHECKPOINT,
@@ -169,8 +168,8 @@ def _train(context: RunContext, report: Report, record: Record) -> None:
             report(record.report_row(row))
     status = train.finished(training)
     assert status is not None
-    with twin(training, context.weights) as other:
-        record.fidelity["end"] = gradient_fidelity(training, other)._asdict()
+    with record.measuring(), fidelity.twin(training, context.weights) as other:
+        record.fidelity["end"] = fidelity.gradient_fidelity(training, other)._asdict()
     if training.best:
         started = time.perf_counter()
         record.test_metrics = train.test(training)
@@ -206,10 +205,12 @@ def _continue(training: Training, built: BuiltModel, context: RunContext, record
     else:
         record.log(f"starts on {context.device}")
     if extra.get("micro_batch") != config.training.per_device_train_batch_size:
-        record.memory = _memory(config, built, training)
+        with record.measuring():
+            record.memory = _memory(config, built, training)
         release_memory()
     if found is None:
-        record.fidelity = _fidelity_at_start(training, context.weights)
+        with record.measuring():
+            record.fidelity = _fidelity_at_start(training, context.weights)
 
 
 def _save(training: Training, context: RunContext, record: Record) -> None:
@@ -244,8 +245,5 @@ def _memory(config: TrialConfig, built: BuiltModel, training: Training) -> dict[
 
 
 def _fidelity_at_start(training: Training, weights: Path | None) -> dict[str, Any]:
-    with twin(training, weights) as other:
-        return {
-            "start": gradient_fidelity(training, other)._asdict(),
-            "outputs": output_fidelity(training, other, weights)._asdict(),
-        }
+    gradients, outputs = fidelity.at_start(training, weights)
+    return {"start": gradients._asdict(), "outputs": outputs._asdict()}

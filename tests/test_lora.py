@@ -1,0 +1,147 @@
+"""Our forward pass of a LoRA layer against PEFT's, and its dropout against dropout's definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from scipy import stats
+from torch import Tensor, nn
+
+from tune_study.config import TrialConfig
+from tune_study.lora import _AddAdapter, draw_mask
+from tune_study.model import build_model, trainable
+
+ONES = torch.ones(250_001)
+MODES = ["none", "int8", "nf4", "nf4-dq"]
+
+
+class SameMasks(nn.Module):
+    """Dropout by its definition, with the masks of ``draw_mask``, for PEFT's own forward pass."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask, kept = draw_mask(x, self.p)
+        return x * mask / kept
+
+
+def built(config: TrialConfig, pefts: bool) -> nn.Module:
+    model = build_model(config, 10).model.train()
+    torch.manual_seed(5)
+    for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.02)  # 0 before the first step
+        if pefts:
+            del layer.forward
+            if config.lora.lora_dropout:
+                layer.lora_dropout["default"] = SameMasks(config.lora.lora_dropout)
+    return model
+
+
+def outputs_and_gradients(model: nn.Module, bf16: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(1)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        scores = model(images)
+    nn.functional.cross_entropy(scores.float(), torch.arange(4)).backward()
+    return scores.detach().float(), {n: p.grad for n, p in trainable(model).items()}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("mode", MODES)
+def test_it_is_pefts_to_rounding(mode: str, p: float, tiny: Callable[..., TrialConfig]) -> None:
+    """In fp32 to 1e-5, outputs and every gradient."""
+    config = tiny(mode, lora={"lora_dropout": p}, training={"compute_dtype": "fp32"})
+    ours, ours_grad = outputs_and_gradients(built(config, pefts=False), bf16=False)
+    theirs, theirs_grad = outputs_and_gradients(built(config, pefts=True), bf16=False)
+    assert relative(ours, theirs) < 1e-5
+    assert ours_grad.keys() == theirs_grad.keys()
+    assert all(relative(ours_grad[name], grad) < 1e-5 for name, grad in theirs_grad.items())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_in_bf16_it_is_as_near_to_fp32_as_pefts(
+    mode: str, tiny: Callable[..., TrialConfig]
+) -> None:
+    config = tiny(mode, lora={"lora_dropout": 0.0}, training={"compute_dtype": "bf16"})
+    exact, exact_grad = outputs_and_gradients(built(config, pefts=True), bf16=False)
+    errors = []
+    for pefts in (False, True):
+        scores, grads = outputs_and_gradients(built(config, pefts), bf16=True)
+        worst = max(relative(grads[name], grad) for name, grad in exact_grad.items())
+        errors.append((relative(scores, exact), worst))
+    (ours, ours_worst), (theirs, theirs_worst) = errors
+    assert ours < 1.5 * theirs + 0.002
+    assert ours_worst < 1.5 * theirs_worst + 0.01
+
+
+def test_the_gradients_are_those_of_finite_differences() -> None:
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def seeded(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(3)  # the same masks at every call
+        return _AddAdapter.apply(*tensors, 0.7, 0.4)
+
+    assert torch.autograd.gradcheck(
+        seeded, (drawn(2, 5, 6), drawn(2, 5, 4), drawn(3, 4), drawn(6, 3))
+    )
+
+
+def test_without_the_adapter_it_is_the_base_model(tiny: Callable[..., TrialConfig]) -> None:
+    model = built(tiny("nf4"), pefts=False).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode(), model.disable_adapter():
+        off = model(images)
+    for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+        nn.init.zeros_(layer.lora_B["default"].weight)
+    with torch.inference_mode():
+        assert not torch.equal(off, built(tiny("nf4"), pefts=False).eval()(images))
+        # The trained copy of the head is part of the adapter.
+        features = [model.base_model.model.forward_features(images)]
+        with model.disable_adapter():
+            features.append(model.base_model.model.forward_features(images))
+    assert torch.equal(*features)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_each_element_is_kept_with_probability_1_minus_p(p: float) -> None:
+    torch.manual_seed(0)
+    mask, share = draw_mask(ONES, p)
+    assert stats.binomtest(int(mask.sum()), len(ONES), 1 - p).pvalue > 0.001
+    assert share == pytest.approx(1 - p, rel=1e-4)
+
+
+def test_masks_are_independent_of_their_neighbours_and_of_the_next_call() -> None:
+    torch.manual_seed(0)
+    first, second = (draw_mask(ONES, 0.3)[0] for _ in range(2))
+    # The four elements of one 64-bit draw, and the same element of two calls.
+    pairs = [(first[:-lag], first[lag:]) for lag in (1, 2, 3, 4)] + [(first, second)]
+    for a, b in pairs:
+        table = [[int((a.eq(i) & b.eq(j)).sum()) for j in (0, 1)] for i in (0, 1)]
+        assert stats.chi2_contingency(table).pvalue > 0.001
+
+
+def test_the_seed_decides_the_masks() -> None:
+    masks = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        masks.append(draw_mask(ONES, 0.4)[0])
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_nothing_is_dropped_in_evaluation(tiny: Callable[..., TrialConfig]) -> None:
+    model = built(tiny("none", lora={"lora_dropout": 0.5}), pefts=False).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(model(images), model(images))
+        assert not torch.equal(model.train()(images), model(images))

@@ -1,0 +1,71 @@
+"""A Ray of our own on this machine. It starts while the command still imports torch."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from tune_study.config import UserError
+
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+NEEDED = "tune_study.study"
+"""What the command imports next: torch, timm, PEFT, bitsandbytes, Tune."""
+PRELOADED = "tune_study.trainable"
+"""What a worker imports as soon as it lives, and not only when its first trial is there."""
+
+
+def start_during_imports(slots: int, *, dashboard: bool) -> None:
+    """As ``start``, beside the import of what the command needs next; nothing where it is there.
+
+    In this order, because only the main thread may start Ray, which sets a signal's handler.
+    """
+    if NEEDED in sys.modules:
+        return
+    imports = threading.Thread(target=importlib.import_module, args=[NEEDED], name="imports")
+    imports.start()
+    try:
+        start(slots, dashboard=dashboard)
+    finally:
+        imports.join()
+
+
+def start(slots: int, *, dashboard: bool) -> None:
+    """Starts Ray with a CPU for each of ``slots`` trials, unless it has been started.
+
+    How many threads a trial uses is its own matter: Ray starts a worker for each of its CPUs, and
+    here that is one for each trial at a time. Raises ``UserError``.
+    """
+    if ray.is_initialized():
+        return
+    if one_gpu_at_most(Path("/dev")):
+        os.environ.setdefault("RAY_preload_python_modules", PRELOADED)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address="local", num_cpus=slots, include_dashboard=dashboard, **QUIET)
+    except Exception as error:  # a bare one, where a process of Ray's did not answer in time
+        ray.shutdown()
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(
+            f"Ray did not start on this machine ({first[:200]}); give the same command again, when "
+            "less else is running"
+        ) from error
+    # Ray's own would end the command with a stack trace of its C++.
+    signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def one_gpu_at_most(devices: Path) -> bool:
+    """Whether no worker has to be told which GPU is its own before it imports bitsandbytes.
+
+    That import looks at the GPUs, and afterwards CUDA_VISIBLE_DEVICES is not read again. ROCm and
+    WSL do not tell their count here.
+    """
+    untold = any((devices / name).exists() for name in ("kfd", "dxg"))
+    return not untold and len(list(devices.glob("nvidia[0-9]*"))) <= 1
