@@ -30,7 +30,14 @@ def kill_after(epochs, rows):
 
 def without_times(results):
     """The numbers of results.json that must repeat to the bit, a NaN as its name."""
-    times = ("epoch_time_s", "train_time_s", "eval_time_s", "images_per_s", "rss_peak_bytes")
+    times = (
+        "epoch_time_s",
+        "train_time_s",
+        "eval_time_s",
+        "measuring_time_s",
+        "images_per_s",
+        "rss_peak_bytes",
+    )
 
     def kept(value):
         if isinstance(value, dict):

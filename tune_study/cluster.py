@@ -81,7 +81,11 @@ def connect(
     if address == "local":
         count = max_concurrent or 1
         local_ray.start(count, dashboard=dashboard)
-        return Slots({"CPU": 1, "GPU": gpus}, count)
+        # Workers inherit all of it; asked for again, it would take another worker than the one that
+        # Ray has started by now.
+        class_cache.ENV_VARS_TO_PROPAGATE.clear()
+        class_cache.DEFAULT_ENV_VARS.clear()
+        return Slots({"CPU": 0, "GPU": gpus, local_ray.TRIAL_SLOT: 1}, count)
     resources: dict[str, float] = {"CPU": context.num_threads, "GPU": gpus}
     join(address)
     fits = _look_at_nodes(address, context, resources)

@@ -16,6 +16,8 @@ import ray
 from tune_study.config import UserError
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+TRIAL_SLOT = "trial_slot"
+"""What a trial takes of this Ray, instead of its CPUs."""
 NEEDED = "tune_study.study"
 """What the command imports next: torch, timm, PEFT, bitsandbytes, Tune."""
 PRELOADED = "tune_study.trainable"
@@ -38,10 +40,11 @@ def start_during_imports(slots: int, *, dashboard: bool) -> None:
 
 
 def start(slots: int, *, dashboard: bool) -> None:
-    """Starts Ray with a CPU for each of ``slots`` trials, unless it has been started.
+    """Starts Ray with room for ``slots`` trials at a time, unless it has been started.
 
-    How many threads a trial uses is its own matter: Ray starts a worker for each of its CPUs, and
-    here that is one for each trial at a time. Raises ``UserError``.
+    How many threads a trial uses is its own matter. Ray starts as many workers as it has CPUs, and
+    ends those that are idle when the CPUs are taken: so it has one for each slot, and trials take
+    none. Raises ``UserError``.
     """
     if ray.is_initialized():
         return
@@ -49,7 +52,13 @@ def start(slots: int, *, dashboard: bool) -> None:
         os.environ.setdefault("RAY_preload_python_modules", PRELOADED)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address="local", num_cpus=slots, include_dashboard=dashboard, **QUIET)
+        ray.init(
+            address="local",
+            num_cpus=slots,
+            resources={TRIAL_SLOT: slots},
+            include_dashboard=dashboard,
+            **QUIET,
+        )
     except Exception as error:  # a bare one, where a process of Ray's did not answer in time
         ray.shutdown()
         first = next(iter(str(error).splitlines()), type(error).__name__)

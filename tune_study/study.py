@@ -94,7 +94,7 @@ def plan(
     try:
         if (count := _cells(param_space)) > MOST_TRIALS:
             raise UserError(f"--grid: it has {count:,} cells, {MOST_TRIALS:,} are allowed")
-        variants = [spec for _, spec in generate_variants({"config": dict(param_space)})]
+        variants = [spec for _, spec in generate_variants({"config": _uncopied(param_space)})]
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--grid: {error}") from None
     trials: dict[str, TrialConfig] = {}
@@ -107,6 +107,23 @@ def plan(
     seeds = _ranks(trial.seed for trial in trials.values())
     groups = _ranks(trial.configuration for trial in trials.values())
     return sorted(trials.values(), key=lambda t: (seeds[t.seed], groups[t.configuration]))
+
+
+class _Uncopied(list[Any]):
+    """A grid's values. Tune copies the whole grid for each of its cells: the more values there are,
+    the longer each cell would take.
+    """
+
+    def __deepcopy__(self, memo: object) -> _Uncopied:
+        return self
+
+
+def _uncopied(space: Any) -> Any:
+    if _is_alone(space, "grid_search"):
+        return {"grid_search": _Uncopied(map(_uncopied, space["grid_search"]))}
+    if isinstance(space, Mapping):
+        return {key: _uncopied(value) for key, value in space.items()}
+    return [_uncopied(value) for value in space] if isinstance(space, list) else space
 
 
 def _ranks(values: Iterable[Any]) -> dict[Any, int]:
@@ -243,7 +260,7 @@ def _fit(
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(max(30, len(trials) / 10)))
     cells = {trial.trial_id: trial.model_dump(mode="json") for trial in trials}
     grid = {
-        "trial_id": tune.grid_search(list(cells)),
+        "trial_id": tune.grid_search(_Uncopied(cells)),
         "trial": tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]]),
     }
     tuner = tune.Tuner(

@@ -1,0 +1,45 @@
+"""Ray's start beside the imports: who gets preloaded workers, and what a failure says."""
+
+import signal
+
+import pytest
+import ray
+
+from tune_study import local_ray
+from tune_study.config import UserError
+
+
+@pytest.mark.parametrize(
+    ("devices", "alone"),
+    [
+        ([], True),
+        (["nvidia0", "nvidiactl", "nvidia-uvm"], True),
+        (["nvidia0", "nvidia1", "nvidiactl"], False),
+        (["kfd"], False),
+        (["dxg"], False),
+    ],
+)
+def test_workers_preload_only_where_no_gpu_must_be_chosen_first(tmp_path, devices, alone):
+    for name in devices:
+        (tmp_path / name).touch()
+    assert local_ray.one_gpu_at_most(tmp_path) is alone
+
+
+def test_a_ray_that_does_not_start_is_one_sentence(monkeypatch):
+    def fails(**options):
+        raise Exception("The current node timed out during startup.\nmore")
+
+    monkeypatch.setattr(ray, "init", fails)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(UserError, match=r"did not start .*\(The current node timed out during st"):
+        local_ray.start(1, dashboard=False)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ray_does_not_start_twice_nor_where_the_imports_are_there(monkeypatch):
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("started"))
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    local_ray.start(1, dashboard=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setitem(local_ray.sys.modules, local_ray.NEEDED, local_ray)
+    local_ray.start_during_imports(1, dashboard=False)
