@@ -161,7 +161,7 @@ def without_bf16(device: str) -> str | None:
     """Why bf16 is slower than fp32 on ``device``, as a clause; ``None`` where it is not.
 
     An x86 CPU without AVX512-BF16 multiplies bf16 matrices about as fast as fp32 ones with AVX512,
-    and a hundred times slower with AVX2; a training step takes 1.6 to 2 times as long with the
+    and a hundred times slower with AVX2; a training step takes 1.4 to 2.3 times as long with the
     former (benchmarks/README.md). Other devices are measured.
     """
     if device == "cpu" and platform.machine() in X86:
