@@ -29,7 +29,7 @@ class Comparison(NamedTuple):
     def met(self) -> bool:
         """Whether the median reaches the target."""
         sign, bound = self.target.split()
-        return self.median >= float(bound) if sign == ">=" else self.median <= float(bound)
+        return bool(self.median >= float(bound) if sign == ">=" else self.median <= float(bound))
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

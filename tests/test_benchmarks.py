@@ -47,3 +47,12 @@ def test_growth_is_per_ten_times_the_trials_and_bold_when_faster_than_linear():
     rows = table({size: dict.fromkeys(PHASES, cost) for size, cost in sizes.items()}).splitlines()
     assert rows[2] == "| plan | 144 | 1.00 |  |  |  |  | 1 |  |"
     assert rows[3] == "| plan | 1,440 | 11.00 | **11.0** |  |  |  | 2 | 2.0 |"
+
+
+def test_a_verdict_can_be_written_as_json():
+    ratio = np.float64(0.5)  # as pandas gives it
+    one = Comparison("a / b", ">= 0.95", [ratio], {}, "s")
+    assert json.loads(json.dumps({"met": one.met, "median": one.median})) == {
+        "met": False,
+        "median": 0.5,
+    }
