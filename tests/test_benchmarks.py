@@ -1,7 +1,9 @@
 """What the benchmarks compute from times; never a time itself."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 
 from benchmarks.__main__ import line
