@@ -43,3 +43,12 @@ def test_ray_does_not_start_twice_nor_where_the_imports_are_there(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setitem(local_ray.sys.modules, local_ray.NEEDED, local_ray)
     local_ray.start_during_imports(1, dashboard=False)
+
+
+def test_sigterm_stays_the_commands_own(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(
+        ray, "init", lambda **options: signal.signal(signal.SIGTERM, lambda *_: None)
+    )
+    local_ray.start(1, dashboard=False)
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -133,3 +133,18 @@ def test_the_larger_the_study_the_more_seldom_tune_saves_its_state(tmp_path, mon
             monkeypatch.setenv(name, "7")
         study._fit([trial] * count, context, lambda config: None, [], slots, None)
         assert float(os.environ[name]) == period
+
+
+def test_a_grids_values_are_not_copied_for_each_cell():
+    """Tune would copy all 30 for each of the 30 cells: planning would take the square of time."""
+    copies = []
+
+    class Seed(int):
+        def __deepcopy__(self, memo):
+            copies.append(self)
+            return self
+
+    values = {"model": "m", "dataset": "digits"}
+    seeds = tune.grid_search([Seed(number) for number in range(30)])
+    assert len(study.plan({**values, "seed": seeds})) == 30
+    assert len(copies) <= 2 * 30
