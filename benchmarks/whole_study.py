@@ -54,19 +54,19 @@ def study_overhead(trials: int, device: str) -> list[Comparison]:
         table = pd.read_parquet(study / "trials.parquet")
         results = [json.loads(path.read_text()) for path in study.glob("*/results.json")]
         epochs = pd.read_parquet(study / "epochs.parquet")
-    busy = (table["train_time_s"] + table["eval_time_s"]).to_list()  # plain numbers, for JSON
+    busy = table["train_time_s"] + table["eval_time_s"]
     first_epoch = next(moment for moment, line in said if re.search(r": epoch 1/", line))
     ends = [moment for moment, line in said if re.search(r": (completed|early_stopped)", line)]
     first_step = first_epoch - float(epochs["epoch_time_s"].iloc[0])
-    further = (ends[-1] - ends[0] - sum(busy[1:])) / max(1, len(ends) - 1)
+    further = (ends[-1] - ends[0] - busy.iloc[1:].sum()) / max(1, len(ends) - 1)
     measuring = median(result["train"]["measuring_time_s"] for result in results)
-    shortest = f"{trials} trials of {min(busy):.1f} to {max(busy):.1f} s"
+    shortest = f"{trials} trials of {busy.min():.1f} to {busy.max():.1f} s"
     return [
         Comparison(
             "study overhead: (wall - training and evaluation) / (training and evaluation)",
             "<= 0.03",
-            [(wall - sum(busy)) / sum(busy)],
-            {"wall": wall, "training and evaluation": sum(busy)},
+            [(wall - busy.sum()) / busy.sum()],
+            {"wall": wall, "training and evaluation": busy.sum()},
             "s",
             shortest,
         ),

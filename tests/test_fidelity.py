@@ -7,7 +7,13 @@ from torch.nn.functional import cross_entropy
 
 from tune_study import fidelity, train
 from tune_study.data import load, preprocess
-from tune_study.fidelity import gradient_fidelity, output_fidelity, twin
+from tune_study.fidelity import (
+    features_of,
+    gradient_fidelity,
+    gradients_of,
+    output_fidelity,
+    twin,
+)
 from tune_study.model import build_model
 
 CPU = torch.device("cpu")
@@ -19,7 +25,10 @@ def started(config):
 
 def both(training):
     with twin(training, None) as other:
-        return gradient_fidelity(training, other), output_fidelity(training, other, None)
+        return (
+            gradient_fidelity(training, gradients_of(training, other)),
+            output_fidelity(training, features_of(training, other), None),
+        )
 
 
 def test_full_precision_equals_its_twin_exactly(tiny):
@@ -50,7 +59,7 @@ def test_gradients_are_those_of_the_plain_loss(tiny):
     training = started(tiny("nf4", lora={"lora_dropout": 0.0}))
     list(train.fit(training))
     with twin(training, None) as other:
-        found = gradient_fidelity(training, other)
+        found = gradient_fidelity(training, gradients_of(training, other))
         sides = []
         for model in (training.model, other):
             model.train()
@@ -106,7 +115,7 @@ def test_a_wrong_twin_is_seen(tiny):
         broken = copy.deepcopy(other)
         with torch.no_grad():
             broken.base_model.model.blocks[2].attn.qkv.base_layer.weight.mul_(1.05)
-        assert gradient_fidelity(training, broken).cosine < 1
+        assert gradient_fidelity(training, gradients_of(training, broken)).cosine < 1
 
 
 def test_products_that_are_not_finite_are_nan():

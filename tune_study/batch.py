@@ -25,7 +25,7 @@ from tune_study import train
 from tune_study.config import TrialConfig, UserError
 from tune_study.data import load
 from tune_study.estimate import free_bytes
-from tune_study.fidelity import gradient_fidelity, twin
+from tune_study.fidelity import gradient_fidelity, gradients_of, twin
 from tune_study.files import write_json
 from tune_study.limits import (
     CHOICE_FILE,
@@ -259,7 +259,7 @@ def _attempts(trial: TrialConfig, context: RunContext, sizes: Sequence[int]) -> 
             try:
                 if not fits:  # as a trial does, which has a second model at its start and end
                     with twin(training, context.weights) as other:
-                        gradient_fidelity(training, other)
+                        gradient_fidelity(training, gradients_of(training, other))
                 speed = _images_per_s(training)
                 fits = True
             except Exception as error:

@@ -17,7 +17,7 @@ from ray.tune.execution import class_cache
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_study import local_ray, provenance
-from tune_study.config import UserError
+from tune_study.config import UserError, first_line
 from tune_study.trainable import RunContext
 
 AWS_SECRETS = (
@@ -99,10 +99,9 @@ def join(address: str) -> None:
     try:
         ray.init(address=address, **local_ray.QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"--address {address}: no Ray cluster answers there ({first[:200]}); start one with "
-            "ray start --head, or leave --address out"
+            f"--address {address}: no Ray cluster answers there "
+            f"({first_line(error)[:200]}); start one with ray start --head, or leave --address out"
         ) from None
 
 

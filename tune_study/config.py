@@ -39,6 +39,11 @@ class UserError(Exception):
     """The user's mistake, as one sentence that names the option, the value and the remedy."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of what ``error`` says; its type's name where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

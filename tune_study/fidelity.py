@@ -119,30 +119,22 @@ def at_start(training: Training, weights: Path | None) -> tuple[GradientFidelity
         with twin(training, weights) as other:
             known = _latest[key] = Reference(
                 {name: p.detach().clone() for name, p in training.parameters.items()},
-                _gradients(training, other, trainable(other)),
-                _features(training, other),
+                gradients_of(training, other),
+                features_of(training, other),
             )
-    ours = _gradients(training, training.model, training.parameters)
-    features = _features(training, training.model)
     return (
-        _compare_gradients(ours, known.gradients),
-        _compare_outputs(training, features, known.features, weights),
+        gradient_fidelity(training, known.gradients),
+        output_fidelity(training, known.features, weights),
     )
 
 
-def gradient_fidelity(training: Training, other: nn.Module) -> GradientFidelity:
-    """Compares the gradients of ``training.model`` with those of its twin ``other``.
+def gradient_fidelity(training: Training, theirs: Mapping[str, Tensor]) -> GradientFidelity:
+    """Compares the gradients of ``training.model`` with ``theirs``, ``gradients_of`` its twin.
 
     Both run the kernels of training, with dropout off: the two modes draw its masks in different
     types, so that equal draws cannot be had.
     """
-    theirs = _gradients(training, other, trainable(other))
-    return _compare_gradients(_gradients(training, training.model, training.parameters), theirs)
-
-
-def _compare_gradients(
-    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
-) -> GradientFidelity:
+    ours = gradients_of(training, training.model)
     layers = {}
     products = {name: _products(ours[name], theirs[name]) for name in ours}
     for name, product in products.items():
@@ -153,10 +145,11 @@ def _compare_gradients(
     return GradientFidelity(*_compare(cast(tuple[float, float, float], total)), layers)
 
 
-def _gradients(
-    training: Training, model: nn.Module, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
-    """Gradients of the mean loss on the fixed images, in micro-batches of the trial's size."""
+def gradients_of(training: Training, model: nn.Module) -> dict[str, Tensor]:
+    """Gradients of the mean loss on the fixed images, by the name of the tensor that learns.
+
+    In micro-batches of the trial's size.
+    """
     images, labels = (tensor[:IMAGES] for tensor in training.data.train)
     modes = {module: module.training for module in model.modules()}
     model.train()
@@ -171,7 +164,7 @@ def _gradients(
             loss = cross_entropy(scores.float(), targets) * (len(targets) / len(labels))
             loss.backward()
     found = {}
-    for name, parameter in parameters.items():
+    for name, parameter in trainable(model).items():
         gradient = parameter.grad
         found[name] = torch.zeros_like(parameter) if gradient is None else gradient
         parameter.grad = None
@@ -197,15 +190,12 @@ def _compare(products: tuple[float, float, float]) -> tuple[float, float]:
     return dot / math.sqrt(ours * theirs), math.sqrt(ours) / math.sqrt(theirs)
 
 
-def output_fidelity(training: Training, other: PeftModel, weights: Path | None) -> OutputFidelity:
-    """Compares features and logits before any training, when the adapters add exactly nothing."""
-    ours, theirs = (_features(training, model) for model in (training.model, other))
-    return _compare_outputs(training, ours, theirs, weights)
+def output_fidelity(training: Training, theirs: Tensor, weights: Path | None) -> OutputFidelity:
+    """Compares features and logits before any training, when the adapters add exactly nothing.
 
-
-def _compare_outputs(
-    training: Training, ours: Tensor, theirs: Tensor, weights: Path | None
-) -> OutputFidelity:
+    ``theirs`` are ``features_of`` the twin.
+    """
+    ours = features_of(training, training.model)
     cosine = float(cosine_similarity(ours, theirs, dim=-1).mean())
     cosine = 1.0 if torch.equal(ours, theirs) else cosine
     head = _pretrained_head(training, weights)
@@ -219,7 +209,7 @@ def _compare_outputs(
 
 
 @torch.inference_mode()
-def _features(training: Training, model: nn.Module) -> Tensor:
+def features_of(training: Training, model: nn.Module) -> Tensor:
     """Pooled features before the head [images, channels], double, on the CPU."""
     base: Any = cast(PeftModel, model).get_base_model()
     was_training = model.training

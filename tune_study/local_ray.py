@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from tune_study.config import UserError
+from tune_study.config import UserError, first_line
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 TRIAL_SLOT = "trial_slot"
@@ -61,10 +61,9 @@ def start(slots: int, *, dashboard: bool) -> None:
         )
     except Exception as error:  # a bare one, where a process of Ray's did not answer in time
         ray.shutdown()
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"Ray did not start on this machine ({first[:200]}); give the same command again, when "
-            "less else is running"
+            f"Ray did not start on this machine ({first_line(error)[:200]}); give the same "
+            "command again, when less else is running"
         ) from error
     # Ray's own would end the command with a stack trace of its C++.
     signal.signal(signal.SIGTERM, on_sigterm)

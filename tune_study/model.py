@@ -310,7 +310,7 @@ def add_lora(base: nn.Module, config: TrialConfig) -> PeftModel:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.reset_lora_parameters("default", init_lora_weights=True)
-    speed_up(model)
+            speed_up(module)
     return model
 
 

@@ -24,7 +24,7 @@ from sqlalchemy.exc import DatabaseError
 
 from analysis import records
 from tune_study.asha import Asha
-from tune_study.config import TrialConfig, UserError
+from tune_study.config import TrialConfig, UserError, first_line
 from tune_study.files import read_json, write_json
 from tune_study.importance import write_importances
 from tune_study.progress import Progress
@@ -78,13 +78,9 @@ def open_storage(study_dir: Path) -> optuna.storages.RDBStorage:
         )
     except (DatabaseError, RuntimeError) as error:
         raise UserError(
-            f"--name {study_dir.name}: {path} is no study of Optuna's ({_first_line(error)}); "
+            f"--name {study_dir.name}: {path} is no study of Optuna's ({first_line(error)}); "
             "remove it, and the search learns anew from the trials' own files"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class Search:

@@ -169,7 +169,9 @@ def _train(context: RunContext, report: Report, record: Record) -> None:
     status = train.finished(training)
     assert status is not None
     with record.measuring(), fidelity.twin(training, context.weights) as other:
-        record.fidelity["end"] = fidelity.gradient_fidelity(training, other)._asdict()
+        record.fidelity["end"] = fidelity.gradient_fidelity(
+            training, fidelity.gradients_of(training, other)
+        )._asdict()
     if training.best:
         started = time.perf_counter()
         record.test_metrics = train.test(training)
