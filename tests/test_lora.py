@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from tune_study.config import TrialConfig
-from tune_study.lora import _AddAdapter, draw_mask
+from tune_study.lora import _AddAdapter, draw_mask, drop
 from tune_study.model import build_model, trainable
 
 ONES = torch.ones(250_001)
@@ -87,9 +87,9 @@ def test_the_gradients_are_those_of_finite_differences() -> None:
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
-    def seeded(*tensors: Tensor) -> Tensor:
+    def seeded(base: Tensor, *tensors: Tensor) -> Tensor:
         torch.manual_seed(3)  # the same masks at every call
-        return _AddAdapter.apply(*tensors, 0.7, 0.4)
+        return _AddAdapter.apply(base.clone(), *tensors, 0.7, 0.4)  # it is written into
 
     assert torch.autograd.gradcheck(
         seeded, (drawn(2, 5, 6), drawn(2, 5, 4), drawn(3, 4), drawn(6, 3))
@@ -145,3 +145,25 @@ def test_nothing_is_dropped_in_evaluation(tiny: Callable[..., TrialConfig]) -> N
     with torch.inference_mode():
         assert torch.equal(model(images), model(images))
         assert not torch.equal(model.train()(images), model(images))
+
+
+def test_the_masks_are_the_16_bit_draws_below_the_kept_share() -> None:
+    torch.manual_seed(7)
+    mask, kept = draw_mask(ONES, 0.1)
+    torch.manual_seed(7)
+    draws = torch.empty((len(ONES) + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    unsigned = draws.view(torch.int16)[: len(ONES)].int() + 2**15
+    assert torch.equal(mask, unsigned < kept * 2**16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropped_elements_are_zero_and_the_others_as_they_were(dtype: torch.dtype) -> None:
+    x, mask = torch.randn(7, 5, dtype=dtype), torch.rand(7, 5) < 0.5
+    assert torch.equal(drop(x, mask), torch.where(mask, x, 0))
+
+
+def test_the_sum_takes_the_memory_of_the_base_layers_output() -> None:
+    base, x, a, b = torch.ones(2, 3, 6), torch.randn(2, 3, 4), torch.randn(2, 4), torch.randn(6, 2)
+    out = _AddAdapter.apply(base, x, a, b, 0.5, 0.0)
+    assert out.data_ptr() == base.data_ptr()
+    assert torch.allclose(out, 1 + 0.5 * (x @ a.T @ b.T))

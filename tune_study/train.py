@@ -102,7 +102,10 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
         {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
-        groups, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        groups,
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
     schedule = get_cosine_schedule_with_warmup(
         optimizer, settings.warmup_steps, steps_per_epoch * settings.num_train_epochs
