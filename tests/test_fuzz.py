@@ -28,7 +28,7 @@ from tests.hostile import (
     mutated,
     outcome,
 )
-from tune_study import run, study
+from tune_study import options, run, study
 from tune_study.config import UserError, assign, field_names, parse_assignment, parse_trial
 from tune_study.simulate import parse_effect
 
@@ -221,7 +221,7 @@ def test_an_effect_is_a_difference_or_refused(text):
 @fuzz(200)
 @given(TEXT)
 def test_a_name_is_a_folder_or_refused(tmp_path, name):
-    safe = outcome(lambda: run._safe_name(name), UserError)
+    safe = outcome(lambda: options.safe_name(name), UserError)
     if safe is not None:
         folder = (tmp_path / safe).resolve()
         assert folder.parent == tmp_path

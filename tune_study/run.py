@@ -22,6 +22,7 @@ from rich.console import Console
 
 from tune_study import local_ray
 from tune_study.config import TrialConfig, UserError, parse_assignment
+from tune_study.options import finite, one_of, refuse_unknown_function, resolved, safe_name
 from tune_study.remote import masked
 from tune_study.schema import PLANNED_ENDS
 
@@ -42,8 +43,6 @@ EXIT_STOPPED = {
     "terminate": 143,
 }
 """By the reason why a study stopped early: the shell's own codes for time and signals."""
-LONGEST_NAME = 200
-"""Bytes of a study's name; file systems allow 255, and trials' files add to it."""
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -145,6 +144,24 @@ def study(
     """Run a study of quantized LoRA fine-tuning; the same command continues an interrupted one."""
     if address.startswith("ray://"):
         raise typer.Exit(_on_head(address, storage, search))
+    sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
+    assignments = [parse_assignment(text) for text in set_ or []]
+    assignments += [(f"data.{key}", size) for key, size in sizes.items() if size is not None]
+    refuse_unknown_function("--grid", grid or "demo", "search_spaces.grids")
+    refuse_unknown_function("--space", space or "qlora", "search_spaces.optuna_spaces")
+    one_of("--device", device, ("auto", "cpu", "mps", "cuda"))
+    keep = one_of("--keep-checkpoints", keep_checkpoints, ("all", "best", "none"))
+    finite("--gpus-per-trial", gpus_per_trial)
+    finite("--max-hours", max_hours)
+    finite("--seed-sd", seed_sd)
+    finite("--epoch-s", epoch_s)
+    safe_name("demo" if name is None else name)
+    data_dir = resolved("--data-dir", data_dir, "folder") if data_dir else None
+    weights = resolved("--weights", weights, "file or folder") if weights else None
+    if epoch_s is not None and not simulate:
+        raise UserError("--epoch-s belongs to --simulate; add it, or leave it out")
+    if simulate and validate_only:
+        raise UserError("--simulate trains nothing: leave out --validate-only")
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     if address == "local" and not (dry_run or validate_only):
         local_ray.start_during_imports(max_concurrent or 1, dashboard=dashboard)
@@ -162,9 +179,6 @@ def study(
     from tune_study.trainable import RunContext
 
     tracker_modules = trackers.modules(log or [])
-    sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
-    assignments = [parse_assignment(text) for text in set_ or []]
-    assignments += [(f"data.{key}", size) for key, size in sizes.items() if size is not None]
     settings = spaces.settings(
         search=search,
         space=space,
@@ -181,30 +195,24 @@ def study(
     else:
         grid_name, param_space = studies.load_grid(grid or "demo")
         trials = studies.plan(param_space, assignments)[:max_experiments]
-    simulation = _simulation(simulate, effect or [], _finite("--seed-sd", seed_sd))
-    _finite("--gpus-per-trial", gpus_per_trial)
-    _finite("--max-hours", max_hours)
+    simulation = _simulation(simulate, effect or [], seed_sd)
     default_name = f"{grid_name}-simulated" if simulation else grid_name
-    study_dir = _resolved(
-        "--output-dir", output_dir / _safe_name(default_name if name is None else name)
+    study_dir = resolved(
+        "--output-dir", output_dir / safe_name(default_name if name is None else name)
     )
-    if not simulation and epoch_s is not None:
-        raise UserError("--epoch-s belongs to --simulate; add it, or leave it out")
     check_options(address, storage, search)
     context = RunContext(
         study_dir=study_dir,
-        data_dir=_resolved("--data-dir", data_dir) if data_dir else None,
-        weights=_resolved("--weights", weights) if weights else None,
+        data_dir=data_dir,
+        weights=weights,
         device=preflight.choose_device(device),
         num_threads=cpus_per_trial or _threads(max_concurrent or 1),
         simulation=simulation,
-        keep_checkpoints=_one_of("--keep-checkpoints", keep_checkpoints, ("all", "best", "none")),
+        keep_checkpoints=keep,
         storage=place_of(storage, study_dir.name),
         on_cluster=address != "local",
-        epoch_s=_finite("--epoch-s", epoch_s) or 0,
+        epoch_s=epoch_s or 0,
     )
-    if simulation and validate_only:
-        raise UserError("--simulate trains nothing: leave out --validate-only")
     auto = batches.wanted(
         batch, context, search=search, max_concurrent=max_concurrent, gpus_per_trial=gpus_per_trial
     )
@@ -454,33 +462,6 @@ def _threads(max_concurrent: int) -> int:
     from tune_study.provenance import cores
 
     return max(1, cores() // max_concurrent)
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
-    if value not in allowed:
-        raise UserError(f"{option} {value}: choose one of {', '.join(allowed)}")
-    return value
-
-
-def _safe_name(name: str) -> str:
-    plain = name.isprintable() and name not in ("", ".", "..") and Path(name).name == name
-    if not plain or len(os.fsencode(name)) > LONGEST_NAME:
-        raise UserError(f"--name {name}: it must be a plain folder name; see --output-dir")
-    return name
-
-
-def _resolved(option: str, path: Path) -> Path:
-    try:
-        path.exists()  # raises for a name that no file can have
-        return path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, not text
-        raise UserError(f"{option} {path}: it is no usable path ({error})") from None
-
-
-def _finite(option: str, value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):  # typer lets NaN through any range
-        raise UserError(f"{option} {value}: it must be a finite number")
-    return value
 
 
 def _say_what_is_unusual(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
-import inspect
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from tune_study.files import read_json
 from tune_study.hparams import axes_of
 from tune_study.inputs import ship
 from tune_study.mode_curves import ModeCurves, write_study_run
+from tune_study.options import refuse_unknown_function
 from tune_study.progress import Progress
 from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS, STATUSES
 from tune_study.store import Store
@@ -59,18 +59,10 @@ def function_of(option: str, value: str, module: ModuleType) -> tuple[str, Calla
 
     Raises ``UserError``.
     """
-    functions = inspect.getmembers(module, inspect.isfunction)
-    built_in = [name for name, _ in functions if not name.startswith("_")]
+    refuse_unknown_function(option, value, module.__name__)
     path, colon, name = value.rpartition(":")
     if not colon:
-        if value not in built_in:
-            raise UserError(
-                f"{option} {value}: choose one of {', '.join(built_in)}, or "
-                "path/to/file.py:function"
-            )
         return value, getattr(module, value)
-    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
-        raise UserError(f"{option} {value}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{option} {value}: {path} is no Python file; its name must end in .py")
