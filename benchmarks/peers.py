@@ -1,14 +1,19 @@
 """What people would use instead: PEFT and bitsandbytes as their documentation shows them.
 
 Nothing here is tuned: fp32, default arguments, PIL images through torchvision's transforms, and
-transformers' ``Trainer`` with two worker processes.
+transformers' ``Trainer`` with two worker processes. It runs in a process of its own, without the
+settings that ours gives to torch's threads (tune_study/environment.py).
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
@@ -21,10 +26,48 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.steps import bare_step, config_of, started, synchronised
 from benchmarks.timing import Comparison, alternate, compare, rate
-from tune_study import train
+from tune_study import environment, train
 from tune_study.data import load
 
 WORKERS = 2
+
+
+@contextmanager
+def peer(what: str, *arguments: object) -> Iterator[Callable[[], float]]:
+    """() -> images per second of the next measurement of ``what``: step or epoch."""
+    command = [sys.executable, "-m", "benchmarks.peers", what, *map(str, arguments)]
+    untouched = {k: v for k, v in os.environ.items() if k not in environment.set_by_prepare}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=untouched
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        questions, answers = process.stdin, process.stdout
+
+        def measure() -> float:
+            print(file=questions, flush=True)
+            return float(answers.readline())
+
+        yield measure
+        questions.close()
+
+
+def serve(what: str, model: str, mode: str, batch: int, steps: int, device: str) -> None:
+    """The other end of :func:`peer`: measures once for every line that comes."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print
+    images = batch * steps
+    with tempfile.TemporaryDirectory() as folder:
+        if what == "epoch":
+            measure = trainer_epoch(model, mode, batch, images, device, folder)
+        else:
+            work = synchronised(plain_step(model, mode, batch, device), device, steps)
+
+            def measure() -> float:
+                return rate(work, images)
+
+        for _ in sys.stdin:
+            print(measure(), file=answers, flush=True)
 
 
 def side_of(name: str) -> int:
@@ -91,12 +134,10 @@ def step_against_plain(
     model: str, mode: str, batch: int, steps: int, rounds: int, device: str
 ) -> Comparison:
     """Our bare step against the plain one."""
-    ours = bare_step(started(config_of(model, mode, batch, device), device, batch))
-    sides = {"ours": ours, "plain": plain_step(model, mode, batch, device)}
-    work = {name: synchronised(step, device, steps) for name, step in sides.items()}
-    measured = alternate(
-        {name: lambda run=run: rate(run, steps * batch) for name, run in work.items()}, rounds
-    )
+    step = bare_step(started(config_of(model, mode, batch, device), device, batch))
+    ours = synchronised(step, device, steps)
+    with peer("step", model, mode, batch, steps, device) as theirs:
+        measured = alternate({"ours": lambda: rate(ours, steps * batch), "plain": theirs}, rounds)
     what = f"bare step / plain PEFT + bitsandbytes step in fp32, {mode}"
     return compare(what, ">= 2.0", measured, "ours", "plain")
 
@@ -179,9 +220,13 @@ def epoch_against_trainer(
     images = batch * steps
     training = started(config_of(model, mode, batch, device), device, images)
     epoch = synchronised(lambda: train._train_epoch(training), device)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs = trainer_epoch(model, mode, batch, images, device, folder)
+    with peer("epoch", model, mode, batch, steps, device) as theirs:
         measured = alternate({"ours": lambda: rate(epoch, images), "Trainer": theirs}, rounds)
     target = ">= 1.5" if device == "cpu" else ">= 5.0"
     what = f"epoch / transformers' Trainer, {mode}"
     return compare(what, target, measured, "ours", "Trainer")
+
+
+if __name__ == "__main__":
+    kind, name, mode, batch, steps, device = sys.argv[1:]
+    serve(kind, name, mode, int(batch), int(steps), device)

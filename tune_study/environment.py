@@ -34,10 +34,14 @@ SETTINGS = {
     # Every trial of a worker runs in a thread of its own: with an arena of memory for each, the
     # worker of a long study grew from 1.5 to 3 GB.
     "MALLOC_ARENA_MAX": "2",
-    # Spinning threads that wait for a core that something else holds are many times slower than
-    # sleeping ones (measured: CHANGELOG.md).
+    # Threads that spin while they wait for work are many times slower when something else holds a
+    # core, and sleeping ones wake slowly on a virtual machine (measured: CHANGELOG.md). GNU's
+    # OpenMP, torch's on Linux, can do both: turn so many times, then sleep.
     "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "100",
 }
+set_by_prepare: set[str] = set()
+"""The variables that the user had not set."""
 
 
 def clustered(arguments: Sequence[str]) -> bool:
@@ -62,7 +66,10 @@ def prepare() -> None:
     """No telemetry, no open port, no chatter. What the user has set stays."""
     if clustered(sys.argv):
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
+    chosen = "OMP_WAIT_POLICY" in os.environ  # a count would outvote it
     for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
+        if name not in os.environ and not (chosen and name == "GOMP_SPINCOUNT"):
+            os.environ[name] = value
+            set_by_prepare.add(name)
     # At import it names a faster kernel of a package that is not there.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
