@@ -186,7 +186,8 @@ class _Operations(TorchDispatchMode):
 def compute_dtype(device: torch.device) -> Verdict:
     """What trials compute in that do not name it. fp32 is no fault, and no silence either."""
     slowness = bf16_slowness(device.type)
-    used = "fp32" if without_bf16(device.type) else "bf16"
+    reason = without_bf16(device.type)
+    used = f"fp32, because {reason}" if reason else "bf16"
     found = f"trials use {used}; a bf16 matrix product takes {slowness:.2g} times as long as fp32"
     return Verdict("compute dtype", True, found)
 
