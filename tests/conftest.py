@@ -8,6 +8,8 @@ import pytest
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 # Small models gain nothing from a second thread, and on a busy machine two wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The studies of two test processes share the cores: turning threads would hold up each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

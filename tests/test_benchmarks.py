@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
+import subprocess
 
 import numpy as np
 import pytest
 
+from benchmarks import peers
 from benchmarks.__main__ import line
 from benchmarks.scaling import PHASES, Cost, growth, table
 from benchmarks.timing import Comparison, alternate, compare
+from tune_study import environment
 
 
 def test_sides_take_turns_after_one_unmeasured_run():
@@ -58,3 +62,21 @@ def test_a_verdict_can_be_written_as_json():
         "met": False,
         "median": 0.5,
     }
+
+
+@pytest.mark.slow
+def test_the_other_side_measures_in_a_process_without_our_settings(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setattr(environment, "set_by_prepare", {"OMP_WAIT_POLICY"})
+    seen = []
+
+    class Seen(subprocess.Popen):
+        def __init__(self, *args, **options):
+            seen.append(options["env"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(peers.subprocess, "Popen", Seen)
+    with peers.peer("step", "vit_glyphs_patch4_32", "nf4", 2, 1, "cpu") as measure:
+        assert all(0 < measure() < 10_000 for _ in range(2))
+    assert "OMP_WAIT_POLICY" not in seen[0]
+    assert seen[0].keys() == os.environ.keys() - {"OMP_WAIT_POLICY"}

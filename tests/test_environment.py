@@ -12,7 +12,7 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, ("PASSIVE", "100")),
+        ({}, ("PASSIVE", "300000")),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),  # a count would outvote it
         ({"GOMP_SPINCOUNT": "7"}, ("PASSIVE", "7")),
     ],

@@ -34,11 +34,11 @@ SETTINGS = {
     # Every trial of a worker runs in a thread of its own: with an arena of memory for each, the
     # worker of a long study grew from 1.5 to 3 GB.
     "MALLOC_ARENA_MAX": "2",
-    # Threads that spin while they wait for work are many times slower when something else holds a
-    # core, and sleeping ones wake slowly on a virtual machine (measured: CHANGELOG.md). GNU's
-    # OpenMP, torch's on Linux, can do both: turn so many times, then sleep.
+    # Threads that wait for work by turning are fast on an idle machine, and slow beside a busy
+    # process; sleeping ones are the other way round. GNU's OpenMP, torch's on Linux, turns (its own
+    # count), others sleep; a user's OMP_WAIT_POLICY decides for both (measured: CHANGELOG.md).
     "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "100",
+    "GOMP_SPINCOUNT": "300000",
 }
 set_by_prepare: set[str] = set()
 """The variables that the user had not set."""
