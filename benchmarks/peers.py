@@ -48,8 +48,7 @@ def peer(what: str, *arguments: object) -> Iterator[Callable[[], float]]:
             print(file=questions, flush=True)
             return float(answers.readline())
 
-        yield measure
-        questions.close()
+        yield measure  # leaving closes the questions, and so ends the other end
 
 
 def serve(what: str, model: str, mode: str, batch: int, steps: int, device: str) -> None:

@@ -15,6 +15,9 @@ LONGEST_NAME = 200
 """Bytes of a study's name; file systems allow 255, and trials' files add to it."""
 
 
+DEVICES = ("auto", "cpu", "mps", "cuda")
+
+
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
     """``value``. Raises ``UserError`` for any that is not ``allowed``."""
     if value not in allowed:
@@ -22,11 +25,10 @@ def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
     return value
 
 
-def finite(option: str, value: float | None) -> float | None:
-    """``value``. Raises ``UserError`` for NaN, which typer lets through any range, and infinity."""
+def refuse_not_finite(option: str, value: float | None) -> None:
+    """Raises ``UserError`` for NaN, which typer lets through any range, and infinity."""
     if value is not None and not math.isfinite(value):
         raise UserError(f"{option} {value}: it must be a finite number")
-    return value
 
 
 def safe_name(name: str) -> str:

@@ -22,7 +22,14 @@ from rich.console import Console
 
 from tune_study import local_ray
 from tune_study.config import TrialConfig, UserError, parse_assignment
-from tune_study.options import finite, one_of, refuse_unknown_function, resolved, safe_name
+from tune_study.options import (
+    DEVICES,
+    one_of,
+    refuse_not_finite,
+    refuse_unknown_function,
+    resolved,
+    safe_name,
+)
 from tune_study.remote import masked
 from tune_study.schema import PLANNED_ENDS
 
@@ -147,15 +154,18 @@ def study(
     sizes = {"train_size": train_size, "val_size": val_size, "test_size": test_size}
     assignments = [parse_assignment(text) for text in set_ or []]
     assignments += [(f"data.{key}", size) for key, size in sizes.items() if size is not None]
-    refuse_unknown_function("--grid", grid or "demo", "search_spaces.grids")
-    refuse_unknown_function("--space", space or "qlora", "search_spaces.optuna_spaces")
-    one_of("--device", device, ("auto", "cpu", "mps", "cuda"))
+    if grid:
+        refuse_unknown_function("--grid", grid, "search_spaces.grids")
+    if space:
+        refuse_unknown_function("--space", space, "search_spaces.optuna_spaces")
+    one_of("--device", device, DEVICES)
     keep = one_of("--keep-checkpoints", keep_checkpoints, ("all", "best", "none"))
-    finite("--gpus-per-trial", gpus_per_trial)
-    finite("--max-hours", max_hours)
-    finite("--seed-sd", seed_sd)
-    finite("--epoch-s", epoch_s)
-    safe_name("demo" if name is None else name)
+    refuse_not_finite("--gpus-per-trial", gpus_per_trial)
+    refuse_not_finite("--max-hours", max_hours)
+    refuse_not_finite("--seed-sd", seed_sd)
+    refuse_not_finite("--epoch-s", epoch_s)
+    if name is not None:
+        safe_name(name)
     data_dir = resolved("--data-dir", data_dir, "folder") if data_dir else None
     weights = resolved("--weights", weights, "file or folder") if weights else None
     if epoch_s is not None and not simulate:
@@ -197,9 +207,8 @@ def study(
         trials = studies.plan(param_space, assignments)[:max_experiments]
     simulation = _simulation(simulate, effect or [], seed_sd)
     default_name = f"{grid_name}-simulated" if simulation else grid_name
-    study_dir = resolved(
-        "--output-dir", output_dir / safe_name(default_name if name is None else name)
-    )
+    folder = safe_name(default_name) if name is None else name
+    study_dir = resolved("--output-dir", output_dir / folder)
     check_options(address, storage, search)
     context = RunContext(
         study_dir=study_dir,

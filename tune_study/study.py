@@ -252,7 +252,7 @@ def _fit(
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(max(30, len(trials) / 10)))
     cells = {trial.trial_id: trial.model_dump(mode="json") for trial in trials}
     grid = {
-        "trial_id": tune.grid_search(_Uncopied(cells)),
+        "trial_id": tune.grid_search(list(cells)),
         "trial": tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]]),
     }
     tuner = tune.Tuner(
