@@ -148,3 +148,34 @@ def test_a_grids_values_are_not_copied_for_each_cell():
     seeds = tune.grid_search([Seed(number) for number in range(30)])
     assert len(study.plan({**values, "seed": seeds})) == 30
     assert len(copies) <= 2 * 30
+
+
+def test_a_studys_ids_are_not_copied_for_each_trial():
+    """Of a grid of ids Tune would copy all 30 for each of 30 trials, before the first begins."""
+    copies = []
+
+    class Id(str):
+        def __deepcopy__(self, memo):
+            copies.append(self)
+            return self
+
+    trials = [SimpleNamespace(trial_id=Id(f"trial-{number}")) for number in range(30)]
+    plan = study._in_order(trials, 2)
+    generator = plan["search_alg"]
+    space = {"trial_id": "", "trial": {}}
+    generator.add_configurations(
+        tune.Experiment("run", lambda config: None, config=space, num_samples=plan["num_samples"])
+    )
+    order = []
+    while True:
+        started = [generator.next_trial() for _ in range(3)]
+        assert started[-1] is None  # at most two at a time
+        running = [trial for trial in started if trial]
+        if not running:
+            break
+        order += [trial.config["trial_id"] for trial in running]
+        for trial in running:
+            generator.on_trial_complete(trial.trial_id)
+    assert generator.is_finished()
+    assert order == [trial.trial_id for trial in trials]
+    assert len(copies) <= 3 * 30

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
+from ray.tune.search.basic_variant import BasicVariantGenerator
 from ray.tune.search.variant_generator import generate_variants
 
 from analysis.load import Study, rebuild, write_tables
@@ -250,17 +251,14 @@ def _fit(
     """One Tuner, in a new run folder of the study."""
     # Tune's snapshot of its state copies what it knows of all trials: the more, the more seldom.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(max(30, len(trials) / 10)))
+    plan = search.tune_config(slots.at_a_time) if search else _in_order(trials, slots.limit)
     cells = {trial.trial_id: trial.model_dump(mode="json") for trial in trials}
-    grid = {
-        "trial_id": tune.grid_search(list(cells)),
-        "trial": tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]]),
-    }
+    cell = tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]])
     tuner = tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([slots.resources])),
-        param_space={} if search else grid,
+        param_space={} if search else {"trial_id": "", "trial": cell},
         tune_config=tune.TuneConfig(
-            **(search.tune_config(slots.at_a_time) if search else {"scheduler": Gate()}),
-            max_concurrent_trials=slots.limit,
+            **plan,
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.config["trial_id"],
             trial_dirname_creator=lambda trial: trial.config["trial_id"],
@@ -274,6 +272,19 @@ def _fit(
         ),
     )
     tuner.fit()
+
+
+def _in_order(trials: Sequence[TrialConfig], at_a_time: int | None) -> dict[str, Any]:
+    """What Tune's ``TuneConfig`` gets for trials that are known.
+
+    Not ``tune.grid_search``: Tune copies all ids for each of them, and begins when it is done.
+    """
+    ids = [{"trial_id": trial.trial_id} for trial in trials]
+    return {
+        "search_alg": BasicVariantGenerator(ids, max_concurrent=at_a_time or 0),
+        "num_samples": len(ids),
+        "scheduler": Gate(),
+    }
 
 
 def _tensorboard(context: RunContext, search: Search | None) -> list[tune.Callback]:
