@@ -112,19 +112,34 @@ def test_without_the_adapter_it_is_the_base_model(tiny: Callable[..., TrialConfi
     assert torch.equal(*features)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9, 0.995])
 def test_each_element_is_kept_with_probability_1_minus_p(p: float) -> None:
     torch.manual_seed(0)
-    mask, share = draw_mask(ONES, p)
-    assert stats.binomtest(int(mask.sum()), len(ONES), 1 - p).pvalue > 0.001
-    assert share == pytest.approx(1 - p, rel=1e-4)
+    for ones in (ONES, ONES[:250_000].view(-1, 50)):  # each a number of its own, and rows share it
+        mask, share = draw_mask(ones, p)
+        assert stats.binomtest(int(mask.sum()), mask.numel(), 1 - p).pvalue > 0.001
+        assert share == pytest.approx(1 - p, abs=1e-9)
+
+
+def test_a_feature_is_dropped_with_probability_p_over_many_calls() -> None:
+    """Within a call its rows share a bound, which is off by at most one 256th."""
+    torch.manual_seed(0)
+    kept = sum(int(draw_mask(ONES[:1000].view(1000, 1), 0.1)[0].sum()) for _ in range(400))
+    assert stats.binomtest(kept, 400_000, 0.9).pvalue > 0.001
+
+
+def test_more_than_a_256th_is_always_kept_and_the_share_says_so() -> None:
+    torch.manual_seed(0)
+    mask, share = draw_mask(ONES, 0.9999)
+    assert share == 1 / 256
+    assert stats.binomtest(int(mask.sum()), len(ONES), share).pvalue > 0.001
 
 
 def test_masks_are_independent_of_their_neighbours_and_of_the_next_call() -> None:
     torch.manual_seed(0)
     first, second = (draw_mask(ONES, 0.3)[0] for _ in range(2))
-    # The four elements of one 64-bit draw, and the same element of two calls.
-    pairs = [(first[:-lag], first[lag:]) for lag in (1, 2, 3, 4)] + [(first, second)]
+    # The eight elements of one 64-bit draw, and the same element of two calls.
+    pairs = [(first[:-lag], first[lag:]) for lag in range(1, 9)] + [(first, second)]
     for a, b in pairs:
         table = [[int((a.eq(i) & b.eq(j)).sum()) for j in (0, 1)] for i in (0, 1)]
         assert stats.chi2_contingency(table).pvalue > 0.001
@@ -147,13 +162,17 @@ def test_nothing_is_dropped_in_evaluation(tiny: Callable[..., TrialConfig]) -> N
         assert not torch.equal(model.train()(images), model(images))
 
 
-def test_the_masks_are_the_16_bit_draws_below_the_kept_share() -> None:
+def test_the_masks_are_the_bytes_of_the_draws_that_reach_a_features_bound() -> None:
+    x = torch.ones(37, 13)
     torch.manual_seed(7)
-    mask, kept = draw_mask(ONES, 0.1)
+    mask, _ = draw_mask(x, 0.1)
     torch.manual_seed(7)
-    draws = torch.empty((len(ONES) + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    unsigned = draws.view(torch.int16)[: len(ONES)].int() + 2**15
-    assert torch.equal(mask, unsigned < kept * 2**16)
+    bounds = [26 if draw < 0.6 else 25 for draw in torch.rand(13).tolist()]  # 256 p = 25.6
+    assert set(bounds) == {25, 26}
+    draws = torch.empty((37 * 13 + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    flat = draws.numpy().tobytes()
+    expected = [[flat[13 * row + f] >= bounds[f] for f in range(13)] for row in range(37)]
+    assert mask.tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -74,7 +74,8 @@ class _AddAdapter(torch.autograd.Function):
             into_x = into_x if mask is None else drop(into_x, mask)
         divided, scaling = ctx.factors
         of_a = (through.T @ rows).to(ctx.dtype).mul_(divided)
-        of_b = (gradient.T @ inner).to(ctx.dtype).mul_(scaling)
+        # gradient.T @ inner, which takes three times as long on the CPU.
+        of_b = (inner.T @ gradient).T.to(ctx.dtype).contiguous().mul_(scaling)
         return gradients[0], into_x, of_a, of_b, None, None
 
 
@@ -84,16 +85,20 @@ def drop(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """(which elements of ``x`` dropout keeps, as booleans of its shape; their expected share).
+    """(which elements of ``x`` dropout keeps, as booleans of its shape; the share that it keeps).
 
     torch's own dropout on the CPU draws one number per element, serially. Here each 64-bit draw of
-    the same generator decides four elements, 16 bits each. So 1 - p is rounded to a multiple of
-    2**-16, and dropout divides by exactly that share, so that the mean stays that of ``x``.
+    the same generator decides eight elements: a byte below ``256 p`` drops its own. Where that is
+    no whole number, each feature takes the one below or above it, drawn so that every element is
+    dropped with probability p (at most 255/256). That two rows share a feature's number correlates
+    their masks by less than 1 / (2**18 p (1 - p)): 0.00004 for p = 0.1.
     """
-    kept = max(1, round((1 - p) * 2**16))
     if x.device.type != "cpu":
-        return torch.rand(x.shape, device=x.device) < kept / 2**16, kept / 2**16
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    # In place, and then to booleans: torch compares ten times as fast where the dtype stays.
-    mask = draws.view(torch.int16)[: x.numel()].le_(kept - 2**15 - 1).to(torch.bool)
-    return mask.view(x.shape), kept / 2**16
+        kept = max(1, round((1 - p) * 2**16)) / 2**16
+        return torch.rand(x.shape, device=x.device) < kept, kept
+    dropped = min(256 * p, 255.0)
+    bound = int(dropped) + (torch.rand(x.shape[-1]) < dropped % 1).to(torch.uint8)
+    draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    # In place: torch compares ten times as fast where the dtype stays.
+    mask = draws.view(torch.uint8)[: x.numel()].view(x.shape).ge_(bound)
+    return mask.view(torch.bool), 1 - dropped / 256
