@@ -116,7 +116,10 @@ def test_a_plan_is_refused_as_its_trials_would_be_with_few_predictions(tiny, mon
     asked = []
     monkeypatch.setattr(estimates, "predict", lambda *given: asked.append(given) or predict(*given))
     refuse_any_that_cannot_fit(planned, cpu)
-    assert len(asked) == 2
+    assert [(trial.quantization.mode, classes) for trial, classes, _ in asked] == [
+        ("none", 10),
+        ("none", 10_000),
+    ]
     for free in (*peaks, max(peaks) + 1, min(peaks) - 1):
         monkeypatch.setattr(estimates, "free_bytes", lambda device, free=free: free)
         too_large = [t for (t, _), peak in zip(planned, peaks, strict=True) if peak > free]
@@ -125,6 +128,22 @@ def test_a_plan_is_refused_as_its_trials_would_be_with_few_predictions(tiny, mon
             continue
         with pytest.raises(UserError, match=too_large[0].trial_id):
             refuse_any_that_cannot_fit(planned, cpu)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("compute_dtype", "batch"), [("fp32", 1), ("fp32", 32), ("bf16", 32)])
+def test_no_modes_step_takes_more_than_is_left_for_it(tiny, compute_dtype, batch, checkpointing):
+    """What the plan's check relies on when it looks at full precision alone."""
+    settings = {
+        "compute_dtype": compute_dtype,
+        "gradient_checkpointing": checkpointing,
+        "per_device_train_batch_size": batch,
+    }
+    none, *others = (
+        predict(tiny(mode, training=settings), 10, torch.device("cpu")).peak_train_bytes
+        for mode in MODES[:4]
+    )
+    assert max(others) < estimates.ROOMY * none / 2
 
 
 def dtypes(*trials, planned=()):

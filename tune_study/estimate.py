@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import nn
 
-from tune_study.config import TrialConfig, UserError
+from tune_study.config import QuantizationConfig, TrialConfig, UserError
 from tune_study.data import Dataset
 from tune_study.predict import of_a_step, predict
 from tune_study.targets import skeleton_of
@@ -27,6 +27,9 @@ EFFICIENCY = 0.4
 TOO_SLOW = 4.0
 """A device that multiplies bf16 this many times slower than fp32 has no kernel for it."""
 X86 = ("x86_64", "AMD64")
+ROOMY = 8
+"""No mode's step takes as much as this many full-precision ones, whatever the depth: int8 keeps the
+inputs of a block's layers, 7 times its width, where gradient checkpointing keeps the width."""
 
 
 class Estimate(NamedTuple):
@@ -79,24 +82,27 @@ def refuse_any_that_cannot_fit(
     """``refuse_what_cannot_fit`` for all (trial, classes) of a plan, with few predictions.
 
     A higher rank or more classes never make a step smaller: where the most of both fits, so do
-    the other trials that differ in nothing else.
+    the other trials that differ in nothing else. Where ``ROOMY`` times that fits in full precision,
+    no mode is looked at.
     """
     groups = defaultdict(list)
     for trial, classes in planned:
         groups[_of_rank(trial, 1).model_dump_json()].append((trial, classes))
     for group in groups.values():
         largest = _of_rank(group[0][0], max(trial.lora.r for trial, _ in group))
-        if _excess(largest, max(classes for _, classes in group), device):
+        most_classes = max(classes for _, classes in group)
+        full = largest.model_copy(update={"quantization": QuantizationConfig()})
+        if _excess(full, most_classes, device, ROOMY) and _excess(largest, most_classes, device):
             for trial, classes in group:
                 refuse_what_cannot_fit(trial, classes, device)
 
 
 def _excess(
-    config: TrialConfig, num_classes: int, device: torch.device
+    config: TrialConfig, num_classes: int, device: torch.device, times: int = 1
 ) -> tuple[float, int] | None:
-    """(predicted peak of a step, memory now free) where the first is more, in bytes."""
+    """(predicted peak of a step, memory now free) where ``times`` the first is more, in bytes."""
     peak, free = predict(config, num_classes, device).peak_train_bytes, free_bytes(device)
-    return (peak, free) if peak is not None and free is not None and peak > free else None
+    return (peak, free) if peak is not None and free is not None and times * peak > free else None
 
 
 def _of_rank(trial: TrialConfig, r: int) -> TrialConfig:
