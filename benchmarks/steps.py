@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,8 @@ from tune_study.model import build_model
 from tune_study.resources import INTERVAL_S, ResourceMonitor
 
 OFTEN = 20
+CALLS = 20
+ALONE = ("step", "monitor", "norm")
 MODES = ("none", "int8", "nf4", "nf4-dq")
 
 
@@ -96,23 +99,30 @@ def monitors_on_against_off(
 ) -> list[Comparison]:
     """Seconds per step with what watches it, against those without.
 
-    Without the gradient monitor, the step still computes the norm that clipping needs, as any
-    training loop does. The noise scale compares micro-batches, so its step accumulates two. The
-    resource monitor samples once a second in a trial, less often than these steps last: here it
-    samples ``OFTEN`` times as often, and that share of what it costs is told.
+    The gradient monitor costs less than whole steps scatter: what it does more than compute the
+    norm, which clipping needs anyway, is timed alone on a step's gradients. The noise scale
+    compares micro-batches, so its step accumulates two. The resource monitor samples once a second
+    in a trial, less often than these steps last: here it samples ``OFTEN`` times as often, and that
+    share of what it costs is told.
     """
     training = started(config_of(model, mode, batch, device), device, batch)
-    observe, parameters = training.monitor.observe, list(training.parameters.values())
+    parameters = list(training.parameters.values())
     noise = NoiseScale(training.parameters)
 
     def norm_alone(loss: torch.Tensor) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
+    def alone(observe: Callable[[torch.Tensor], object]) -> float:
+        loss, _ = train._forward(training, *training.data.train)
+        synchronised(loss.backward, device)()
+        took = 1 / rate(synchronised(lambda: observe(loss.detach()), device, CALLS), CALLS)
+        training.optimizer.zero_grad(set_to_none=True)
+        return took
+
     def step() -> None:
         train.train_step(training, *training.data.train)
 
     def seconds(watch: str) -> float:
-        training.monitor.observe = norm_alone if watch == "nothing" else observe  # type: ignore[method-assign]
         training.noise = noise if watch == "noise scale" else None
         work = synchronised(step, device, steps)
         if watch == "resources":
@@ -120,19 +130,29 @@ def monitors_on_against_off(
                 return 1 / rate(work, steps)
         return 1 / rate(work, steps)
 
-    watches = ("nothing", "gradients", "noise scale", "resources")
-    measured = alternate({watch: lambda w=watch: seconds(w) for watch in watches}, rounds)
-    gradients, noise_scale, resources = (
-        compare(f"{what}, {mode}", target, measured, on, off, "s/step")
-        for what, target, on, off in (
-            ("gradient monitor on / off", "<= 1.02", "gradients", "nothing"),
-            ("gradient noise scale on / off", "<= 1.05", "noise scale", "gradients"),
-            ("resource monitor on / off", "<= 1.02", "resources", "gradients"),
+    watches = ("step", "noise scale", "resources")
+    sides = {watch: lambda w=watch: seconds(w) for watch in watches}
+    sides["monitor"] = lambda: alone(training.monitor.observe)
+    sides["norm"] = lambda: alone(norm_alone)
+    measured = alternate(sides, rounds)
+    monitor = Comparison(
+        f"gradient monitor on / off, {mode}",
+        "<= 1.02",
+        [s / (s - (m - n)) for s, m, n in zip(*(measured[name] for name in ALONE), strict=True)],
+        {name: statistics.median(measured[name]) for name in ALONE},
+        "s",
+        "monitor and norm timed alone",
+    )
+    noise_scale, resources = (
+        compare(f"{on} on / off, {mode}", target, measured, side, "step", "s/step")
+        for on, target, side in (
+            ("gradient noise scale", "<= 1.05", "noise scale"),
+            ("resource monitor", "<= 1.02", "resources"),
         )
     )
     share = [1 + (ratio - 1) / OFTEN for ratio in resources.ratios]
     note = f"sampled {OFTEN} times as often, of which the ratio is a {OFTEN}th part"
-    return [gradients, noise_scale, resources._replace(ratios=share, note=note)]
+    return [monitor, noise_scale, resources._replace(ratios=share, note=note)]
 
 
 def modes_against_none(
