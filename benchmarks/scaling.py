@@ -1,7 +1,7 @@
 """How time and memory grow with the study: ``python -m benchmarks.scaling``.
 
 Simulated studies of 144, 1,440 and 14,400 trials (the full grid with 3, 30 and 300 seeds, 15
-epochs a trial), each phase in a process of its own. Half an hour on two cores, 2 GB of disk.
+epochs a trial), each phase in a process of its own. 50 minutes on two cores, 2 GB of disk.
 
 ``plan``        the grid's trials
 ``command``     the whole of ``python -m tune_study.run --simulate``: Ray's start, the trials one at
