@@ -111,6 +111,7 @@ def test_a_plan_is_refused_as_its_trials_would_be_with_few_predictions(tiny, mon
     cpu = torch.device("cpu")
     # The rank decides for none, the classes for nf4, whose largest is no trial of the plan.
     sizes = [("none", 4, 10), ("none", 8, 10), ("nf4", 8, 10), ("nf4", 4, 10_000)]
+    sizes.append(("int8", 8, 10))  # more than full precision takes
     planned = [(tiny(mode, lora={"r": r}), classes) for mode, r, classes in sizes]
     peaks = [predict(*trial, cpu).peak_train_bytes for trial in planned]
     asked = []
@@ -119,6 +120,7 @@ def test_a_plan_is_refused_as_its_trials_would_be_with_few_predictions(tiny, mon
     assert [(trial.quantization.mode, classes) for trial, classes, _ in asked] == [
         ("none", 10),
         ("none", 10_000),
+        ("none", 10),
     ]
     for free in (*peaks, max(peaks) + 1, min(peaks) - 1):
         monkeypatch.setattr(estimates, "free_bytes", lambda device, free=free: free)
