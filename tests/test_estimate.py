@@ -111,7 +111,6 @@ def test_a_plan_is_refused_as_its_trials_would_be_with_few_predictions(tiny, mon
     cpu = torch.device("cpu")
     # The rank decides for none, the classes for nf4, whose largest is no trial of the plan.
     sizes = [("none", 4, 10), ("none", 8, 10), ("nf4", 8, 10), ("nf4", 4, 10_000)]
-    sizes.append(("int8", 8, 10))  # more than full precision takes
     planned = [(tiny(mode, lora={"r": r}), classes) for mode, r, classes in sizes]
     peaks = [predict(*trial, cpu).peak_train_bytes for trial in planned]
     asked = []
@@ -120,7 +119,6 @@ def test_a_plan_is_refused_as_its_trials_would_be_with_few_predictions(tiny, mon
     assert [(trial.quantization.mode, classes) for trial, classes, _ in asked] == [
         ("none", 10),
         ("none", 10_000),
-        ("none", 10),
     ]
     for free in (*peaks, max(peaks) + 1, min(peaks) - 1):
         monkeypatch.setattr(estimates, "free_bytes", lambda device, free=free: free)
@@ -130,6 +128,17 @@ def test_a_plan_is_refused_as_its_trials_would_be_with_few_predictions(tiny, mon
             continue
         with pytest.raises(UserError, match=too_large[0].trial_id):
             refuse_any_that_cannot_fit(planned, cpu)
+
+
+def test_a_mode_that_takes_more_than_full_precision_is_refused_where_that_fits(tiny, monkeypatch):
+    settings = {"per_device_train_batch_size": 32, "gradient_checkpointing": True}
+    none, int8 = (tiny(mode, training=settings) for mode in ("none", "int8"))
+    cpu = torch.device("cpu")
+    free = predict(none, 10, cpu).peak_train_bytes
+    monkeypatch.setattr(estimates, "free_bytes", lambda device: free)
+    refuse_what_cannot_fit(none, 10, cpu)
+    with pytest.raises(UserError, match=int8.trial_id):
+        refuse_any_that_cannot_fit([(none, 10), (int8, 10)], cpu)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
