@@ -1,12 +1,17 @@
 """Ray's start beside the imports: who gets preloaded workers, and what a failure says."""
 
+import gc
+import importlib.util
 import signal
 
 import pytest
 import ray
+from ray.air._internal import usage
 
 from tune_study import local_ray
 from tune_study.config import UserError
+from tune_study.environment import spared_from_collection
+from tune_study.study import run  # noqa: F401  (what the command imports)
 
 
 @pytest.mark.parametrize(
@@ -52,3 +57,23 @@ def test_sigterm_stays_the_commands_own(monkeypatch):
     )
     local_ray.start(1, dashboard=False)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_is_preloaded_exists():  # Ray would only log that it does not
+    assert importlib.util.find_spec(local_ray.PRELOADED)
+
+
+def test_imports_are_spared_from_collection_and_what_comes_later_is_not():
+    frozen = gc.get_freeze_count()
+    try:
+        with spared_from_collection():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
+
+
+def test_tune_does_not_count_callbacks_which_would_import_every_tracker(monkeypatch):
+    monkeypatch.setattr(usage, "_count_callbacks", lambda _: pytest.fail("counts"))
+    assert not ray.tune.tune.air_usage.tag_callbacks([ray.tune.Callback()])

@@ -14,14 +14,14 @@ from typing import Any
 import ray
 
 from tune_study.config import UserError, first_line
+from tune_study.environment import spared_from_collection
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 TRIAL_SLOT = "trial_slot"
 """What a trial takes of this Ray, instead of its CPUs."""
 NEEDED = "tune_study.study"
 """What the command imports next: torch, timm, PEFT, bitsandbytes, Tune."""
-PRELOADED = "tune_study.trainable"
-"""What a worker imports as soon as it lives, and not only when its first trial is there."""
+PRELOADED = "tune_study.preloaded"
 
 
 def start_during_imports(slots: int, *, dashboard: bool) -> None:
@@ -32,11 +32,12 @@ def start_during_imports(slots: int, *, dashboard: bool) -> None:
     if NEEDED in sys.modules:
         return
     imports = threading.Thread(target=importlib.import_module, args=[NEEDED], name="imports")
-    imports.start()
-    try:
-        start(slots, dashboard=dashboard)
-    finally:
-        imports.join()
+    with spared_from_collection():
+        imports.start()
+        try:
+            start(slots, dashboard=dashboard)
+        finally:
+            imports.join()
 
 
 def start(slots: int, *, dashboard: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -38,6 +39,12 @@ if TYPE_CHECKING:
     from tune_study.search import Search
 
 MOST_TRIALS = 100_000
+with contextlib.suppress(ImportError):  # private to Ray: may go
+    from ray.air._internal import usage
+
+    # For its usage statistics, which are off, Tune would import MLflow and W&B where they are
+    # installed, in order to count them among the callbacks.
+    usage.tag_callbacks = lambda callbacks: False
 
 
 def load_grid(grid: str) -> tuple[str, dict[str, Any]]:
