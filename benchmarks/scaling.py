@@ -38,6 +38,8 @@ from typing import NamedTuple
 
 import psutil
 
+from tune_study.environment import spared_from_collection
+
 PER_SEED = 48
 GRID = """
 from ray import tune
@@ -59,7 +61,8 @@ class Cost(NamedTuple):
 
 def plan(folder: Path) -> Callable[[], object]:
     """What is timed of this phase; the imports and inputs that it needs are there."""
-    from tune_study import study
+    with spared_from_collection():  # as in the command
+        from tune_study import study
 
     return lambda: study.plan(study.load_grid(f"{folder / 'grid.py'}:seeds")[1])
 
