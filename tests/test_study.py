@@ -135,31 +135,30 @@ def test_the_larger_the_study_the_more_seldom_tune_saves_its_state(tmp_path, mon
         assert float(os.environ[name]) == period
 
 
-def test_a_grids_values_are_not_copied_for_each_cell():
+@pytest.fixture
+def counted():
+    """A class of text that counts its copies."""
+
+    class Counted(str):
+        copies = 0
+
+        def __deepcopy__(self, memo):
+            Counted.copies += 1
+            return self
+
+    return Counted
+
+
+def test_a_grids_values_are_not_copied_for_each_cell(counted):
     """Tune would copy all 30 for each of the 30 cells: planning would take the square of time."""
-    copies = []
-
-    class Seed(int):
-        def __deepcopy__(self, memo):
-            copies.append(self)
-            return self
-
-    values = {"model": "m", "dataset": "digits"}
-    seeds = tune.grid_search([Seed(number) for number in range(30)])
-    assert len(study.plan({**values, "seed": seeds})) == 30
-    assert len(copies) <= 2 * 30
+    models = tune.grid_search([counted(f"model-{number}") for number in range(30)])
+    assert len(study.plan({"model": models, "dataset": "digits", "seed": 42})) == 30
+    assert counted.copies <= 2 * 30
 
 
-def test_a_studys_ids_are_not_copied_for_each_trial():
+def test_a_studys_ids_are_not_copied_for_each_trial(counted):
     """Of a grid of ids Tune would copy all 30 for each of 30 trials, before the first begins."""
-    copies = []
-
-    class Id(str):
-        def __deepcopy__(self, memo):
-            copies.append(self)
-            return self
-
-    trials = [SimpleNamespace(trial_id=Id(f"trial-{number}")) for number in range(30)]
+    trials = [SimpleNamespace(trial_id=counted(f"trial-{number}")) for number in range(30)]
     plan = study._in_order(trials, 2)
     generator = plan["search_alg"]
     space = {"trial_id": "", "trial": {}}
@@ -178,4 +177,4 @@ def test_a_studys_ids_are_not_copied_for_each_trial():
             generator.on_trial_complete(trial.trial_id)
     assert generator.is_finished()
     assert order == [trial.trial_id for trial in trials]
-    assert len(copies) <= 3 * 30
+    assert counted.copies <= 3 * 30
