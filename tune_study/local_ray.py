@@ -19,7 +19,7 @@ from tune_study.environment import spared_from_collection
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 TRIAL_SLOT = "trial_slot"
 """What a trial takes of this Ray, instead of its CPUs."""
-NEEDED = "tune_study.study"
+NEEDED = "tune_study.command"
 """What the command imports next: torch, timm, PEFT, bitsandbytes, Tune."""
 PRELOADED = "tune_study.preloaded"
 
