@@ -84,7 +84,7 @@ class Options:
 
 def checked(given: Options) -> Options:
     """``given`` with absolute paths. Raises ``UserError`` for all that can be told so early."""
-    _ = given.assignments
+    _ = given.assignments  # refuses what --set cannot mean
     if given.grid:
         refuse_unknown_function("--grid", given.grid, "search_spaces.grids")
     if given.space:
