@@ -126,6 +126,7 @@ def _planned(given: Options) -> tuple[Settings | None, str, list[TrialConfig]]:
 
     Of a search the trials are the largest that it can draw. Raises ``UserError``.
     """
+    assignments = given.assignments
     settings = spaces.settings(
         search=given.search,
         space=given.space,
@@ -133,7 +134,7 @@ def _planned(given: Options) -> tuple[Settings | None, str, list[TrialConfig]]:
         objectives=given.objective,
         scheduler=given.scheduler,
         seed=given.search_seed,
-        assignments=given.assignments,
+        assignments=assignments,
         find=studies.function_of,
     )
     if settings:
@@ -142,7 +143,7 @@ def _planned(given: Options) -> tuple[Settings | None, str, list[TrialConfig]]:
         )
         return settings, settings.name, spaces.largest(spaces.probes(settings))
     name, param_space = studies.load_grid(given.grid or "demo")
-    return None, name, studies.plan(param_space, given.assignments)[: given.max_experiments]
+    return None, name, studies.plan(param_space, assignments)[: given.max_experiments]
 
 
 def _simulation(given: Options) -> Simulation | None:

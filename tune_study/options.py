@@ -8,14 +8,15 @@ import os
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tune_study.config import UserError, parse_assignment
 
 LONGEST_NAME = 200
 """Bytes of a study's name; file systems allow 255, and trials' files add to it."""
 DEVICES = ("auto", "cpu", "mps", "cuda")
-KEEP = ("all", "best", "none")
+Keep = Literal["all", "best", "none"]
+"""What stays of the checkpoints of a trial that ended well."""
 EXIT_FAILED, EXIT_USER = 1, 2
 EXIT_STOPPED = {
     "storage": 1,
@@ -54,7 +55,7 @@ class Options:
     resume: bool
     retry_failed: bool
     max_hours: float | None
-    keep_checkpoints: Literal["all", "best", "none"]
+    keep_checkpoints: Keep
     simulate: bool
     effect: list[str] | None
     seed_sd: float | None
@@ -76,10 +77,10 @@ class Options:
     @property
     def assignments(self) -> list[tuple[str, Any]]:
         """Fields of the trials and their values. Raises ``UserError``."""
-        sizes = {"train_size": self.train_size, "val_size": self.val_size}
-        sizes["test_size"] = self.test_size
-        given = [(f"data.{key}", size) for key, size in sizes.items() if size is not None]
-        return [parse_assignment(text) for text in self.set_ or []] + given
+        named = [parse_assignment(text) for text in self.set_ or []]
+        sizes = ("train_size", "val_size", "test_size")
+        given = [(f"data.{size}", getattr(self, size)) for size in sizes]
+        return named + [(key, size) for key, size in given if size is not None]
 
 
 def checked(given: Options) -> Options:
@@ -90,7 +91,7 @@ def checked(given: Options) -> Options:
     if given.space:
         refuse_unknown_function("--space", given.space, "search_spaces.optuna_spaces")
     one_of("--device", given.device, DEVICES)
-    one_of("--keep-checkpoints", given.keep_checkpoints, KEEP)
+    one_of("--keep-checkpoints", given.keep_checkpoints, get_args(Keep))
     refuse_not_finite("--gpus-per-trial", given.gpus_per_trial)
     refuse_not_finite("--max-hours", given.max_hours)
     refuse_not_finite("--seed-sd", given.seed_sd)

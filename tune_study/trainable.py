@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -28,6 +28,7 @@ from tune_study.limits import (
 )
 from tune_study.memory import release_memory, reset_rss_peak, spare_imports_from_collection
 from tune_study.model import BuiltModel, build_model
+from tune_study.options import Keep
 from tune_study.predict import predict
 from tune_study.record import Record
 from tune_study.remote import RemoteError
@@ -55,7 +56,7 @@ class RunContext(BaseModel):
     num_threads: int = 1
     simulation: Simulation | None = None
     """Draws the trials instead of training them."""
-    keep_checkpoints: Literal["all", "best", "none"] = "best"
+    keep_checkpoints: Keep = "best"
     """Of a trial that ended well: every epoch's, its best adapter, or nothing."""
     storage: str | None = None
     """URI of the study's folder in a store, where all that a trial leaves goes."""
