@@ -24,11 +24,12 @@ def started(config):
 
 
 def both(training):
+    """By the plain way: a twin that was built, even beside full precision, and no look shared."""
     with twin(training, None) as other:
-        return (
-            gradient_fidelity(training, gradients_of(training, other)),
-            output_fidelity(training, features_of(training, other), None),
-        )
+        gradients = [gradients_of(training, model) for model in (training.model, other)]
+        features = [features_of(training, model) for model in (training.model, other)]
+    head = fidelity._pretrained_head(training, None)
+    return gradient_fidelity(*gradients), output_fidelity(*features, head)
 
 
 def test_full_precision_equals_its_twin_exactly(tiny):
@@ -59,7 +60,9 @@ def test_gradients_are_those_of_the_plain_loss(tiny):
     training = started(tiny("nf4", lora={"lora_dropout": 0.0}))
     list(train.fit(training))
     with twin(training, None) as other:
-        found = gradient_fidelity(training, gradients_of(training, other))
+        found = gradient_fidelity(
+            *(gradients_of(training, model) for model in (training.model, other))
+        )
         sides = []
         for model in (training.model, other):
             model.train()
@@ -115,7 +118,8 @@ def test_a_wrong_twin_is_seen(tiny):
         broken = copy.deepcopy(other)
         with torch.no_grad():
             broken.base_model.model.blocks[2].attn.qkv.base_layer.weight.mul_(1.05)
-        assert gradient_fidelity(training, gradients_of(training, broken)).cosine < 1
+        ours, theirs = (gradients_of(training, model) for model in (training.model, broken))
+        assert gradient_fidelity(ours, theirs).cosine < 1
 
 
 def test_products_that_are_not_finite_are_nan():
@@ -123,22 +127,44 @@ def test_products_that_are_not_finite_are_nan():
     assert all(math.isnan(value) for value in fidelity._compare((0.0, 0.0, 1.0)))
 
 
-def test_modes_of_a_seed_share_one_look_at_their_twin_and_get_what_they_would_alone(
-    tiny, monkeypatch
-):
+@pytest.fixture
+def builds(monkeypatch):
+    """Grows by one with every twin that is built; what an earlier test looked at is forgotten."""
     builds = []
     real = fidelity.build_model
     monkeypatch.setattr(
         fidelity, "build_model", lambda *given, **more: builds.append(0) or real(*given, **more)
     )
     monkeypatch.setattr(fidelity, "_latest", {})
-    for mode in ("none", "int8", "nf4"):
-        training = started(tiny(mode))
-        assert fidelity.at_start(training, None) == both(training)
-    assert len(builds) == 1 + 3
-    # Another seed, and another state of the adapters, have another twin.
+    return builds
+
+
+@pytest.mark.parametrize("modes", [("none", "int8", "nf4"), ("int8", "none", "nf4")])
+def test_modes_of_a_seed_share_one_look_at_their_twin_and_get_what_they_would_alone(
+    tiny, builds, modes
+):
+    trials = [started(tiny(mode)) for mode in modes]
+    found = [fidelity.at_start(training, None) for training in trials]
+    # At full precision a trial is its own twin, and the twin of the modes after it.
+    assert len(builds) == (0 if modes[0] == "none" else 1)
+    assert found == [both(training) for training in trials]
+
+
+def test_another_seed_and_another_state_of_the_adapters_have_another_twin(tiny, builds):
+    fidelity.at_start(started(tiny("nf4")), None)
     training = started(tiny("nf4", seed=43))
-    for _ in range(2):
-        assert fidelity.at_start(training, None) == both(training)
+    for count in (2, 3):
+        found = fidelity.at_start(training, None)
+        assert len(builds) == count
+        assert found == both(training)
+        del builds[count:]
         next(iter(train.fit(training)))
-    assert len(builds) == 4 + 2 * 2
+
+
+@pytest.mark.parametrize("mode", ["none", "int8", "nf4"])
+def test_the_end_is_that_of_a_twin_that_was_built(tiny, builds, mode):
+    training = started(tiny(mode))
+    list(train.fit(training))
+    found = fidelity.at_end(training, None)
+    assert len(builds) == (mode != "none")
+    assert found == both(training)[0]

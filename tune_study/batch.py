@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tune_study import train
+from tune_study import fidelity, train
 from tune_study.config import TrialConfig, UserError
 from tune_study.data import load
 from tune_study.estimate import free_bytes
-from tune_study.fidelity import gradient_fidelity, gradients_of, twin
 from tune_study.files import write_json
 from tune_study.limits import (
     CHOICE_FILE,
@@ -257,9 +256,8 @@ def _attempts(trial: TrialConfig, context: RunContext, sizes: Sequence[int]) -> 
         speed = None
         if peak is None or peak <= room:
             try:
-                if not fits:  # as a trial does, which has a second model at its start and end
-                    with twin(training, context.weights) as other:
-                        gradient_fidelity(training, gradients_of(training, other))
+                if not fits:  # as a trial does, which may have a second model at its start and end
+                    fidelity.at_end(training, context.weights)
                 speed = _images_per_s(training)
                 fits = True
             except Exception as error:

@@ -57,12 +57,20 @@ class OutputFidelity(NamedTuple):
     """Mean KL divergence in nats of the quantized model's classes from the twin's."""
 
 
-class Reference(NamedTuple):
-    """What the twin computes on the fixed images, in the adapter state that it was given."""
+class Look(NamedTuple):
+    """What a model computes on the fixed images, in the adapters' present state."""
 
-    adapter: dict[str, Tensor]
     gradients: dict[str, Tensor]
     features: Tensor
+
+
+class Reference(NamedTuple):
+    """The twin of the trials that begin with ``adapter``."""
+
+    adapter: dict[str, Tensor]
+    twin: Look
+    head: nn.Linear | None
+    """The pretrained classifier, where there is one."""
 
 
 _latest: dict[str, Reference] = {}
@@ -100,10 +108,10 @@ def _random_states(device: torch.device) -> Iterator[None]:
 
 
 def at_start(training: Training, weights: Path | None) -> tuple[GradientFidelity, OutputFidelity]:
-    """``gradient_fidelity`` and ``output_fidelity`` of a trial before its first step.
+    """Both fidelities of a trial before its first step.
 
     The modes of a configuration and seed begin with the same adapters, and so with the same twin:
-    the first of them to run in a process builds it and looks, for the others too.
+    the first of them to run in a process looks at it, for the others too.
     """
     key = "|".join(
         [
@@ -116,45 +124,57 @@ def at_start(training: Training, weights: Path | None) -> tuple[GradientFidelity
         torch.equal(p, known.adapter[name]) for name, p in training.parameters.items()
     ):
         _latest.clear()
-        with twin(training, weights) as other:
+        with _full_precision(training, weights) as other:
             known = _latest[key] = Reference(
                 {name: p.detach().clone() for name, p in training.parameters.items()},
-                gradients_of(training, other),
-                features_of(training, other),
+                Look(gradients_of(training, other), features_of(training, other)),
+                _pretrained_head(training, weights),
             )
+    ours = known.twin
+    if not _is_its_own_twin(training):
+        model = training.model
+        ours = Look(gradients_of(training, model), features_of(training, model))
     return (
-        gradient_fidelity(training, known.gradients),
-        output_fidelity(training, known.features, weights),
+        gradient_fidelity(ours.gradients, known.twin.gradients),
+        output_fidelity(ours.features, known.twin.features, known.head),
     )
 
 
-def gradient_fidelity(training: Training, theirs: Mapping[str, Tensor]) -> GradientFidelity:
-    """Compares the gradients of ``training.model`` with ``theirs``, ``gradients_of`` its twin.
+def at_end(training: Training, weights: Path | None) -> GradientFidelity:
+    """The gradients' fidelity in the present state of the adapters."""
+    with _full_precision(training, weights) as other:
+        theirs = gradients_of(training, other)
+    ours = theirs
+    if not _is_its_own_twin(training):
+        ours = gradients_of(training, training.model)
+    return gradient_fidelity(ours, theirs)
 
-    Both run the kernels of training, with dropout off: the two modes draw its masks in different
-    types, so that equal draws cannot be had.
-    """
-    ours = gradients_of(training, training.model)
-    layers = {}
-    products = {name: _products(ours[name], theirs[name]) for name in ours}
-    for name, product in products.items():
-        cosine, ratio = _compare(product)
-        layers[name] = {"cosine": _none_if_nan(cosine), "norm_ratio": _none_if_nan(ratio)}
-    lora = [product for name, product in products.items() if ".lora_" in name]
-    total = tuple(math.fsum(column) for column in zip(*lora, strict=True))
-    return GradientFidelity(*_compare(cast(tuple[float, float, float], total)), layers)
+
+def _is_its_own_twin(training: Training) -> bool:
+    return training.config == _of_twin(training.config)
+
+
+@contextmanager
+def _full_precision(training: Training, weights: Path | None) -> Iterator[nn.Module]:
+    """The twin, or the trial's own model where that is at full precision."""
+    if _is_its_own_twin(training):
+        yield training.model
+    else:
+        with twin(training, weights) as other:
+            yield other
 
 
 def gradients_of(training: Training, model: nn.Module) -> dict[str, Tensor]:
     """Gradients of the mean loss on the fixed images, by the name of the tensor that learns.
 
-    In micro-batches of the trial's size.
+    By the kernels of training, in micro-batches of the trial's size, with dropout off, so that no
+    draw decides.
     """
     images, labels = (tensor[:IMAGES] for tensor in training.data.train)
     modes = {module: module.training for module in model.modules()}
     model.train()
     for module in model.modules():
-        if "Drop" in type(module).__name__:  # torch's and timm's: masks would differ
+        if "Drop" in type(module).__name__:  # torch's and timm's
             module.eval()
     micro = training.config.training.per_device_train_batch_size
     with _random_states(training.device):
@@ -173,6 +193,52 @@ def gradients_of(training: Training, model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+@torch.inference_mode()
+def features_of(training: Training, model: nn.Module) -> Tensor:
+    """Pooled features before the head [images, channels], double, on the CPU.
+
+    By the kernels of evaluation: those of int8 round the activations too, where on the CPU those of
+    training do not.
+    """
+    base: Any = cast(PeftModel, model).get_base_model()
+    was_training = model.training
+    model.eval()
+    parts = []
+    size = training.config.training.per_device_eval_batch_size
+    for part in training.data.train.images[:IMAGES].split(size):
+        with autocast(training):
+            pixels = preprocess(part, training.preprocessing)
+            parts.append(base.forward_head(base.forward_features(pixels), pre_logits=True))
+    model.train(was_training)
+    return torch.cat(parts).cpu().double()
+
+
+def gradient_fidelity(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> GradientFidelity:
+    """Compares the gradients of a trial's model with those of its twin."""
+    layers = {}
+    products = {name: _products(ours[name], theirs[name]) for name in ours}
+    for name, product in products.items():
+        cosine, ratio = _compare(product)
+        layers[name] = {"cosine": _none_if_nan(cosine), "norm_ratio": _none_if_nan(ratio)}
+    lora = [product for name, product in products.items() if ".lora_" in name]
+    total = tuple(math.fsum(column) for column in zip(*lora, strict=True))
+    return GradientFidelity(*_compare(cast(tuple[float, float, float], total)), layers)
+
+
+def output_fidelity(ours: Tensor, theirs: Tensor, head: nn.Linear | None) -> OutputFidelity:
+    """Compares features before any training, when the adapters add exactly nothing, and what the
+    pretrained ``head`` makes of them."""
+    cosine = float(cosine_similarity(ours, theirs, dim=-1).mean())
+    cosine = 1.0 if torch.equal(ours, theirs) else cosine
+    if head is None:
+        return OutputFidelity(cosine, math.nan, math.nan)
+    with torch.inference_mode():
+        log_q, log_p = (log_softmax(head(f.float()).double(), dim=-1) for f in (ours, theirs))
+    agreement = float((log_q.argmax(-1) == log_p.argmax(-1)).double().mean())
+    divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    return OutputFidelity(cosine, agreement, divergence)
+
+
 def _products(a: Tensor, b: Tensor) -> tuple[float, float, float]:
     """a.b, a.a and b.b, in double precision on the CPU (MPS has none)."""
     a, b = a.flatten().cpu().double(), b.flatten().cpu().double()
@@ -188,40 +254,6 @@ def _compare(products: tuple[float, float, float]) -> tuple[float, float]:
     if not ours * theirs > 0:
         return math.nan, math.nan
     return dot / math.sqrt(ours * theirs), math.sqrt(ours) / math.sqrt(theirs)
-
-
-def output_fidelity(training: Training, theirs: Tensor, weights: Path | None) -> OutputFidelity:
-    """Compares features and logits before any training, when the adapters add exactly nothing.
-
-    ``theirs`` are ``features_of`` the twin.
-    """
-    ours = features_of(training, training.model)
-    cosine = float(cosine_similarity(ours, theirs, dim=-1).mean())
-    cosine = 1.0 if torch.equal(ours, theirs) else cosine
-    head = _pretrained_head(training, weights)
-    if head is None:
-        return OutputFidelity(cosine, math.nan, math.nan)
-    with torch.inference_mode():
-        log_q, log_p = (log_softmax(head(f.float()).double(), dim=-1) for f in (ours, theirs))
-    agreement = float((log_q.argmax(-1) == log_p.argmax(-1)).double().mean())
-    divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    return OutputFidelity(cosine, agreement, divergence)
-
-
-@torch.inference_mode()
-def features_of(training: Training, model: nn.Module) -> Tensor:
-    """Pooled features before the head [images, channels], double, on the CPU."""
-    base: Any = cast(PeftModel, model).get_base_model()
-    was_training = model.training
-    model.eval()
-    parts = []
-    size = training.config.training.per_device_eval_batch_size
-    for part in training.data.train.images[:IMAGES].split(size):
-        with autocast(training):
-            pixels = preprocess(part, training.preprocessing)
-            parts.append(base.forward_head(base.forward_features(pixels), pre_logits=True))
-    model.train(was_training)
-    return torch.cat(parts).cpu().double()
 
 
 def _pretrained_head(training: Training, weights: Path | None) -> nn.Linear | None:

@@ -71,14 +71,16 @@ class StepMemory(NamedTuple):
 class SavedTensors:
     """Context: counts what autograd saves for backward, shared storage once, parameters never.
 
-    ``nbytes`` is at most the bytes held for backward: it misses what a function keeps outside of
-    autograd's saved tensors. LLM.int8() does so with every input (64 of 320 MB for DeiT-tiny at
-    batch 8), and gradient checkpointing with the inputs of the blocks.
+    ``nbytes``, known at the end, is at most the bytes held for backward: it misses what a function
+    keeps outside of autograd's saved tensors. LLM.int8() does so with every input (64 of 320 MB for
+    DeiT-tiny at batch 8), and gradient checkpointing with the inputs of the blocks.
     """
+
+    nbytes = 0
 
     def __init__(self, at_rest: Iterable[Tensor]) -> None:
         self._at_rest = {tensor.untyped_storage().data_ptr() for tensor in at_rest}
-        # Held, so that no address is used a second time.
+        # Held until the end, so that no address is used a second time; a view, so no more bytes.
         self._saved: dict[int, Tensor] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
@@ -94,52 +96,51 @@ class SavedTensors:
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._saved.values())
+        self.nbytes = sum(tensor.untyped_storage().nbytes() for tensor in self._saved.values())
+        self._saved.clear()
 
 
 def measure_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    forward: Callable[[], Tensor],
+    forward: Callable[[int | None], Tensor],
     device: torch.device,
 ) -> StepMemory:
-    """Runs training steps of ``forward`` (it returns the loss) and measures the last.
+    """Runs training steps and measures the last.
 
-    Before it, one makes the optimizer's state and casts what bitsandbytes casts once; on a GPU a
-    second one warms the caches. The steps leave no trace: trainable parameters, optimizer state and
-    the global random state are put back. The batch that ``forward`` makes is part of the step;
-    images at rest are not.
+    ``forward`` makes a batch and returns its loss; it is given how many images at most, or ``None``
+    for the whole batch. A first step makes the optimizer's state and casts what bitsandbytes casts
+    once. On the CPU one image does for that; on a GPU it takes two whole steps to warm the caches
+    too. The steps leave no trace: trainable parameters, optimizer state and the global random state
+    are put back. The batch that ``forward`` makes is part of the step; images at rest are not.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     saved = [parameter.detach().clone() for parameter in parameters]
     before = optimizer.state_dict()
+    gradient_bytes = 0
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
-        gradient_bytes = saved_tensor_bytes = 0
-        for _ in range(1 if device.type == "cpu" else 2):
-            with SavedTensors(model_tensors(model)) as seen:
-                loss = forward()
-            saved_tensor_bytes = seen.nbytes
-            del seen
-            loss.backward()
+        for images in [1] if device.type == "cpu" else [None, None]:
+            forward(images).backward()
             gradient_bytes = tensor_bytes([p.grad for p in parameters if p.grad is not None])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            del loss
-        held = optimizer_tensors(optimizer)
         state = tensor_bytes([t for module in model.modules() for t in state_tensors(module)])
         ledger = Ledger(
             step_weights_bytes=base_bytes(model) - state - tensor_bytes(parameters),
             quantization_state_bytes=state,
             adapter_bytes=tensor_bytes(parameters),
             gradient_bytes=gradient_bytes,
-            optimizer_bytes=tensor_bytes(held),
+            optimizer_bytes=tensor_bytes(optimizer_tensors(optimizer)),
             activation_bytes=None,
         )
-        activations, extra, source = _METERS[device.type](forward, optimizer)
+        seen = SavedTensors(model_tensors(model))
+
+        def watched() -> Tensor:
+            with seen:
+                return forward(None)
+
+        activations, extra, source = _METERS[device.type](watched, optimizer)
         if mps_state is not None:
             torch.mps.set_rng_state(mps_state)
     with torch.no_grad():
@@ -149,7 +150,7 @@ def measure_step(
     return StepMemory(
         *ledger[:5],
         activation_bytes=activations,
-        saved_tensor_bytes=saved_tensor_bytes,
+        saved_tensor_bytes=seen.nbytes,
         peak_train_bytes=None if extra is None else ledger.at_rest_bytes + extra,
         peak_source=source,
     )

@@ -280,7 +280,7 @@ def measure_memory(training: Training) -> StepMemory:
     return measure_step(
         training.model,
         training.optimizer,
-        lambda: _forward(training, images, labels)[0],
+        lambda count: _forward(training, images[:count], labels[:count])[0],
         training.device,
     )
 

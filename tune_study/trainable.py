@@ -169,10 +169,8 @@ def _train(context: RunContext, report: Report, record: Record) -> None:
             report(record.report_row(row))
     status = train.finished(training)
     assert status is not None
-    with record.measuring(), fidelity.twin(training, context.weights) as other:
-        record.fidelity["end"] = fidelity.gradient_fidelity(
-            training, fidelity.gradients_of(training, other)
-        )._asdict()
+    with record.measuring():
+        record.fidelity["end"] = fidelity.at_end(training, context.weights)._asdict()
     if training.best:
         started = time.perf_counter()
         record.test_metrics = train.test(training)
