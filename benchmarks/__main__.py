@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--trials", type=int, default=12, help="of the whole study; 0 leaves it out"
     )
+    parser.add_argument(
+        "--images", type=int, default=320, help="in a trial's epoch; a trial should last over 10 s"
+    )
     options = parser.parse_args(arguments)
     found = collect(options)
     RESULTS.mkdir(exist_ok=True)
@@ -66,14 +69,17 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
 
     for mode in ("none", "nf4"):
         run(steps.epoch_against_step, options.model, mode, options.batch, *shape)
+    config = steps.config_of(options.model, "none", options.batch, options.device)
+    dtypes = dict.fromkeys(("fp32", config.training.compute_dtype))
     for mode in ("none", "nf4"):
-        run(peers.epoch_against_trainer, options.model, mode, options.batch, *shape)
+        for dtype in dtypes:
+            run(peers.epoch_against_trainer, options.model, mode, options.batch, dtype, *shape)
     for mode in ("none", "nf4"):
         run(steps.monitors_on_against_off, options.model, mode, options.batch, *shape)
     run(steps.modes_against_none, options.model, options.batch, *shape)
     for mode in ("none", "int8", "nf4"):
-        run(peers.step_against_plain, options.model, mode, options.batch, *shape)
-    config = steps.config_of(options.model, "none", options.batch, options.device)
+        for dtype in dtypes:
+            run(peers.step_against_plain, options.model, mode, options.batch, dtype, *shape)
     training = steps.started(config, options.device, options.batch)
     found = {
         "utilisation": limits.utilisation(training, options.device),
@@ -90,7 +96,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         },
     }
     if options.trials:
-        run(whole_study.study_overhead, options.trials, options.device)
+        run(whole_study.study_overhead, options.trials, options.images, options.device)
     return {
         "settings": vars(options),
         "at": provenance.now(),
@@ -128,7 +134,8 @@ def markdown(found: dict[str, Any]) -> str:
     settings, used = found["settings"], found["utilisation"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     rows = [
-        f"{machine(found)}, {found['threads']} threads, {found['at']}, commit {found['commit']}.",
+        f"{machine(found)}, {found['threads']} threads, {found['at']}, commit {found['commit']}. "
+        f"Our side computes in {used['compute_dtype']}, as its trials do here by default.",
         f"{settings['model']}, batch {settings['batch']}, {settings['steps']} steps per "
         f"measurement, {settings['rounds']} rounds in turns. {versions}.",
         "",

@@ -19,7 +19,6 @@ from benchmarks.timing import Comparison
 
 SEEDS = 36
 EPOCHS = 4
-"""So that a trial takes more than 10 s on two cores."""
 
 
 def short_trials() -> dict[str, Any]:
@@ -35,12 +34,14 @@ def short_trials() -> dict[str, Any]:
     }
 
 
-def study_overhead(trials: int, device: str) -> list[Comparison]:
-    """Three figures of one study of ``trials`` short trials, as the command runs it."""
+def study_overhead(trials: int, images: int, device: str) -> list[Comparison]:
+    """Three figures of one study of ``trials`` short trials on ``images`` images each, as the
+    command runs it."""
     with tempfile.TemporaryDirectory() as folder:
         grid = f"{__file__}:short_trials"
         command = [sys.executable, "-m", "tune_study.run", "--grid", grid, "--device", device]
         command += ["--output-dir", folder, "--max-experiments", str(trials)]
+        command += ["--train-size", str(images)]
         begun = time.perf_counter()
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

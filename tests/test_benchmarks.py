@@ -76,7 +76,7 @@ def test_the_other_side_measures_in_a_process_without_our_settings(monkeypatch):
             super().__init__(*args, **options)
 
     monkeypatch.setattr(peers.subprocess, "Popen", Seen)
-    with peers.peer("step", "vit_glyphs_patch4_32", "nf4", 2, 1, "cpu") as measure:
+    with peers.peer("step", "vit_glyphs_patch4_32", "nf4", 2, 1, "cpu", "fp32") as measure:
         assert all(0 < measure() < 10_000 for _ in range(2))
     assert "OMP_WAIT_POLICY" not in seen[0]
     assert seen[0].keys() == os.environ.keys() - {"OMP_WAIT_POLICY"}
