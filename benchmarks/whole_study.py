@@ -29,7 +29,7 @@ def short_trials() -> dict[str, Any]:
         "lora": {"r": 4, "lora_alpha": 8},
         "quantization": tune.grid_search(["none", "int8", "nf4", "nf4-dq"]),
         "seed": tune.grid_search(list(range(SEEDS))),
-        "data": {"train_size": 320, "val_size": 64, "test_size": 64},
+        "data": {"val_size": 64, "test_size": 64},
         "training": {"num_train_epochs": EPOCHS, "early_stopping_patience": 0},
     }
 

@@ -127,13 +127,10 @@ def at_start(training: Training, weights: Path | None) -> tuple[GradientFidelity
         with _full_precision(training, weights) as other:
             known = _latest[key] = Reference(
                 {name: p.detach().clone() for name, p in training.parameters.items()},
-                Look(gradients_of(training, other), features_of(training, other)),
+                _look(training, other),
                 _pretrained_head(training, weights),
             )
-    ours = known.twin
-    if not _is_its_own_twin(training):
-        model = training.model
-        ours = Look(gradients_of(training, model), features_of(training, model))
+    ours = known.twin if _is_its_own_twin(training) else _look(training, training.model)
     return (
         gradient_fidelity(ours.gradients, known.twin.gradients),
         output_fidelity(ours.features, known.twin.features, known.head),
@@ -144,9 +141,7 @@ def at_end(training: Training, weights: Path | None) -> GradientFidelity:
     """The gradients' fidelity in the present state of the adapters."""
     with _full_precision(training, weights) as other:
         theirs = gradients_of(training, other)
-    ours = theirs
-    if not _is_its_own_twin(training):
-        ours = gradients_of(training, training.model)
+    ours = theirs if _is_its_own_twin(training) else gradients_of(training, training.model)
     return gradient_fidelity(ours, theirs)
 
 
@@ -162,6 +157,10 @@ def _full_precision(training: Training, weights: Path | None) -> Iterator[nn.Mod
     else:
         with twin(training, weights) as other:
             yield other
+
+
+def _look(training: Training, model: nn.Module) -> Look:
+    return Look(gradients_of(training, model), features_of(training, model))
 
 
 def gradients_of(training: Training, model: nn.Module) -> dict[str, Tensor]:
