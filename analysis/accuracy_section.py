@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from analysis.drawing import in_order
 from analysis.findings import Findings
 from analysis.layout import Section, Table, count, notes, table_of, text
 from analysis.summaries import finished
@@ -29,7 +30,8 @@ def accuracy(found: Findings) -> Section:
         "The verdict compares the interval with a margin that was fixed beforehand. A difference "
         "that is not significant is not called equal: only an interval inside the margin is.",
     ]
-    paragraphs += _sampling(found)
+    good = finished(found.study.trials)
+    paragraphs += _sampling(good) + _choice_of_epoch(good)
     tables = [
         table_of(
             "accuracy",
@@ -61,21 +63,44 @@ def accuracy(found: Findings) -> Section:
     return Section("accuracy", "Accuracy", paragraphs, tables, figures)
 
 
-def _sampling(found: Findings) -> list[str]:
+def _sampling(trials: pd.DataFrame) -> list[str]:
     """How far the choice of test images alone moves an accuracy, per data set (binomial)."""
-    good = finished(found.study.trials).dropna(subset=["test_images", "test_accuracy"])
-    parts = []
-    for name, own in good.groupby("dataset", observed=True):
-        images = int(own["test_images"].max())
-        accuracy = float(own["test_accuracy"].mean())
-        error = (accuracy * (1 - accuracy) / images) ** 0.5
-        parts.append(f"{name}: {images:,} test images, standard error {error * 100:.2f} pp")
-    if not parts:
+    errors = _standard_errors(trials, "test")
+    if not errors:
         return []
     return [
-        f"Sampling of the test images ({'; '.join(parts)}) moves every accuracy. All modes are "
+        f"Sampling of the test images ({errors}) moves every accuracy. All modes are "
         "tested on the same images, so differences move less; no interval here includes it."
     ]
+
+
+def _choice_of_epoch(trials: pd.DataFrame) -> list[str]:
+    """How sure the choice of the tested epoch is, and in which mode it cut training short."""
+    errors = _standard_errors(trials, "val")
+    if not errors:
+        return []
+    early = trials["best_epoch"] < trials["epochs_completed"]
+    by_mode = early.groupby(trials["quantization"], observed=True)
+    per_mode = {mode: f"{mode} {own.sum()} of {len(own)}" for mode, own in by_mode}
+    kept = ", ".join(per_mode[mode] for mode in in_order(per_mode))
+    return [
+        "A trial is tested as it was after the epoch with its best validation accuracy "
+        f"({errors}). Epochs that differ by less are told apart by chance, and an early one that "
+        f"wins may lose on the test images. Trials that kept an epoch before their last: {kept}."
+    ]
+
+
+def _standard_errors(trials: pd.DataFrame, split: str) -> str:
+    """Of the accuracy on the images of ``split``, "val" or "test"; "" where none is known."""
+    parts = []
+    known_trials = trials.dropna(subset=[f"{split}_images", f"{split}_accuracy"])
+    for name, own in known_trials.groupby("dataset", observed=True):
+        images = int(own[f"{split}_images"].max())
+        accuracy = float(own[f"{split}_accuracy"].mean())
+        error = (accuracy * (1 - accuracy) / images) ** 0.5
+        kind = {"val": "validation"}.get(split, split)
+        parts.append(f"{name}: {images:,} {kind} images, standard error {error * 100:.2f} pp")
+    return "; ".join(parts)
 
 
 def _checks(table: pd.DataFrame) -> Table:

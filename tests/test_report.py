@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,9 +12,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from analysis import drawing, latex, report, summary
+from analysis import accuracy_section, drawing, latex, report, summary
 from analysis.layout import Table
 from analysis.load import StudyError, read_study
 from tests import synthetic
@@ -164,6 +166,23 @@ def test_the_planted_loss_is_recovered(finished: tuple[Path, _Document]) -> None
     assert rows["nf4-dq"]["verdict"] in ("equivalent", "undecided", "not inferior")
     assert rows["nf4"]["verdict"] not in ("equivalent", "not inferior")
     assert "no effect" not in finished[1].text.replace("'no effect'", "")
+
+
+def test_the_choice_of_the_epoch_is_told_with_its_standard_error() -> None:
+    trials = pd.DataFrame(
+        {
+            "dataset": ["cifar10"] * 4,
+            "quantization": ["none", "none", "int8", "int8"],
+            "val_accuracy": [0.8, 0.8, 0.8, 0.8],
+            "val_images": [100] * 4,
+            "best_epoch": [4, 4, 2, 4],
+            "epochs_completed": [4] * 4,
+        }
+    )
+    (said,) = accuracy_section._choice_of_epoch(trials)
+    assert "cifar10: 100 validation images, standard error 4.00 pp" in said  # sqrt(0.8 * 0.2 / 100)
+    assert said.endswith("before their last: none 0 of 2, int8 1 of 2.")
+    assert accuracy_section._choice_of_epoch(trials.assign(val_images=math.nan)) == []
 
 
 def test_simulated_studies_say_so_everywhere(simulated: tuple[Path, _Document]) -> None:

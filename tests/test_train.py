@@ -115,8 +115,9 @@ def test_a_disconnected_monitor_fails_the_trial(tiny):
 
 
 def test_evaluate_equals_the_plain_computation(tiny):
-    training = started(tiny("nf4"))
+    training = started(tiny("nf4", data={"train_size": 40, "val_size": 70, "test_size": 20}))
     split = training.data.val
+    assert len(split.labels) > 2 * train.EVAL_IMAGES_ON_CPU
     loss, accuracy = train.evaluate(training, split)
     training.model.eval()
     with torch.no_grad(), train.autocast(training):
@@ -124,6 +125,15 @@ def test_evaluate_equals_the_plain_computation(tiny):
     assert loss == pytest.approx(float(cross_entropy(scores, split.labels)), rel=1e-3)
     hits = int((scores.argmax(-1) == split.labels).sum())
     assert accuracy == hits / len(split.labels)
+
+
+def test_only_a_batch_without_int8_is_evaluated_in_parts(tiny):
+    sizes = {mode: train.images_per_evaluation(started(tiny(mode))) for mode in ("none", "int8")}
+    assert sizes == {"none": train.EVAL_IMAGES_ON_CPU, "int8": 128}
+    overridden = {"mode": "none", "overrides": {"*.qkv": "int8"}}
+    assert train.images_per_evaluation(started(tiny(overridden))) == 128
+    small = tiny("none", training={"per_device_eval_batch_size": 7})
+    assert train.images_per_evaluation(started(small)) == 7
 
 
 def test_early_stopping_keeps_the_best_epoch_and_tests_it(tiny, monkeypatch):

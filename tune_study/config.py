@@ -106,6 +106,7 @@ class TrainingConfig(_Record):
     per_device_train_batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=4096)] = 1
     per_device_eval_batch_size: Annotated[int, Field(ge=1, le=65536)] = 128
+    """int8 looks for outlier columns in a whole batch, so its accuracy depends on it a little."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
     warmup_steps: Annotated[int, Field(ge=0)] = 100

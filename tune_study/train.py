@@ -30,6 +30,8 @@ from tune_study.memory import StepMemory, measure_step
 from tune_study.model import COMPUTE_DTYPES, BuiltModel, trainable
 
 Row = dict[str, float]
+EVAL_IMAGES_ON_CPU = 32
+"""glibc takes every tensor of more than 32 MiB from the system anew: more images are slower."""
 NO_NOISE_SCALE = dict.fromkeys(
     ("gradient_noise_trace", "gradient_square", "gradient_noise_scale"), math.nan
 )
@@ -250,14 +252,29 @@ def autocast_of(config: TrialConfig, device: torch.device) -> torch.autocast:
 def evaluate(training: Training, split: Split) -> tuple[float, float]:
     """(mean cross-entropy, accuracy) of the current model on ``split``, not augmented."""
     training.model.eval()
-    size = training.config.training.per_device_eval_batch_size
     losses, correct = [], []
-    for images, labels in eval_batches(split, size):
+    for images, labels in eval_batches(split, images_per_evaluation(training)):
         loss, scores = _forward(training, images, labels)
         losses.append(loss.double() * len(labels))
         correct.append((scores.argmax(-1) == labels).sum())
     total = len(split.labels)
     return float(torch.stack(losses).sum()) / total, int(torch.stack(correct).sum()) / total
+
+
+def images_per_evaluation(training: Training) -> int:
+    """How many images of an evaluation batch go through the model together.
+
+    All, but on a CPU at most ``EVAL_IMAGES_ON_CPU``. int8 layers look for outlier columns in the
+    whole batch: for them parts of it would be another computation.
+    """
+    size = training.config.training.per_device_eval_batch_size
+    quantization = training.config.quantization
+    if training.device.type != "cpu" or "int8" in (
+        quantization.mode,
+        *quantization.overrides.values(),
+    ):
+        return size
+    return min(size, EVAL_IMAGES_ON_CPU)
 
 
 def test(training: Training) -> dict[str, float]:
