@@ -17,7 +17,7 @@ def dinov2_study() -> dict[str, Any]:
         "lora": {"r": 8, "lora_alpha": 16},
         "quantization": tune.grid_search(["none", "int8", "nf4", "nf4-dq"]),
         "seed": tune.grid_search([42, 123, 456]),
-        "data": {"image_size": 112, "train_size": 480, "val_size": 100, "test_size": 500},
+        "data": {"image_size": 112, "train_size": 480, "val_size": 500, "test_size": 500},
         "training": {
             "num_train_epochs": 4,
             "learning_rate": 5e-4,
