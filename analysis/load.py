@@ -61,7 +61,8 @@ def read_study(path: str | Path) -> Study:
             trials, epochs, lost = _read_tables(folder, manifest, found, kind)
         except tables.TableError as error:
             if (folder / f"trials.{kind}").exists() or kind == "parquet":
-                problems.append(f"the .{kind} tables are not used: {error}")
+                instead = ", but the trials' own files" if found.results else ""
+                problems.append(f"the .{kind} tables are not used{instead}: {error}")
             continue
         if kind == "csv":
             problems.append("the tables were read from the .csv files")
@@ -172,7 +173,9 @@ def _read_tables(
         if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
             raise tables.TableError(f"{path.name} is no regular file of this folder")
         if found.results and path.stat().st_mtime_ns < max(found.results.values()):
-            raise tables.TableError(f"{path.name} is older than a trial's results.json")
+            raise tables.TableError(
+                f"{path.name} is older than a trial's results.json, or was copied without its time"
+            )
         try:
             frame, lost = read(path, columns, name)
         except tables.TableError as error:

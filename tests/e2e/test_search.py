@@ -16,8 +16,8 @@ SEARCH = ["--search", "optuna", "--space", "qlora", "--num-samples", "16", "--si
 SEARCH += ["--set", "training.num_train_epochs=2", "--name", "s"]
 
 
-def start(folder):
-    return harness.start(folder, *SEARCH, grid=None)
+def start(folder, *options):
+    return harness.start(folder, *SEARCH, *options, grid=None)
 
 
 def wait_for(process, folder, words, patience_s=300):
@@ -69,6 +69,21 @@ def test_killed_moved_and_continued_it_is_the_same_search(whole, tmp_path):
     assert code == 0, output
     assert "of 16 trials have ended" in output
     same(folder / "s", whole)
+
+
+@pytest.mark.slow
+def test_killed_in_a_store_it_goes_on_from_an_empty_folder(whole, tmp_path):
+    stored = ("--storage", (tmp_path / "store").as_uri())
+    first, second = tmp_path / "first", tmp_path / "second"
+    process = start(first, *stored)
+    wait_for(process, first, "[5/16]")
+    harness.kill(process, "everything")
+    process.wait()
+    code, output = harness.finish(start(second, *stored), second)
+    assert code == 0, output
+    assert "of 16 trials have ended" in output
+    same(second / "s", whole)
+    same(tmp_path / "store" / "s", whole)
 
 
 @pytest.mark.slow
