@@ -65,7 +65,7 @@ def accuracy(found: Findings) -> Section:
 
 def _sampling(trials: pd.DataFrame) -> list[str]:
     """How far the choice of test images alone moves an accuracy, per data set (binomial)."""
-    errors = _standard_errors(trials, "test")
+    errors = _standard_errors(trials, "test", "test images")
     if not errors:
         return []
     return [
@@ -76,7 +76,7 @@ def _sampling(trials: pd.DataFrame) -> list[str]:
 
 def _choice_of_epoch(trials: pd.DataFrame) -> list[str]:
     """How sure the choice of the tested epoch is, and in which mode it cut training short."""
-    errors = _standard_errors(trials, "val")
+    errors = _standard_errors(trials, "val", "validation images")
     if not errors:
         return []
     early = trials["best_epoch"] < trials["epochs_completed"]
@@ -90,16 +90,15 @@ def _choice_of_epoch(trials: pd.DataFrame) -> list[str]:
     ]
 
 
-def _standard_errors(trials: pd.DataFrame, split: str) -> str:
-    """Of the accuracy on the images of ``split``, "val" or "test"; "" where none is known."""
+def _standard_errors(trials: pd.DataFrame, split: str, called: str) -> str:
+    """Of the accuracy on ``split``, "val" or "test", per data set; "" where none is known."""
     parts = []
-    known_trials = trials.dropna(subset=[f"{split}_images", f"{split}_accuracy"])
-    for name, own in known_trials.groupby("dataset", observed=True):
+    measured = trials.dropna(subset=[f"{split}_images", f"{split}_accuracy"])
+    for name, own in measured.groupby("dataset", observed=True):
         images = int(own[f"{split}_images"].max())
         accuracy = float(own[f"{split}_accuracy"].mean())
         error = (accuracy * (1 - accuracy) / images) ** 0.5
-        kind = {"val": "validation"}.get(split, split)
-        parts.append(f"{name}: {images:,} {kind} images, standard error {error * 100:.2f} pp")
+        parts.append(f"{name}: {images:,} {called}, standard error {error * 100:.2f} pp")
     return "; ".join(parts)
 
 

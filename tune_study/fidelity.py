@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 from tune_study.config import QuantizationConfig, TrialConfig, UserError
 from tune_study.data import preprocess
 from tune_study.model import build_model, classifier_names, load_base, trainable
-from tune_study.train import Training, autocast
+from tune_study.train import Training, autocast, images_per_evaluation
 
 IMAGES = 32
 
@@ -203,8 +203,7 @@ def features_of(training: Training, model: nn.Module) -> Tensor:
     was_training = model.training
     model.eval()
     parts = []
-    size = training.config.training.per_device_eval_batch_size
-    for part in training.data.train.images[:IMAGES].split(size):
+    for part in training.data.train.images[:IMAGES].split(images_per_evaluation(training)):
         with autocast(training):
             pixels = preprocess(part, training.preprocessing)
             parts.append(base.forward_head(base.forward_features(pixels), pre_logits=True))

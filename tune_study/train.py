@@ -269,12 +269,10 @@ def images_per_evaluation(training: Training) -> int:
     """
     size = training.config.training.per_device_eval_batch_size
     quantization = training.config.quantization
-    if training.device.type != "cpu" or "int8" in (
-        quantization.mode,
-        *quantization.overrides.values(),
-    ):
-        return size
-    return min(size, EVAL_IMAGES_ON_CPU)
+    has_int8 = "int8" in (quantization.mode, *quantization.overrides.values())
+    if training.device.type == "cpu" and not has_int8:
+        return min(size, EVAL_IMAGES_ON_CPU)
+    return size
 
 
 def test(training: Training) -> dict[str, float]:
