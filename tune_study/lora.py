@@ -81,7 +81,11 @@ class _AddAdapter(torch.autograd.Function):
 
 def drop(x: Tensor, mask: Tensor) -> Tensor:
     """A copy of ``x`` that is 0 where ``mask`` is false. On the CPU four times as fast as where."""
-    return mask.view(torch.uint8).to(x.dtype).mul_(x)
+    # The bits of x as a whole number, times 1 or 0: for the CPU, bytes are 3 times as slow to turn
+    # into bf16 as into integers.
+    whole = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    number = torch.int16 if whole else x.dtype
+    return mask.view(torch.uint8).to(number).mul_(x.view(number)).view(x.dtype)
 
 
 def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
