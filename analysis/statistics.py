@@ -31,6 +31,7 @@ from analysis.pairs import (
     planned_pairs,
     seed_intervals,
 )
+from analysis.wording import points
 
 __all__ = [
     "CONFIGURATION",
@@ -301,5 +302,5 @@ def _verdict_notes(row: dict[Any, Any], word: str) -> list[str]:
 def amount(value: float, metric: str) -> str:
     """A difference in words: percentage points for an accuracy, else the plain number."""
     if metric.endswith("accuracy"):
-        return f"{100 * value:+.2f} pp"
-    return f"{value:+.4g}"
+        return points(value)
+    return f"{value:+.4g}".replace("-", "−")

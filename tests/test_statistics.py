@@ -332,7 +332,8 @@ INFERENCES = ["ci_low", "ci_high", "bca_low", "bca_high", "p_t", "p_holm", "p_to
     [
         (study({"nf4": [0.01]}, seeds=3), "One configuration", 1),
         (study({"nf4": [0.01, 0.01, 0.01]}), "exactly +1.00 pp", 3),
-        (study({"nf4": [0.0, 0.0]}), "exactly +0.00 pp", 2),
+        (study({"nf4": [-0.01, -0.01]}), "exactly −1.00 pp", 2),
+        (study({"nf4": [0.0, 0.0]}), "exactly 0.00 pp", 2),
         (study({"nf4": [0.1, 0.2]}, status="error"), "No matched pair", 0),
         (made([(1, "nf4", 1, 0.5), (2, "nf4", 1, 0.6)]), "No none trial is planned", 0),
     ],
