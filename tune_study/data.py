@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import pad
+from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from tune_study.config import SPLIT_SEED, DataConfig, UserError
 
@@ -326,13 +327,13 @@ class Preprocessing(NamedTuple):
 
 
 def preprocess(images: Tensor, how: Preprocessing) -> Tensor:
-    """uint8 [B, 3, H, W] on any device -> float32 [B, 3, image_size, image_size], normalised."""
-    pixels = images.float()
-    size = (how.image_size, how.image_size)
-    if pixels.shape[-2:] != size:
-        shrinks = pixels.shape[-1] > how.image_size  # antialiasing changes nothing when growing
-        pixels = interpolate(pixels, size, mode=how.interpolation, antialias=shrinks)
-        pixels = pixels.clamp_(0, 255)  # bicubic overshoots
+    """uint8 [B, 3, H, W] on any device -> float32 [B, 3, image_size, image_size], normalised.
+
+    Resized as torchvision does it, to whole grey levels: what Pillow makes of one image at a time,
+    and thus what timm's weights were trained on, to two levels of 255.
+    """
+    size = [how.image_size, how.image_size]
+    pixels = resize(images, size, InterpolationMode(how.interpolation)).float()
     mean = torch.tensor(how.mean, device=images.device).view(1, -1, 1, 1) * 255
     std = torch.tensor(how.std, device=images.device).view(1, -1, 1, 1) * 255
     return pixels.sub_(mean).div_(std)
