@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from tune_study.backbone import MODEL_NAME
 from tune_study.config import QuantizationConfig
+from tune_study.data import Preprocessing, preprocess, read_source
 from tune_study.quantize import quantize_model
 
+PREPROCESSING = Preprocessing(32, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 TEST_FRACTION = 0.25
 TRAIN_SIZES = (100, 300, None)
 SPLIT_SEEDS = (0, 1, 2, 3, 4)
@@ -30,12 +32,9 @@ INIT_SEEDS = (0, 1, 2, 3, 4)
 
 
 def load_digits_images() -> tuple[Tensor, np.ndarray]:
-    """Scikit-learn's digits as the model wants them: `[1797, 3, 32, 32]` in -1..1, and labels."""
-    digits = load_digits()
-    # 8 by 8 with values 0..16 becomes an 8-bit image first, as it would come from a file.
-    pixels = torch.from_numpy(digits.images * (255 / 16)).round().float().unsqueeze(1)
-    images = F.interpolate(pixels, 32, mode="bicubic", align_corners=False).clamp(0, 255) / 255
-    return ((images - 0.5) / 0.5).expand(-1, 3, -1, -1), digits.target
+    """Scikit-learn's digits as a trial sees them: `[1797, 3, 32, 32]` in -1..1, and labels."""
+    images, labels = read_source("digits", None).train
+    return preprocess(images, PREPROCESSING), labels.numpy()
 
 
 @torch.inference_mode()
