@@ -98,10 +98,9 @@ def monitors_on_against_off(
     """Seconds per step with what watches it, against those without.
 
     The gradient monitor costs less than whole steps scatter: what it does more than compute the
-    norm, which clipping needs anyway, is timed alone on a step's gradients. The noise scale
-    compares micro-batches, so its step accumulates two. The resource monitor samples once a second
-    in a trial, less often than these steps last: here it samples ``OFTEN`` times as often, and that
-    share of what it costs is told.
+    norm, which clipping needs anyway, is timed alone on a step's gradients. The resource monitor
+    samples once a second in a trial, less often than these steps last: here it samples ``OFTEN``
+    times as often, and that share of what it costs is told.
     """
     training = started(config_of(model, mode, batch, device), device, batch)
     parameters = list(training.parameters.values())

@@ -118,8 +118,8 @@ class TrainingConfig(_Record):
     gradient_checkpointing: bool = False
     """Keeps only the blocks' inputs for backward and computes the rest a second time."""
     gradient_noise_scale: bool = False
-    """Measures McCandlish's noise scale. Without accumulation it halves each batch to do so, which
-    changes the dropout masks: compare trials that have it with each other alone."""
+    """Measures McCandlish's noise scale, from a step's micro-batches or the halves of its only one.
+    The training is the same to the last bit."""
 
 
 _JOINED_LATER = {"gradient_checkpointing": False, "gradient_noise_scale": False}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,8 +134,9 @@ class NoiseScale:
         |G|^2 = (B_b |g_b|^2 - B_s |g_s|^2) / (B_b - B_s)
         S     = (|g_s|^2 - |g_b|^2) / (1/B_s - 1/B_b)
 
-    with |g_s|^2 the mean over the parts. Both are noisy and unbiased, so they are averaged over the
-    epoch before they are divided. Each part draws its own dropout, which counts as noise.
+    with |g_s|^2 the mean over the parts: a step's micro-batches, or the halves of its only one.
+    Both are noisy and unbiased, so they are averaged over the epoch before they are divided. Each
+    image draws its own dropout, which counts as noise.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -150,10 +151,24 @@ class NoiseScale:
     @torch.no_grad()
     def observe_part(self, share: float) -> None:
         """After the backward pass of a part whose loss was weighted by ``share`` of the batch."""
-        now = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self._parameters]
+        now = self._now()
         part = now if self._before is None else torch._foreach_sub(now, self._before)
-        self._squares.append(torch.stack(torch._foreach_norm(list(part))).square().sum() / share**2)
+        self._squares.append(_square(part) / share**2)
         self._before = [gradient.clone() for gradient in now]
+
+    @torch.no_grad()
+    def observe_halves(self, first: Mapping[Tensor, Tensor]) -> None:
+        """After the backward pass of a whole batch, to which its first half added ``first``."""
+        now = self._now()
+        half = [
+            torch.zeros_like(p) if p.grad is None else first[p].detach() for p in self._parameters
+        ]
+        self._squares += [4 * _square(part) for part in (half, torch._foreach_sub(now, half))]
+
+    def _now(self) -> list[Tensor]:
+        return [
+            torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self._parameters
+        ]
 
     @torch.no_grad()
     def observe_step(self, norm: Tensor, sizes: list[int]) -> None:
@@ -177,6 +192,10 @@ class NoiseScale:
             "gradient_square": square,
             "gradient_noise_scale": trace / square if square > 0 else np.nan,
         }
+
+
+def _square(gradient: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(list(gradient))).square().sum()
 
 
 def norm_statistics(norms: np.ndarray) -> dict[str, float]:

@@ -16,6 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tune_study import first_half
+
 
 def speed_up(layer: nn.Module) -> None:
     """Gives PEFT's LoRA ``layer`` the forward pass of this module. Its class stays."""
@@ -56,6 +58,7 @@ class _AddAdapter(torch.autograd.Function):
             rows = drop(x, mask)
         rows = rows.flatten(0, -2)
         ctx.factors, ctx.dtype = (1 / kept, scaling), a.dtype
+        ctx.first_half, ctx.learned = first_half.wanted(), (a, b)
         a, b = (a / kept).to(rows.dtype), (b * scaling).to(rows.dtype)
         inner = rows @ a.T
         ctx.save_for_backward(rows, mask, inner, a, b)
@@ -73,10 +76,17 @@ class _AddAdapter(torch.autograd.Function):
             into_x = through.unflatten(0, gradients[0].shape[:-1]) @ a
             into_x = into_x if mask is None else drop(into_x, mask)
         divided, scaling = ctx.factors
-        of_a = (through.T @ rows).to(ctx.dtype).mul_(divided)
-        # gradient.T @ inner, which takes three times as long on the CPU.
-        of_b = (inner.T @ gradient).T.to(ctx.dtype).contiguous().mul_(scaling)
-        return gradients[0], into_x, of_a, of_b, None, None
+
+        def learned(part: slice) -> tuple[Tensor, Tensor]:
+            of_a = (through[part].T @ rows[part]).to(ctx.dtype).mul_(divided)
+            # gradient.T @ inner, which takes three times as long on the CPU.
+            of_b = (inner[part].T @ gradient[part]).T.to(ctx.dtype).contiguous().mul_(scaling)
+            return of_a, of_b
+
+        if ctx.first_half is not None:
+            half = slice(len(rows) // 2)
+            ctx.first_half.update(zip(ctx.learned, learned(half), strict=True))
+        return gradients[0], into_x, *learned(slice(None)), None, None
 
 
 def drop(x: Tensor, mask: Tensor) -> Tensor:

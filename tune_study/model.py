@@ -15,12 +15,14 @@ import timm
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from tune_study import backbone  # noqa: F401  (registers the demo's backbone with timm)
 from tune_study.config import TrialConfig, UserError
 from tune_study.data import Preprocessing
+from tune_study.first_half import watch
 from tune_study.lora import speed_up
 from tune_study.quantize import (
     LayerReport,
@@ -311,6 +313,8 @@ def add_lora(base: nn.Module, config: TrialConfig) -> PeftModel:
         if isinstance(module, LoraLayer):
             module.reset_lora_parameters("default", init_lora_weights=True)
             speed_up(module)
+        elif isinstance(module, ModulesToSaveWrapper):
+            watch(cast(nn.Linear, module.modules_to_save["default"]))
     return model
 
 

@@ -24,6 +24,7 @@ from tune_study.data import (
     preprocess,
     train_batches,
 )
+from tune_study.first_half import gradients_of_first_half
 from tune_study.gradients import GradientFlowMonitor, NoiseScale
 from tune_study.limits import images_per_step
 from tune_study.memory import StepMemory, measure_step
@@ -206,22 +207,25 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tens
     settings = training.config.training
     micro = settings.per_device_train_batch_size
     noise = training.noise
-    if noise is not None and len(labels) <= micro:
-        micro = max(1, len(labels) // 2)  # the noise scale compares halves with the whole
+    halves = noise is not None and len(labels) <= micro
     losses, hits = [], []
     for part, targets in zip(images.split(micro), labels.split(micro), strict=True):
-        loss, scores = _forward(training, part, targets)
+        with gradients_of_first_half(halves) as first:
+            loss, scores = _forward(training, part, targets)
         # Of the step's mean loss, so that accumulation equals one large batch.
         share = loss * (len(targets) / len(labels))
         share.backward()
-        if noise is not None:
+        if noise is not None and halves:
+            noise.observe_halves(first)
+        elif noise is not None:
             noise.observe_part(len(targets) / len(labels))
         losses.append(share.detach())
         hits.append((scores.detach().argmax(-1) == targets).sum())
     step_loss = torch.stack(losses).sum()
     norm = training.monitor.observe(step_loss)
     if noise is not None:
-        noise.observe_step(norm, [len(targets) for targets in labels.split(micro)])
+        parts = labels.tensor_split(2) if halves else labels.split(micro)
+        noise.observe_step(norm, [len(part) for part in parts])
     torch.nn.utils.clip_grads_with_norm_(training.parameters.values(), settings.max_grad_norm, norm)
     training.optimizer.step()
     training.schedule.step()
