@@ -182,14 +182,15 @@ def _sample(row: dict[Any, Any]) -> str:
 
 
 def _undecided(trials: pd.DataFrame, row: dict[Any, Any], loss: float) -> str:
-    """``nf4 needs about 4 more seeds``, or what else it needs."""
+    """``nf4 seems to lose less; about 4 more seeds would tell``, or what else it needs."""
     mode = row["quantization"]
     more = planning.more_needed(trials, str(mode), loss, baseline=str(row.get("baseline", "none")))
+    seems = f"{mode} seems to lose {'less' if row['mean_difference'] > -loss else 'more'}; about"
     if more.seeds is not None:
-        return f"{mode} needs about {plural(more.seeds, 'more seed')} per configuration"
+        return f"{seems} {plural(more.seeds, 'more seed')} per configuration would tell"
     if more.configurations is not None:
-        what = "more configuration"
-        return f"{mode} needs about {plural(more.configurations, what)} (seeds alone won't do)"
+        what = plural(more.configurations, "more configuration")
+        return f"{seems} {what} would tell (seeds alone won't)"
     return f"{mode} {more.note}"
 
 

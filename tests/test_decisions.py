@@ -58,12 +58,14 @@ def _exact(seeds: int, mean: float, sigma: float) -> pd.DataFrame:
 
 def test_a_wide_interval_is_not_decided_and_says_what_it_needs() -> None:
     trials, _ = synthetic.study_frames(synthetic.plan(models=TINY, modes=("none", "nf4")))
-    swing = np.where(trials["lora_r"] == 4, -0.04, 0.01)
-    trials["test_accuracy"] = np.where(trials["quantization"] == "nf4", 0.9 + swing, 0.9)
-    line = _tolerance(trials, 0.01)
-    assert (line.mode, line.decided) == (None, False)
-    assert line.answer.startswith("Not decided: nf4 needs about")
-    assert "more configurations" in line.answer
+    swing = np.where(trials["lora_r"] == 4, -0.04, 0.01)  # a third of them: -0.67 pp on average
+    for shift, seems in ((0, "less"), (-0.01, "more")):
+        quantized = 0.9 + swing + shift
+        trials["test_accuracy"] = np.where(trials["quantization"] == "nf4", quantized, 0.9)
+        line = _tolerance(trials, 0.01)
+        assert (line.mode, line.decided) == (None, False)
+        assert line.answer.startswith(f"Not decided: nf4 seems to lose {seems}; about ")
+        assert "more configurations would tell" in line.answer
 
 
 def test_insignificance_is_never_called_no_effect() -> None:
@@ -74,7 +76,7 @@ def test_insignificance_is_never_called_no_effect() -> None:
     assert line.mode != "nf4-dq"
     text = " ".join(part for one in _decide(trials).values() for part in one[:4])
     assert "no effect" not in text.lower()
-    assert "Not decided for smaller weights: nf4-dq needs about" in text
+    assert "Not decided for smaller weights: nf4-dq seems to lose " in text
 
 
 def test_tolerance_is_the_noninferiority_test_at_that_margin() -> None:

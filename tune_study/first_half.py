@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 Gradients = dict[Tensor, Tensor]
 """By the parameter itself."""
-_wanted: Gradients | None = None
+_receiver: Gradients | None = None
 
 
 @contextmanager
@@ -22,18 +22,18 @@ def gradients_of_first_half(wanted: bool = True) -> Iterator[Gradients]:
     """What is computed forward within also leaves, in backward, the gradients that the first half
     of the batch adds to those of the parameters: LoRA's (``lora.py``) and a watched layer's.
     """
-    global _wanted
+    global _receiver
     found: Gradients = {}
-    _wanted = found if wanted else None
+    _receiver = found if wanted else None
     try:
         yield found
     finally:
-        _wanted = None
+        _receiver = None
 
 
-def wanted() -> Gradients | None:
-    """Where to leave the gradients of the forward pass that runs now; ``None`` outside."""
-    return _wanted
+def receiver() -> Gradients | None:
+    """Where the gradients of the forward pass that runs now belong; ``None``: nowhere."""
+    return _receiver
 
 
 def watch(layer: nn.Linear) -> None:
@@ -42,7 +42,7 @@ def watch(layer: nn.Linear) -> None:
 
 
 def _after_forward(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-    found = wanted()
+    found = receiver()
     if found is None or not output.requires_grad:
         return
     weight, bias, rows = layer.weight, layer.bias, inputs[0].detach()

@@ -58,7 +58,7 @@ class _AddAdapter(torch.autograd.Function):
             rows = drop(x, mask)
         rows = rows.flatten(0, -2)
         ctx.factors, ctx.dtype = (1 / kept, scaling), a.dtype
-        ctx.first_half, ctx.learned = first_half.wanted(), (a, b)
+        ctx.first_half, ctx.learned = first_half.receiver(), (a, b)
         a, b = (a / kept).to(rows.dtype), (b * scaling).to(rows.dtype)
         inner = rows @ a.T
         ctx.save_for_backward(rows, mask, inner, a, b)
