@@ -433,6 +433,30 @@ def torch_into_an_empty_one(a):
     return out.view(a.shape) + other
 
 
+def native_into_out(a, out):
+    ctypes.memmove(out.data_ptr(), a.data_ptr(), a.nbytes)
+
+
+def torch_into_out(a, out):
+    out.copy_(a)
+
+
+@pytest.mark.parametrize(("kernel", "own"), [(native_into_out, True), (torch_into_out, False)])
+def test_a_kernel_that_fills_what_it_is_given(kernel, own):
+    with torch.library._scoped_library("bitsandbytes", "FRAGMENT") as library:
+        library.define("planted.out(Tensor a, Tensor(a!) out) -> ()")
+        library.impl("planted.out", kernel, "CPU")
+        library.define("caller(Tensor a) -> Tensor")
+
+        def caller(a):
+            out = torch.empty_like(a)
+            torch.ops.bitsandbytes.planted.out(a, out)
+            return out
+
+        library.impl("caller", caller, "CPU")
+        assert called("caller", torch.randn(3)) == {"caller": False, "planted": own}
+
+
 @pytest.mark.parametrize(
     ("kernel", "own"),
     [

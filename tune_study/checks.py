@@ -174,11 +174,12 @@ class Operations(TorchDispatchMode):
         """Runs the operation's kernel under this mode, which ``func`` itself would call again."""
         self.own.setdefault(name, False)
         self._operations.append(name)
-        self._blank.append(_by_address(_written(func, args, kwargs)))
+        written = _written(func, args, kwargs)
+        self._blank.append(_by_address(written))
         with self:
             results = func.redispatch(self._backend, *args, **kwargs)
-        blank = self._blank.pop()
-        self.own[self._operations.pop()] |= bool(blank.keys() & _by_address(results).keys())
+        blank = self._blank.pop().keys()
+        self.own[self._operations.pop()] |= bool(blank & _by_address([results, written]).keys())
         return results
 
     def _note(self, name: str, func: Any, args: Any, kwargs: Any, results: Any) -> None:
