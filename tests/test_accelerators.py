@@ -12,10 +12,21 @@ from ray._common.utils import get_default_system_temp_dir
 
 from tests import pretend
 from tests.pretend import pretended
+from tune_study import (
+    checks,
+    doctor,
+    environment,
+    memory,
+    preflight,
+    products,
+    provenance,
+    quantize,
+    resources,
+    train,
+)
 from tune_study import device as devices
-from tune_study import environment, memory, preflight, provenance, quantize, resources, train
 from tune_study.config import UserError
-from tune_study.data import load
+from tune_study.data import Preprocessing, load, preprocess
 from tune_study.model import build_model
 from tune_study.schema import MODES
 from tune_study.trainable import RunContext, execute
@@ -32,7 +43,7 @@ def small(tiny):
         return tiny(
             mode,
             data={"train_size": 25, "val_size": 10, "test_size": 10},
-            training={"compute_dtype": "bf16", **training},
+            training={"compute_dtype": "bf16", "gradient_noise_scale": True, **training},
         )
 
     return make
@@ -214,7 +225,6 @@ def test_an_operation_without_a_deterministic_kernel_is_told_and_not_fatal(
     step = train.train_step
 
     def strictly(training, images, labels):
-        torch.ops.aten.cummax  # noqa: B018  (any operation; what raises is torch's own alert)
         if not torch.is_deterministic_algorithms_warn_only_enabled():
             raise RuntimeError(
                 "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, "
@@ -295,3 +305,28 @@ def test_a_mac_is_named_by_its_chip_and_system(monkeypatch):
 def test_the_monitor_of_a_pretended_gpu_reads_its_memory():
     with pretended("cuda"):
         assert resources._gpu_memory_bytes(torch.device("cuda")) == pretend.ALLOCATED
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("side", [20, 112])
+def test_an_accelerator_sees_the_images_that_the_cpu_sees(side, interpolation):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 32, 48), dtype=torch.uint8, generator=generator)
+    how = Preprocessing(side, interpolation, (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))
+    expected = preprocess(images, how)
+    with pretended("mps"):
+        ours = preprocess(images.to("mps"), how).cpu()
+    difference = (ours - expected).abs()
+    assert difference.max() <= 2  # as against Pillow; in one pass for both directions it is 26
+    assert difference.mean() < 0.1  # whole levels: a half is rounded either way
+
+
+def test_the_doctor_is_well_on_a_sound_device_and_finds_a_planted_fault(monkeypatch, cuda_settings):
+    def verdicts():
+        with pretended("mps"):
+            there = torch.device("mps")
+            return [doctor.settings(there), checks.epoch("int8", there), products.resize(there)]
+
+    assert all(verdict.ok for verdict in verdicts())
+    monkeypatch.setattr(quantize, "_int8_state", lambda layer: 1 / 0)
+    assert [verdict.ok for verdict in verdicts()] == [True, False, True]

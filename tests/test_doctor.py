@@ -114,7 +114,7 @@ def test_no_check_raises_on_a_device_that_can_compute_nothing():
     names = [verdict.check for verdict in verdicts]
     assert names[0] == "versions"
     assert names[-1] == f"peak of {MODES[-1]}"
-    assert len(set(names)) == len(names) == 5 + 4 * len(QUANTIZED) + 5 + 3 * len(MODES)
+    assert len(set(names)) == len(names) == 6 + 4 * len(QUANTIZED) + 5 + 3 * len(MODES)
     assert all(verdict.remedy for verdict in verdicts if not verdict.ok)
     assert sum(verdict.ok for verdict in verdicts) < 10
 

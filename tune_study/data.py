@@ -329,11 +329,15 @@ class Preprocessing(NamedTuple):
 def preprocess(images: Tensor, how: Preprocessing) -> Tensor:
     """uint8 [B, 3, H, W] on any device -> float32 [B, 3, image_size, image_size], normalised.
 
-    Resized as torchvision does it, to whole grey levels: what Pillow makes of one image at a time,
-    and thus what timm's weights were trained on, to two levels of 255.
+    Resized as torchvision does it on the CPU, to whole grey levels after each direction: what
+    Pillow makes of one image at a time, and thus what timm's weights were trained on, to two levels
+    of 255. In both directions at once, as torchvision does it on other devices, overshooting edges
+    would be cut off by other amounts.
     """
-    size = [how.image_size, how.image_size]
-    pixels = resize(images, size, InterpolationMode(how.interpolation)).float()
+    side, interpolation = how.image_size, InterpolationMode(how.interpolation)
+    if images.device.type != "cpu":
+        images = resize(images, [images.shape[-2], side], interpolation)
+    pixels = resize(images, [side, side], interpolation).float()
     mean = torch.tensor(how.mean, device=images.device).view(1, -1, 1, 1) * 255
     std = torch.tensor(how.std, device=images.device).view(1, -1, 1, 1) * 255
     return pixels.sub_(mean).div_(std)

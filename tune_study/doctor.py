@@ -1,4 +1,4 @@
-# ruff: noqa: E402  (two settings must come before the imports that read them)
+# ruff: noqa: E402  (torch reads the environment while it is imported)
 """``python -m tune_study.doctor``: does this machine compute what it claims to?
 
 Every check is small and uses the product's own code, so that a fault found here is a fault that a
@@ -7,17 +7,15 @@ study would have had. It needs no network and leaves nothing behind.
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-# Both talk while they are imported, of a profiler for GPUs and of a kernel of another package.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+from tune_study import environment
+
+environment.prepare()
 
 import torch
 import typer
@@ -27,6 +25,7 @@ from rich.table import Table
 
 from tune_study import checks, products, provenance
 from tune_study.checks import Verdict, Wrong, check
+from tune_study.device import available, settle
 from tune_study.estimate import bf16_slowness, free_bytes, without_bf16
 from tune_study.schema import MODES
 
@@ -38,6 +37,7 @@ def examine(device: torch.device) -> Iterator[Verdict]:
     """All verdicts for ``device``, one by one as they are found."""
     yield versions()
     yield devices()
+    yield settings(device)
     yield memory(device)
     yield disk(Path.cwd())
     yield compute_dtype(device)
@@ -74,6 +74,13 @@ def devices() -> str:
         remedy = f"set OMP_NUM_THREADS={hardware['cores']}: waiting threads take the cores' time"
         raise Wrong(found, remedy)
     return found
+
+
+@check("settings", "see what it says")
+def settings(device: torch.device) -> str:
+    """What a trial sets on ``device``, so that it repeats."""
+    found = settle(device)
+    return ", ".join(f"{name} {value}" for name, value in found.items()) or "none needed"
 
 
 @check("memory", "report this line")
@@ -123,13 +130,6 @@ def main(
         console.print(f"{verdict.check}: {verdict.found}. Remedy: {verdict.remedy}.", markup=False)
     console.print(f"{len(bad)} wrong" if bad else "all is well")
     raise typer.Exit(1 if bad else 0)
-
-
-def available(device: str) -> bool:
-    """Whether torch can use ``device``: cpu, mps or cuda."""
-    if device == "cuda":
-        return torch.cuda.is_available()
-    return device == "cpu" or (device == "mps" and torch.backends.mps.is_available())
 
 
 if __name__ == "__main__":
