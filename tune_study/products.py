@@ -38,7 +38,7 @@ INT8_INPUT_ERROR = 0.02
 """LLM.int8() also rounds the inputs, to 127 steps of a row's largest value: an error of 0.7 % for
 Gaussian rows, of 1.4 % when that value is just below the threshold of 6."""
 GREY_LEVELS = 2
-"""The CPU multiplies by whole numbers, so a half may be rounded the other way, in each direction."""
+"""The CPU multiplies by whole numbers: in each direction a half may be rounded the other way."""
 REMEDY = "choose another device or version of torch (on a Mac 2.14 or later), and report this line"
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
