@@ -31,7 +31,6 @@ def settings(**options):
         "scheduler": None,
         "seed": None,
         "assignments": [("training.num_train_epochs", 2)],
-        "find": study.function_of,
     }
     return space.settings(**{**given, **options})
 

@@ -135,7 +135,6 @@ def _planned(given: Options) -> tuple[Settings | None, str, list[TrialConfig]]:
         scheduler=given.scheduler,
         seed=given.search_seed,
         assignments=assignments,
-        find=studies.function_of,
     )
     if settings:
         spaces.refuse_grid_options(

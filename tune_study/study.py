@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.util
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,13 +19,13 @@ from ray.tune.search.variant_generator import generate_variants
 
 from analysis.load import Study, rebuild, write_tables
 from search_spaces import grids
+from search_spaces.lookup import function_of
 from tune_study import cluster, storage
 from tune_study.config import TrialConfig, UserError, assign, parse_trial
 from tune_study.files import read_json
 from tune_study.hparams import axes_of
 from tune_study.inputs import ship
 from tune_study.mode_curves import ModeCurves, write_study_run
-from tune_study.options import refuse_unknown_function
 from tune_study.progress import Progress
 from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS, STATUSES
 from tune_study.store import Store
@@ -60,26 +58,6 @@ def load_grid(grid: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(space, dict):
         raise UserError(f"--grid {grid}: it returned {type(space).__name__}, not a param_space")
     return name, space
-
-
-def function_of(option: str, value: str, module: ModuleType) -> tuple[str, Callable[..., Any]]:
-    """(name, function) of a public one of ``module``, or of ``path/to/file.py:function``.
-
-    Raises ``UserError``.
-    """
-    refuse_unknown_function(option, value, module.__name__)
-    path, colon, name = value.rpartition(":")
-    if not colon:
-        return value, getattr(module, value)
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{option} {value}: {path} is no Python file; its name must end in .py")
-    try:
-        own = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(own)
-        return name, getattr(own, name)
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise UserError(f"{option} {value}: {type(error).__name__}: {error}") from error
 
 
 def plan(
