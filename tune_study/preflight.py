@@ -22,7 +22,6 @@ from tune_study.model import (
     refuse_unknown_model,
     weights_file,
 )
-from tune_study.options import DEVICES, one_of
 from tune_study.quantize import block_linears, check_kernel, plan_layers
 from tune_study.targets import refuse_without_effect, skeleton_of
 from tune_study.trainable import RunContext
@@ -37,7 +36,7 @@ def choose_device(device: str) -> str:
     }
     if device == "auto":
         return next(name for name, found in there.items() if found)
-    if not there[one_of("--device", device, DEVICES)]:
+    if not there.get(device):
         raise UserError(f"--device {device}: this machine has none that torch can use; try auto")
     return device
 

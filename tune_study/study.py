@@ -20,7 +20,7 @@ from ray.tune.search.variant_generator import generate_variants
 from analysis.load import Study, rebuild, write_tables
 from search_spaces import grids
 from search_spaces.lookup import function_of
-from tune_study import cluster, storage
+from tune_study import cluster
 from tune_study.config import TrialConfig, UserError, assign, parse_trial
 from tune_study.files import read_json
 from tune_study.hparams import axes_of
@@ -28,13 +28,14 @@ from tune_study.inputs import ship
 from tune_study.mode_curves import ModeCurves, write_study_run
 from tune_study.progress import Progress
 from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS, STATUSES
+from tune_study.storage import Pull, Push
 from tune_study.store import Store
 from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop, graceful_signals
 from tune_study.tensorboard import TensorBoardCallback
 from tune_study.trainable import RunContext, run_trial
 
 if TYPE_CHECKING:
-    from tune_study.search import Search
+    from tune_study.search import Search  # Optuna and its SQLite are loaded for a search alone
 
 MOST_TRIALS = 100_000
 with contextlib.suppress(ImportError):  # private to Ray: may go
@@ -208,7 +209,9 @@ def run(
                 if not waiting:
                     break
             if search:
-                search.finish()
+                from tune_study.search import finish
+
+                finish(search)
     finally:
         ray.shutdown()
 
@@ -218,10 +221,10 @@ def _callbacks(
 ) -> list[tune.Callback]:
     """In the order in which they need each other's files."""
     return [
-        *([storage.Before(store)] if store and context.on_cluster else []),
+        *([Pull(store)] if store and context.on_cluster else []),
         *_tensorboard(context, search),
         *ours,
-        *([storage.After(store)] if store else []),
+        *([Push(store)] if store else []),
     ]
 
 
@@ -236,7 +239,12 @@ def _fit(
     """One Tuner, in a new run folder of the study."""
     # Tune's snapshot of its state copies what it knows of all trials: the more, the more seldom.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(max(30, len(trials) / 10)))
-    plan = search.tune_config(slots.at_a_time) if search else _in_order(trials, slots.limit)
+    if search:
+        from tune_study.search import tune_config
+
+        plan = tune_config(search, slots.at_a_time)
+    else:
+        plan = _in_order(trials, slots.limit)
     cells = {trial.trial_id: trial.model_dump(mode="json") for trial in trials}
     cell = tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]])
     tuner = tune.Tuner(
