@@ -292,6 +292,7 @@ def judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
 def with_compute_dtype(
     console: Console, trials: Sequence[TrialConfig], context: RunContext
 ) -> list[TrialConfig]:
+    """``settle_compute_dtype`` for the study in its folder, and a note where that mattered."""
     folder = context.study_dir
     settled, reason = settle_compute_dtype(
         trials, context.device, manifest.planned_ids(folder), manifest.settled_compute_dtype(folder)
@@ -317,6 +318,7 @@ def extension_of(
 def say_what_is_unusual(
     console: Console, trials: Sequence[TrialConfig], simulation: Simulation | None
 ) -> None:
+    """Whether the trials are drawn, or start from random weights."""
     if simulation:
         console.print("note: SIMULATED: results are drawn from a model, nothing is trained")
     elif any(not trial.pretrained for trial in trials):
@@ -324,6 +326,7 @@ def say_what_is_unusual(
 
 
 def say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: Checked) -> None:
+    """Of the first trial whose warm-up is as long as its training."""
     for trial in trials:
         training = trial.training
         if trial.trial_id in checked.data:

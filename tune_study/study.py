@@ -34,8 +34,8 @@ from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop, gra
 from tune_study.tensorboard import TensorBoardCallback
 from tune_study.trainable import RunContext, run_trial
 
-if TYPE_CHECKING:
-    from tune_study.search import Search  # Optuna and its SQLite are loaded for a search alone
+if TYPE_CHECKING:  # Optuna and its SQLite are loaded for a search alone
+    from tune_study.search import Search
 
 MOST_TRIALS = 100_000
 with contextlib.suppress(ImportError):  # private to Ray: may go
