@@ -42,6 +42,11 @@ SETTINGS = {
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "300000",
 }
+MACOS_SETTINGS = {
+    # bitsandbytes compiles its dequantization for MPS, 0.5 to 2.7 s for every shape of a layer, and
+    # computes eagerly after all.
+    "TORCH_COMPILE_DISABLE": "1",
+}
 set_by_prepare: set[str] = set()
 """The variables that the user had not set."""
 
@@ -57,11 +62,20 @@ def clustered(arguments: Sequence[str]) -> bool:
     given += [a.partition("=")[2] for a in arguments if a.startswith("--address=")]
     address = given[-1] if given else "local"
     if address == "auto":
-        running = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+        running = _temporary_folder() / "ray" / "ray_current_cluster"
         address = os.environ.get("RAY_ADDRESS") or (
             running.read_text().strip() if running.is_file() else "local"
         )
     return not re.match(r"local$|localhost:|127\.|\[::1\]", address)
+
+
+def _temporary_folder() -> Path:
+    """Where Ray keeps its address: on a Mac not the temporary folder of the system (Ray's own
+    ``get_default_system_temp_dir``, which cannot be imported before the settings are made).
+    """
+    if folder := os.environ.get("RAY_TMPDIR"):
+        return Path(folder)
+    return Path("/tmp" if sys.platform == "darwin" else tempfile.gettempdir())
 
 
 def prepare() -> None:
@@ -69,7 +83,8 @@ def prepare() -> None:
     if clustered(sys.argv):
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
     chosen = "OMP_WAIT_POLICY" in os.environ  # a count would outvote it
-    for name, value in SETTINGS.items():
+    settings = SETTINGS | (MACOS_SETTINGS if sys.platform == "darwin" else {})
+    for name, value in settings.items():
         if name not in os.environ and not (chosen and name == "GOMP_SPINCOUNT"):
             os.environ[name] = value
             set_by_prepare.add(name)

@@ -115,7 +115,8 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        ours = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return min(ours, psutil.virtual_memory().available)  # all processes share the memory
     free = psutil.virtual_memory().available
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
     try:  # a container may have less than the machine

@@ -20,6 +20,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 
 from tune_study.config import QuantizationConfig, TrialConfig, UserError
 from tune_study.data import preprocess
+from tune_study.device import kept_random_states
 from tune_study.model import build_model, classifier_names, load_base, trainable
 from tune_study.train import Training, autocast, images_per_evaluation
 
@@ -83,7 +84,7 @@ def twin(training: Training, weights: Path | None) -> Iterator[PeftModel]:
 
     Random states are put back at the end, whatever is drawn in between.
     """
-    with _random_states(training.device):
+    with kept_random_states(training.device):
         classes = len(training.data.class_names)
         built = build_model(
             _of_twin(training.config), classes, weights=weights, device=training.device
@@ -96,15 +97,6 @@ def twin(training: Training, weights: Path | None) -> Iterator[PeftModel]:
 
 def _of_twin(config: TrialConfig) -> TrialConfig:
     return config.model_copy(update={"quantization": QuantizationConfig()})
-
-
-@contextmanager
-def _random_states(device: torch.device) -> Iterator[None]:
-    mps = torch.mps.get_rng_state() if device.type == "mps" else None
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    if mps is not None:
-        torch.mps.set_rng_state(mps)
 
 
 def at_start(training: Training, weights: Path | None) -> tuple[GradientFidelity, OutputFidelity]:
@@ -176,7 +168,7 @@ def gradients_of(training: Training, model: nn.Module) -> dict[str, Tensor]:
         if "Drop" in type(module).__name__:  # torch's and timm's
             module.eval()
     micro = training.config.training.per_device_train_batch_size
-    with _random_states(training.device):
+    with kept_random_states(training.device):
         for part, targets in zip(images.split(micro), labels.split(micro), strict=True):
             with autocast(training):
                 scores = model(preprocess(part, training.preprocessing))
@@ -262,7 +254,7 @@ def _pretrained_head(training: Training, weights: Path | None) -> nn.Linear | No
     if not config.pretrained or classes <= 0:
         return None
     try:
-        with _random_states(torch.device("cpu")):
+        with kept_random_states(torch.device("cpu")):
             model = load_base(config, classes, weights)
     except UserError:
         return None  # the file holds the features alone

@@ -78,7 +78,7 @@ class GradientFlowMonitor:
         """
         if not self._records:
             raise RuntimeError("GradientFlowMonitor saw no step in this epoch: not connected")
-        records = torch.stack(self._records).double().cpu().numpy()
+        records = torch.stack(self._records).cpu().double().numpy()  # MPS has no float64
         count = len(self.layers)
         norms, losses, cosines = records[:, 0], records[:, 1], records[:, 2]
         layer_norms, weight_norms = records[:, 3 : 3 + count], records[:, 3 + count :]
@@ -185,7 +185,7 @@ class NoiseScale:
         """The noise columns of ``schema.EPOCHS``; NaN when no step had equal parts."""
         trace = square = np.nan
         if self._records:
-            trace, square = torch.stack(self._records).double().cpu().numpy().mean(0).tolist()
+            trace, square = torch.stack(self._records).cpu().double().numpy().mean(0).tolist()
         self._records = []
         return {
             "gradient_noise_trace": trace,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tune_study import first_half
+from tune_study.quantize import autocasted
 
 
 def speed_up(layer: nn.Module) -> None:
@@ -28,14 +29,12 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     """[..., in_features] -> [..., out_features]; PEFT's own where the adapter is off or merged."""
     if layer.disable_adapters or layer.merged:
         return cast(Tensor, type(layer).forward(layer, x))
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    x = autocasted(x)
     base = layer.base_layer(x)
     dropout = layer.lora_dropout["default"]  # an nn.Identity for p = 0
     p = getattr(dropout, "p", 0.0) if dropout.training else 0.0
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         return cast(Tensor, _AddAdapter.apply(base, x, a, b, layer.scaling["default"], p))
 
 

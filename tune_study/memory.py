@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import profile, record_function
 
+from tune_study.device import kept_random_states
 from tune_study.model import base_bytes, model_tensors
 from tune_study.quantize import state_tensors, tensor_bytes
 
@@ -118,8 +119,7 @@ def measure_step(
     saved = [parameter.detach().clone() for parameter in parameters]
     before = optimizer.state_dict()
     gradient_bytes = 0
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        mps_state = torch.mps.get_rng_state() if device.type == "mps" else None
+    with kept_random_states(device):
         for images in [1] if device.type == "cpu" else [None, None]:
             forward(images).backward()
             gradient_bytes = tensor_bytes([p.grad for p in parameters if p.grad is not None])
@@ -141,8 +141,6 @@ def measure_step(
                 return forward(None)
 
         activations, extra, source = _METERS[device.type](watched, optimizer)
-        if mps_state is not None:
-            torch.mps.set_rng_state(mps_state)
     with torch.no_grad():
         torch._foreach_copy_(list[Tensor](parameters), saved)
     optimizer.state.clear()
@@ -219,16 +217,35 @@ def _cuda(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Me
 
 
 def _mps(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> Meter:
-    """MPS keeps no maximum: the end of the forward pass is nearly the peak, and bounds it below."""
-    torch.mps.synchronize()
-    before = torch.mps.current_allocated_memory()
+    """By torch's statistics. Where a torch keeps none for MPS, by what is held after the forward
+    pass: that bounds the peak below, for int8 holds more for moments of the backward pass.
+    """
+    kept = _keeps_statistics()
+
+    def allocated(which: str) -> int:
+        torch.mps.synchronize()
+        if kept:
+            return int(torch.accelerator.memory_stats()[f"allocated_bytes.all.{which}"])
+        return torch.mps.current_allocated_memory()
+
+    before = allocated("current")
     loss = forward()
-    torch.mps.synchronize()
-    activations = torch.mps.current_allocated_memory() - before
+    activations = allocated("current") - before
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if kept:
+        return activations, allocated("peak") - before, "torch.accelerator.memory_stats"
     return activations, activations, "torch.mps.current_allocated_memory after forward: lower bound"
+
+
+def _keeps_statistics() -> bool:
+    """Whether torch counts the bytes of this accelerator; their peak begins anew."""
+    try:
+        torch.accelerator.reset_peak_memory_stats()
+        return "allocated_bytes.all.peak" in torch.accelerator.memory_stats()
+    except RuntimeError:  # its allocator is of the kind without statistics
+        return False
 
 
 _METERS = {"cpu": _cpu, "cuda": _cuda, "mps": _mps}

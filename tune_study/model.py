@@ -8,6 +8,7 @@ import math
 import re
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -107,6 +108,8 @@ def build_model(
     preprocessing = preprocessing_of(base, config)
     if config.training.gradient_checkpointing:
         checkpoint_blocks(base, config.model)
+        if device.type == "mps":
+            draw_again_in_recomputation(base)
     model = add_lora(base, config)
     model.to(device)
     quantizable = weights_bytes - residue_bytes
@@ -292,6 +295,33 @@ def checkpoint_blocks(base: nn.Module, name: str) -> None:
         raise UserError(
             f"training.gradient_checkpointing = true: {name} has none in timm; leave it false"
         ) from None
+
+
+def draw_again_in_recomputation(base: nn.Module) -> None:
+    """Dropout of a recomputed block draws on MPS what it drew in the forward pass.
+
+    torch's checkpointing sees to that for the generators of the CPU and CUDA alone; without it the
+    gradients are those of other masks, and no error tells.
+    """
+    for name, module in base.named_modules():
+        if re.fullmatch(r"(.*\.)?blocks\.\d+", name):
+            states: dict[str, Tensor] = {}
+            module.register_forward_pre_hook(partial(_before_block, states))
+            # Also where torch ends the recomputation early, by an exception.
+            module.register_forward_hook(partial(_after_block, states), always_call=True)
+
+
+def _before_block(states: dict[str, Tensor], *_: Any) -> None:
+    if torch._C._current_graph_task_id() < 0:  # the forward pass
+        states["forward"] = torch.mps.get_rng_state()
+    else:
+        states["backward"] = torch.mps.get_rng_state()
+        torch.mps.set_rng_state(states["forward"])
+
+
+def _after_block(states: dict[str, Tensor], *_: Any) -> None:
+    if torch._C._current_graph_task_id() >= 0:
+        torch.mps.set_rng_state(states["backward"])
 
 
 def add_lora(base: nn.Module, config: TrialConfig) -> PeftModel:

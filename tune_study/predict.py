@@ -38,7 +38,13 @@ from tune_study.model import (
     preprocessing_of,
     trainable,
 )
-from tune_study.quantize import BLOCKSIZE, INT8_THRESHOLD, plan_layers, tell_peft
+from tune_study.quantize import (
+    BLOCKSIZE,
+    INT8_THRESHOLD,
+    autocasted,
+    plan_layers,
+    tell_peft,
+)
 from tune_study.targets import bytes_at, skeleton_of
 
 NESTED_BLOCKSIZE = 256
@@ -200,6 +206,7 @@ class _Int8(bnb.nn.Linear8bitLt):
     bias_dtype = torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
+        x = autocasted(x)
         self.bias_dtype = x.dtype
         return cast(Tensor, _Matmul8.apply(x, self.out_features))
 
@@ -208,6 +215,7 @@ class _FourBit(bnb.nn.Linear4bit):
     bias_dtype = torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
+        x = autocasted(x)
         self.bias_dtype = self.compute_dtype
         out = _Matmul4.apply(x.to(self.compute_dtype), self.out_features)
         return cast(Tensor, out).to(x.dtype)

@@ -11,6 +11,7 @@ import torch
 
 from tune_study.config import TrialConfig, UserError
 from tune_study.data import Dataset, load
+from tune_study.device import available, refuse_wrong_products
 from tune_study.estimate import refuse_any_that_cannot_fit
 from tune_study.limits import with_micro_batch, within_memory
 from tune_study.model import (
@@ -28,16 +29,15 @@ from tune_study.trainable import RunContext
 
 
 def choose_device(device: str) -> str:
-    """``auto`` is CUDA, else MPS, else the CPU. Raises ``UserError`` for one that is not there."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    """``auto`` is CUDA, else MPS, else the CPU.
+
+    Raises ``UserError`` for one that is not there, or on which torch's products are wrong.
+    """
     if device == "auto":
-        return next(name for name, found in there.items() if found)
-    if not there.get(device):
+        device = next(name for name in ("cuda", "mps", "cpu") if available(name))
+    elif not available(device):
         raise UserError(f"--device {device}: this machine has none that torch can use; try auto")
+    refuse_wrong_products(device)
     return device
 
 

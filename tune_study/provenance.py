@@ -48,9 +48,9 @@ def hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_name()
     elif torch.backends.mps.is_available():
-        gpu = "Apple " + platform.processor()
+        gpu = f"{_cpu_name()} GPU"  # on one chip
     return {
-        "system": f"{platform.system()} {platform.machine()}",
+        "system": _system(),
         "cpu": _cpu_name(),
         "cores": cores(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -88,7 +88,17 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def _system() -> str:
+    """``Linux x86_64``; on a Mac macOS' own version, by which its GPU library changes."""
+    if release := platform.mac_ver()[0]:
+        return f"macOS {release} {platform.machine()}"
+    return f"{platform.system()} {platform.machine()}"
+
+
 def _cpu_name() -> str:
+    if platform.system() == "Darwin":  # "Apple M2"; platform.processor() knows only "arm"
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -6,6 +6,7 @@ import functools
 import math
 import re
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any, NamedTuple, cast
 
 import bitsandbytes as bnb
@@ -97,8 +98,10 @@ def quantize_linear(
 ) -> nn.Module:
     """A frozen bitsandbytes layer made from the full-precision weights of ``linear``.
 
-    bitsandbytes quantizes when the layer is moved to ``device``, the CPU included.
+    bitsandbytes quantizes when the layer is moved to ``device``, the CPU included, and in int8 only
+    what comes from the CPU.
     """
+    weight = linear.weight.detach().to("cpu", copy=True)
     shape = (linear.in_features, linear.out_features)
     has_bias = linear.bias is not None
     # On "meta" nothing is allocated or initialised: weight and bias are put in below.
@@ -112,9 +115,7 @@ def quantize_linear(
             threshold=INT8_THRESHOLD,
             device="meta",
         )
-        quantized.weight = bnb.nn.Int8Params(
-            linear.weight.detach().clone(), requires_grad=False, has_fp16_weights=False
-        )
+        quantized.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     else:
         quant_type, _, double = mode.partition("-")
         # The library's defaults are fp4 with double quantization: set all.
@@ -128,7 +129,7 @@ def quantize_linear(
             **settings,
         )
         quantized.weight = bnb.nn.Params4bit(
-            linear.weight.detach().clone(),
+            weight,
             requires_grad=False,
             blocksize=BLOCKSIZE,
             quant_storage=torch.uint8,
@@ -140,7 +141,26 @@ def quantize_linear(
         quantized.support_avx512bf16_for_cpu = False
     if has_bias:
         quantized.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+    quantized.forward = MethodType(_outside_autocast, quantized)  # type: ignore[method-assign]
     return quantized.to(device)
+
+
+def _outside_autocast(layer: Any, x: Tensor) -> Tensor:
+    """Autocast casts the input, as that of a plain layer, and ends there.
+
+    Within, it would reach the products that bitsandbytes makes of torch's own: that of int8 codes,
+    exact in fp32, was rounded to bf16 where no kernel multiplies integers (MPS, CPUs without
+    AVX512).
+    """
+    x = autocasted(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return cast(Tensor, type(layer).forward(layer, x))
+
+
+def autocasted(x: Tensor) -> Tensor:
+    """``x`` as autocast would hand it to a linear layer."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def dequantize(layer: nn.Module) -> Tensor:

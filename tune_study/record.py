@@ -52,6 +52,8 @@ class Record:
         self._analysis: dict[str, Any] = {}
         self.test_metrics: dict[str, float] = {}
         self.test_time_s = self._measuring_time_s = 0.0
+        self.settings: dict[str, Any] = {}
+        """What ``device.settle`` set."""
         self.training: Training | None = None
         self.content: dict[str, Any] = {}
         self._started_at = now()
@@ -140,6 +142,7 @@ class Record:
             "run": {
                 "config": self.config.model_dump(mode="json"),
                 "device": self._device,
+                "device_settings": self.settings,
                 "num_threads": self._num_threads,
                 "started_at": self._started_at,
                 "written_at": now(),

@@ -24,6 +24,7 @@ from tune_study.data import (
     preprocess,
     train_batches,
 )
+from tune_study.device import random_states, set_random_states
 from tune_study.first_half import gradients_of_first_half
 from tune_study.gradients import GradientFlowMonitor, NoiseScale
 from tune_study.limits import images_per_step
@@ -72,7 +73,10 @@ class Training:
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "generators": _generator_states(self.generator, self.device),
+            "generators": {
+                "batches": self.generator.get_state(),
+                **random_states(self.device),
+            },
             "monitor": self.monitor.state_dict(),
             "history": self.history,
             "layer_gradients": self.layer_gradients,
@@ -86,7 +90,8 @@ class Training:
                 parameter.copy_(state["adapter"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        _set_generator_states(state["generators"], self.generator, self.device)
+        self.generator.set_state(state["generators"]["batches"])
+        set_random_states(state["generators"], self.device)
         self.monitor.load_state_dict(state["monitor"])
         self.best = dict(state["best"])
         self.history = list(state["history"])
@@ -193,7 +198,8 @@ def _train_epoch(training: Training) -> tuple[Row, list[float]]:
     total = len(training.data.train.labels)
     gradients, layer_gradients = training.monitor.end_epoch()
     row = {
-        "train_loss": float(torch.stack(losses).double().sum()) / total,
+        # Sums are double, and on the CPU: MPS has no float64.
+        "train_loss": float(torch.stack(losses).cpu().double().sum()) / total,
         "train_accuracy": int(torch.stack(correct).sum()) / total,
         "learning_rate": learning_rate,
         **gradients,
@@ -256,13 +262,15 @@ def autocast_of(config: TrialConfig, device: torch.device) -> torch.autocast:
 def evaluate(training: Training, split: Split) -> tuple[float, float]:
     """(mean cross-entropy, accuracy) of the current model on ``split``, not augmented."""
     training.model.eval()
-    losses, correct = [], []
+    losses, correct, sizes = [], [], []
     for images, labels in eval_batches(split, images_per_evaluation(training)):
         loss, scores = _forward(training, images, labels)
-        losses.append(loss.double() * len(labels))
+        losses.append(loss)
+        sizes.append(float(len(labels)))
         correct.append((scores.argmax(-1) == labels).sum())
     total = len(split.labels)
-    return float(torch.stack(losses).sum()) / total, int(torch.stack(correct).sum()) / total
+    summed = (torch.stack(losses).cpu().double() * torch.tensor(sizes).double()).sum()
+    return float(summed) / total, int(torch.stack(correct).sum()) / total
 
 
 def images_per_evaluation(training: Training) -> int:
@@ -302,23 +310,3 @@ def measure_memory(training: Training) -> StepMemory:
         lambda count: _forward(training, images[:count], labels[:count])[0],
         training.device,
     )
-
-
-def _generator_states(generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
-    states = {"batches": generator.get_state(), "torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["device"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["device"] = torch.mps.get_rng_state()
-    return states
-
-
-def _set_generator_states(
-    states: dict[str, Tensor], generator: torch.Generator, device: torch.device
-) -> None:
-    generator.set_state(states["batches"])
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["device"], device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(states["device"])

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict
 from ray import tune
 
 from tune_study import checkpoint, fidelity, simulate, train
-from tune_study.config import TrialConfig
+from tune_study.config import TrialConfig, first_line
 from tune_study.data import load
+from tune_study.device import lacks_deterministic_kernel, settle
 from tune_study.estimate import refuse_what_cannot_fit
 from tune_study.files import write_folder_whole, write_json
 from tune_study.limits import (
@@ -99,6 +100,7 @@ def execute(config: TrialConfig, context: RunContext, report: Report) -> dict[st
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock", timeout=LOCK_WAIT_S):
         record = Record(config, folder, context.device, context.num_threads)
+        record.settings = settle(torch.device(context.device))
         report = _each_epoch_once(report)
         try:
             while not _attempt(config, context, report, record):
@@ -122,7 +124,7 @@ def _each_epoch_once(report: Report) -> Report:
 
 
 def _attempt(config: TrialConfig, context: RunContext, report: Report, record: Record) -> bool:
-    """Whether the trial ended; ``False`` when it ran out of memory and can try with less."""
+    """Whether the trial ended; ``False`` when it can try again, with less memory or strictness."""
     try:
         (record.folder / "error.json").unlink(missing_ok=True)
         write_json(record.folder / "config.json", config.model_dump(mode="json"))
@@ -133,6 +135,11 @@ def _attempt(config: TrialConfig, context: RunContext, report: Report, record: R
     except Exception as error:
         if full := disk_full(error, context.study_dir):
             raise full from error
+        if lacks_deterministic_kernel(error) and record.settings.get("deterministic"):
+            record.warn(f"a repeat of this trial may differ in the last bits: {first_line(error)}")
+            record.settings = settle(torch.device(context.device), strict=False)
+            record.training = None
+            return False
         micro = record.effective.training.per_device_train_batch_size
         out_of_memory = is_out_of_memory(error)
         if not out_of_memory or micro == 1:
