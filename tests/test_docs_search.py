@@ -10,6 +10,7 @@ import typer.main
 
 from tests.test_search import drive
 from tune_study import run, study
+from tune_study.search import finish
 
 PAGE = (Path(__file__).parents[1] / "docs" / "search.md").read_text()
 COMMANDS = [
@@ -30,7 +31,7 @@ def without_ray(waiting, context, progress, *, search, **options):
     """The suggested trials one by one in this process, in place of ``study.run``."""
     search.begin(progress)
     drive(search)
-    search.finish()
+    finish(search)
 
 
 @pytest.mark.parametrize(

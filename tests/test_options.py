@@ -9,8 +9,9 @@ from importlib import import_module
 
 import pytest
 
+from search_spaces.lookup import refuse_unknown_function
 from tune_study.config import UserError
-from tune_study.options import refuse_unknown_function, resolved
+from tune_study.options import resolved
 
 MODULES = {"--grid": "search_spaces.grids", "--space": "search_spaces.optuna_spaces"}
 

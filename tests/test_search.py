@@ -16,7 +16,15 @@ from search_spaces import optuna_spaces
 from tune_study import asha, manifest, run, simulate, space, study
 from tune_study.config import UserError, field_names
 from tune_study.files import write_json
-from tune_study.search import STORAGE_FILE, STUDY_NAME, Search, Suggestions, outcome
+from tune_study.search import (
+    STORAGE_FILE,
+    STUDY_NAME,
+    Search,
+    Suggestions,
+    finish,
+    outcome,
+    tune_config,
+)
 from tune_study.simulate import Simulation
 from tune_study.supervise import Stop
 from tune_study.trainable import RunContext
@@ -31,7 +39,6 @@ def settings(**options):
         "scheduler": None,
         "seed": None,
         "assignments": [("training.num_train_epochs", 2)],
-        "find": study.function_of,
     }
     return space.settings(**{**given, **options})
 
@@ -48,7 +55,7 @@ def opened(folder, wanted):
 def drive(search, stop_after=None, kill=False):
     """Runs suggested trials one at a time, as Tune does; the last one is killed if wished."""
     Stop.reset()
-    searcher = Suggestions(search, search._storage)
+    searcher = Suggestions(search)
     for number in range(1000):
         suggestion = searcher.suggest(f"tune{number}")
         if suggestion == Searcher.FINISHED:
@@ -276,7 +283,7 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(whole, tmp_path, moment):
     assert states(first)[-1] == "RUNNING"
     interrupted = planned(tmp_path)[-1]
     search = opened(tmp_path, settings(num_samples=16))
-    second = Suggestions(search, search._storage)
+    second = Suggestions(search)
     assert second.suggest("tune")["trial_id"] == interrupted  # before anything new
     del second, search
     again = drive(opened(tmp_path, settings(num_samples=16)))
@@ -403,7 +410,7 @@ def test_a_configuration_that_cannot_be_stops_the_search_with_its_sentence(tmp_p
     search.settings = search.settings._replace(ask=lambda trial: {"model": "m"})
     drive(search)
     with pytest.raises(UserError, match="dataset is missing"):
-        search.finish()
+        finish(search)
     assert len(planned(tmp_path)) == 2
 
 
@@ -425,14 +432,14 @@ def asha_of(folder, trials):
 
 def test_asha_prunes_and_remembers_after_a_kill(tmp_path):
     search = opened(tmp_path, ASHA)
-    searcher = Suggestions(search, search._storage)
-    scheduler = search.tune_config(1)["scheduler"]
+    searcher = Suggestions(search)
+    scheduler = tune_config(search, 1)["scheduler"]
     decisions = []
     for number in range(10):
         suggestion = searcher.suggest(f"tune{number}")
         trial = SimpleNamespace(trial_id=f"tune{number}", config=suggestion)
         if number == 5:  # a new process
-            scheduler = search.tune_config(1)["scheduler"]
+            scheduler = tune_config(search, 1)["scheduler"]
         fresh = asha_of(tmp_path, search.trials[:number])
         fresh.on_trial_add(None, trial)
         scheduler.on_trial_add(None, trial)
@@ -462,7 +469,7 @@ def test_asha_prunes_and_remembers_after_a_kill(tmp_path):
     table = study.collect(tmp_path).trials
     assert table.loc[table["status"] == "pruned", "test_accuracy"].isna().all()
     (tmp_path / STORAGE_FILE).unlink()
-    rebuilt = Suggestions(search := opened(tmp_path, ASHA), search._storage)
+    rebuilt = Suggestions(opened(tmp_path, ASHA))
     assert states(rebuilt) == told
     assert rebuilt.study.trials[told.index("PRUNED")].last_step == pruned.last_step
 

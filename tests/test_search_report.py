@@ -14,6 +14,7 @@ from tests.test_figures import test_no_text_is_cut_off_or_covers_another as chec
 from tests.test_search import drive, opened, settings
 from tune_study import manifest, study
 from tune_study.importance import importances
+from tune_study.search import finish
 from tune_study.trainable import RunContext
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
@@ -58,7 +59,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("search")
     wanted = opened(folder, settings(num_samples=14))
     drive(wanted)
-    wanted.finish()
+    finish(wanted)
     study.collect(folder)
     return folder
 

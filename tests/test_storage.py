@@ -216,13 +216,13 @@ def quick(monkeypatch):
 def test_a_second_run_is_refused_while_the_first_lives(quick, place):
     where = open_remote(place[0])
     with (
-        lease.only_run(where, print, pytest.fail),
+        lease.lease(where, print, pytest.fail),
         pytest.raises(UserError, match="another run is working on this study"),
-        lease.only_run(where, print, pytest.fail),
+        lease.lease(where, print, pytest.fail),
     ):
         pass
     assert remote.read(where, lease.NAME) is None  # given back
-    with lease.only_run(where, print, pytest.fail):
+    with lease.lease(where, print, pytest.fail):
         pass
 
 
@@ -235,7 +235,7 @@ def test_a_lease_that_does_not_change_is_taken_over(quick, place):
     where = open_remote(place[0])
     remote.write(where, lease.NAME, foreign(machine="another"))
     said = []
-    with lease.only_run(where, said.append, pytest.fail):
+    with lease.lease(where, said.append, pytest.fail):
         assert json.loads(remote.read(where, lease.NAME))["owner"] != "another"
     assert "looking whether it lives" in said[0]
 
@@ -244,13 +244,13 @@ def test_a_dead_process_of_this_machine_is_not_watched(quick, place, monkeypatch
     monkeypatch.setattr(lease, "WATCHED_S", 3600)
     where = open_remote(place[0])
     remote.write(where, lease.NAME, foreign(process_started=0.0, pid=os.getpid()))
-    with lease.only_run(where, pytest.fail, pytest.fail):
+    with lease.lease(where, pytest.fail, pytest.fail):
         pass
 
 
 def test_a_run_whose_lease_was_taken_is_told(quick, place):
     where, lost = open_remote(place[0]), threading.Event()
-    with lease.only_run(where, print, lost.set):
+    with lease.lease(where, print, lost.set):
         remote.write(where, lease.NAME, foreign())
         assert lost.wait(10)
     assert json.loads(remote.read(where, lease.NAME))["owner"] == "another"  # it stays theirs

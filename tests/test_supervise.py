@@ -20,8 +20,8 @@ from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop
 HOLD = """
 import sys, time
 from pathlib import Path
-from tune_study.supervise import only_run
-with only_run(Path(sys.argv[1])):
+from tune_study.supervise import lock
+with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -34,10 +34,10 @@ def test_a_second_run_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path):
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {holder.pid} since .* is running this study"):
-        supervise.only_run(tmp_path / "s").__enter__()
+        supervise.lock(tmp_path / "s").__enter__()
     holder.kill()
     holder.wait()
-    with supervise.only_run(tmp_path / "s"):
+    with supervise.lock(tmp_path / "s"):
         assert json.loads((tmp_path / "s" / ".run.json").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "s" / ".run.json").exists()
 
@@ -45,7 +45,7 @@ def test_a_second_run_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path):
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written to"):
-        supervise.only_run(tmp_path / "file" / "s").__enter__()
+        supervise.lock(tmp_path / "file" / "s").__enter__()
 
 
 @pytest.fixture(autouse=True)

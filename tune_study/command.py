@@ -33,7 +33,7 @@ from tune_study.simulate import Simulation, parse_effect
 from tune_study.space import Settings
 from tune_study.storage import held, push_all, push_end
 from tune_study.store import place_of
-from tune_study.supervise import Stop, only_run
+from tune_study.supervise import Stop, lock
 from tune_study.trackers import Trackers
 from tune_study.trainable import RunContext
 
@@ -42,7 +42,7 @@ def execute(given: Options) -> int:
     """Runs the command and returns its exit code. Raises ``UserError``."""
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     tracker_modules = trackers.modules(given.log or [])
-    settings, grid_name, trials = _planned(given)
+    settings, grid_name, trials = trials_of(given)
     simulation = _simulation(given)
     context = _context(given, grid_name, simulation)
     study_dir = context.study_dir
@@ -56,22 +56,24 @@ def execute(given: Options) -> int:
     with ExitStack() as holds:
         store = None
         if given.works and context.storage:  # what is there decides what follows
-            holds.enter_context(only_run(study_dir))
-            store = holds.enter_context(held(context.storage, study_dir, console.print))
+            holds.enter_context(lock(study_dir))
+            store = holds.enter_context(
+                held(context.storage, study_dir, console.print, lambda: Stop.request("lease"))
+            )
         if given.resume and not (study_dir / "study.json").is_file():
             raise UserError(
                 f"--resume: there is no study in {study_dir}; leave it out to begin one"
             )
         drawn = trials
         if not simulation:
-            trials = _settle_compute_dtype(console, trials, context)
-        _say_what_is_unusual(console, trials, simulation)
+            trials = with_compute_dtype(console, trials, context)
+        say_what_is_unusual(console, trials, simulation)
         checked = preflight.check(trials, context, auto_batch=auto)
         choices = batches.known(trials, study_dir, auto=auto)
-        _say_long_warm_up(console, trials, checked)
+        say_long_warm_up(console, trials, checked)
         if given.dry_run:
             notes = manifest.review(trials, context, checked.checksums).notes
-            extension = _extension(trials, context, given.retry_failed)
+            extension = extension_of(trials, context, given.retry_failed)
             if auto and len(choices) < len(trials):
                 notes = [*notes, batches.NOT_YET]
             print_plan(console, trials, checked, context, extension, notes)
@@ -83,11 +85,11 @@ def execute(given: Options) -> int:
         command = masked(shlex.join(["python", "-m", "tune_study.run", *sys.argv[1:]]))
         refuse_full_disk(study_dir)
         if store is None:
-            holds.enter_context(only_run(study_dir))
+            holds.enter_context(lock(study_dir))
         if settings:
             settled = "fp32" if trials != drawn else None
             settings, trials = spaces.continued(settings, study_dir, compute_dtype=settled)
-        extension = None if settings else _extension(trials, context, given.retry_failed)
+        extension = None if settings else extension_of(trials, context, given.retry_failed)
         for note in manifest.open_study(
             trials,
             context,
@@ -106,7 +108,7 @@ def execute(given: Options) -> int:
             studies.forget(trials, study_dir)
         batches.choose(trials, context, choices, console.print, auto=auto)
         if store:
-            push_all(store, trials)
+            push_all(store, [trial.trial_id for trial in trials])
         options: dict[str, Any] = {
             "address": given.address,
             "max_concurrent": given.max_concurrent,
@@ -121,7 +123,7 @@ def execute(given: Options) -> int:
         return _run(console, trials, context, options, command, given.max_hours, logged)
 
 
-def _planned(given: Options) -> tuple[Settings | None, str, list[TrialConfig]]:
+def trials_of(given: Options) -> tuple[Settings | None, str, list[TrialConfig]]:
     """(what a search draws, or ``None`` for a grid; the grid's or space's name; the trials).
 
     Of a search the trials are the largest that it can draw. Raises ``UserError``.
@@ -135,7 +137,6 @@ def _planned(given: Options) -> tuple[Settings | None, str, list[TrialConfig]]:
         scheduler=given.scheduler,
         seed=given.search_seed,
         assignments=assignments,
-        find=studies.function_of,
     )
     if settings:
         spaces.refuse_grid_options(
@@ -205,20 +206,20 @@ def _run(
         studies.collect(study_dir)
         _say_where(console, context, report=not now)
         if (store := options["store"]) and Stop.reason not in ("lease", "storage"):
-            push_end(store, trials)
+            push_end(store, [trial.trial_id for trial in trials])
     except Exception as error:
         if full := disk_full(error, study_dir):
             raise full from error
         raise
-    statuses = studies.statuses(trials, study_dir)
+    ends = studies.statuses(trials, study_dir)
     unfinished = studies.todo(trials, study_dir) or len(trials) < planned
     if Stop.reason and unfinished:
-        console.print(f"{_STOPPED[Stop.reason]}; continue with: {command}")
+        console.print(f"{STOPPED[Stop.reason]}; continue with: {command}")
         return EXIT_STOPPED[Stop.reason]
-    return _judge(console, statuses, study_dir)
+    return judge(console, ends, study_dir)
 
 
-_STOPPED = {
+STOPPED = {
     "storage": "stopped, because the store of --storage does not answer",
     "lease": "stopped, because another run has taken this study over in the store",
     "disk": "stopped, because the disk is full: free some space",
@@ -273,7 +274,7 @@ def _say_where(console: Console, context: RunContext, *, report: bool) -> None:
     console.print(f"TensorBoard: tensorboard --logdir {study_dir / 'tensorboard'}")
 
 
-def _judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
+def judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
     """0 when every planned trial ended well; else 1, after a list of those that did not."""
     bad = {trial: status for trial, status in statuses.items() if status not in PLANNED_ENDS}
     if not bad:
@@ -288,9 +289,10 @@ def _judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
     return EXIT_FAILED
 
 
-def _settle_compute_dtype(
+def with_compute_dtype(
     console: Console, trials: Sequence[TrialConfig], context: RunContext
 ) -> list[TrialConfig]:
+    """``settle_compute_dtype`` for the study in its folder, and a note where that mattered."""
     folder = context.study_dir
     settled, reason = settle_compute_dtype(
         trials, context.device, manifest.planned_ids(folder), manifest.settled_compute_dtype(folder)
@@ -303,7 +305,7 @@ def _settle_compute_dtype(
     return settled
 
 
-def _extension(
+def extension_of(
     trials: Sequence[TrialConfig], context: RunContext, retry_failed: bool
 ) -> Extension | None:
     """What the command does in the study that is in its folder; ``None`` where there is none."""
@@ -313,16 +315,18 @@ def _extension(
     return held_against(trials, planned, context.study_dir, retry_failed=retry_failed)
 
 
-def _say_what_is_unusual(
+def say_what_is_unusual(
     console: Console, trials: Sequence[TrialConfig], simulation: Simulation | None
 ) -> None:
+    """Whether the trials are drawn, or start from random weights."""
     if simulation:
         console.print("note: SIMULATED: results are drawn from a model, nothing is trained")
     elif any(not trial.pretrained for trial in trials):
         console.print("note: pretrained=false: the backbones start from RANDOM weights")
 
 
-def _say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: Checked) -> None:
+def say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: Checked) -> None:
+    """Of the first trial whose warm-up is as long as its training."""
     for trial in trials:
         training = trial.training
         if trial.trial_id in checked.data:

@@ -64,7 +64,7 @@ def load(dataset: str, data_dir: Path | None, sizes: DataConfig) -> Dataset:
     The images come from ``data_dir``, or from torchvision's download when it is ``None``.
     Raises ``UserError`` when they are missing, corrupt or fewer than asked for.
     """
-    source = _provided.get(dataset) or read_source(dataset, data_dir)
+    source = source_of(dataset, data_dir)
     everything, test = source.train, source.test
     if test is None:
         train_indices, test_indices = _split_off(everything.labels, None, 0.2, dataset, "test")
@@ -115,6 +115,11 @@ _provided: dict[str, Source] = {}
 def provide(dataset: str, source: Source) -> None:
     """From now on this process takes the data set from memory: it came from another node."""
     _provided[dataset] = source
+
+
+def source_of(dataset: str, data_dir: Path | None) -> Source:
+    """What was provided, else what ``read_source`` finds. Raises ``UserError`` as ``load``."""
+    return _provided.get(dataset) or read_source(dataset, data_dir)
 
 
 @functools.lru_cache(maxsize=4)

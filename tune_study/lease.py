@@ -60,23 +60,23 @@ def _owner(content: bytes | None) -> dict | None:
     return found if isinstance(found, dict) else None
 
 
-def _is_dead(lease: dict | None) -> bool:
+def _is_dead(holder: dict | None) -> bool:
     """Whether it names a process of this machine that is not there any more."""
-    if lease is None or lease.get("machine") != _machine():
+    if holder is None or holder.get("machine") != _machine():
         return False
     try:
-        started = psutil.Process(lease["pid"]).create_time()
+        started = psutil.Process(holder["pid"]).create_time()
     except psutil.NoSuchProcess:
         return True
-    return bool(abs(started - lease["process_started"]) > 1)
+    return bool(abs(started - holder["process_started"]) > 1)
 
 
 def _watch(place: Remote, content: bytes, say: Callable[[str], None]) -> None:
     """Returns when the owner is dead. Raises ``UserError`` when it writes."""
-    lease = _owner(content)
-    if _is_dead(lease):
+    holder = _owner(content)
+    if _is_dead(holder):
         return
-    since = (lease or {}).get("time", "some time")
+    since = (holder or {}).get("time", "some time")
     say(f"note: a run from {since} has not given this study back; looking whether it lives")
     end = time.monotonic() + WATCHED_S
     while time.monotonic() < end:
@@ -92,9 +92,7 @@ def _watch(place: Remote, content: bytes, say: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def only_run(
-    place: Remote, say: Callable[[str], None], on_loss: Callable[[], None]
-) -> Iterator[None]:
+def lease(place: Remote, say: Callable[[str], None], on_loss: Callable[[], None]) -> Iterator[None]:
     """Holds the study in the store. Raises ``UserError`` while another run holds it.
 
     ``on_loss`` is called, in a thread, when another run has taken the study over, as it may when

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import math
 import os
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from search_spaces.lookup import refuse_unknown_function
 from tune_study.config import UserError, parse_assignment
 
 LONGEST_NAME = 200
@@ -142,22 +141,3 @@ def resolved(option: str, path: Path, there: str = "") -> Path:
     if there and not found:
         raise UserError(f"{option} {path}: there is no such {there}")
     return path
-
-
-def refuse_unknown_function(option: str, value: str, module: str) -> None:
-    """Raises ``UserError`` unless ``value`` is a public function of ``module``, or has a file.
-
-    The module is read and not imported: the grids' one imports Tune.
-    """
-    path, colon, _ = value.rpartition(":")
-    if colon:
-        if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
-            raise UserError(f"{option} {value}: there is no file {path}")
-        return
-    package, _, name = module.rpartition(".")
-    tree = ast.parse(files(package).joinpath(f"{name}.py").read_text(encoding="utf-8"))
-    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-    built_in = sorted(name for name in functions if not name.startswith("_"))
-    if value not in built_in:
-        choices = ", ".join(built_in)
-        raise UserError(f"{option} {value}: choose one of {choices}, or path/to/file.py:function")

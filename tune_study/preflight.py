@@ -23,7 +23,6 @@ from tune_study.model import (
     refuse_unknown_model,
     weights_file,
 )
-from tune_study.options import DEVICES, one_of
 from tune_study.quantize import block_linears, check_kernel, plan_layers
 from tune_study.targets import refuse_without_effect, skeleton_of
 from tune_study.trainable import RunContext
@@ -36,7 +35,7 @@ def choose_device(device: str) -> str:
     """
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if available(name))
-    elif not available(one_of("--device", device, DEVICES)):
+    elif not available(device):
         raise UserError(f"--device {device}: this machine has none that torch can use; try auto")
     refuse_wrong_products(device)
     return device

@@ -93,7 +93,7 @@ class Search:
         self.trials = list(trials)
         self.problem: UserError | None = None
         self._progress: Progress | None = None
-        self._storage = open_storage(context.study_dir)
+        self.storage = open_storage(context.study_dir)
         self._refuse_edited_space()
 
     def _refuse_edited_space(self) -> None:
@@ -135,18 +135,6 @@ class Search:
         """Cells as in a plan that differ in all that the space asks: TensorBoard's columns."""
         return [trial.model_dump(mode="json") for trial in probes(self.settings)]
 
-    def tune_config(self, max_concurrent: int) -> dict[str, Any]:
-        """What Tune's ``TuneConfig`` gets: the suggestions, their number, and the scheduler."""
-        gate: tune.schedulers.TrialScheduler = Gate()
-        if self.settings.scheduler == "asha":
-            gate = Asha(self.trials, self.context, probes(self.settings))
-        searcher = Suggestions(self, self._storage)
-        return {
-            "search_alg": ConcurrencyLimiter(searcher, max_concurrent=max_concurrent),
-            "num_samples": -1,  # the searcher says when it has finished
-            "scheduler": gate,
-        }
-
     def plan(self, trial: TrialConfig, params: dict[str, Any]) -> None:
         """Adds a suggested trial to study.json, before it starts."""
         path = self.context.study_dir / "study.json"
@@ -157,15 +145,6 @@ class Search:
         write_json(path, manifest)
         self.trials.append(trial)
 
-    def finish(self) -> None:
-        """After the last trial of this run: search.json. Raises what stopped the search."""
-        study = Suggestions(self, self._storage).study
-        write_importances(
-            self.context.study_dir, study, self.settings.objectives, self.settings.seed
-        )
-        if self.problem is not None:
-            raise self.problem
-
 
 class Suggestions(OptunaSearch):
     """Tune's ``OptunaSearch`` with a study that outlives the process.
@@ -173,12 +152,12 @@ class Suggestions(OptunaSearch):
     Values come from the trials' own files rather than from the last report to Tune.
     """
 
-    def __init__(self, search: Search, storage: optuna.storages.RDBStorage) -> None:
+    def __init__(self, search: Search) -> None:
         super().__init__(
             space=lambda trial: search.settings.config(trial).model_dump(mode="json"),
             metric=list(search.settings.objectives),
             mode=[OBJECTIVES[name][:3] for name in search.settings.objectives],
-            storage=storage,
+            storage=search.storage,
             study_name=STUDY_NAME,
             sampler=optuna.samplers.TPESampler(),
         )
@@ -333,3 +312,25 @@ class Suggestions(OptunaSearch):
     def save(self, checkpoint_path: str) -> None:
         """Nothing: what Tune saves of a search is never read, and SQLite has it all."""
         Path(checkpoint_path).write_bytes(b"")
+
+
+def tune_config(search: Search, max_concurrent: int) -> dict[str, Any]:
+    """What Tune's ``TuneConfig`` gets: the suggestions, their number, and the scheduler."""
+    gate: tune.schedulers.TrialScheduler = Gate()
+    if search.settings.scheduler == "asha":
+        gate = Asha(search.trials, search.context, probes(search.settings))
+    return {
+        "search_alg": ConcurrencyLimiter(Suggestions(search), max_concurrent=max_concurrent),
+        "num_samples": -1,  # the searcher says when it has finished
+        "scheduler": gate,
+    }
+
+
+def finish(search: Search) -> None:
+    """After the last trial of this run: search.json. Raises what stopped the search."""
+    settings = search.settings
+    write_importances(
+        search.context.study_dir, Suggestions(search).study, settings.objectives, settings.seed
+    )
+    if search.problem is not None:
+        raise search.problem

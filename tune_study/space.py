@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import optuna
 
 from search_spaces import optuna_spaces
+from search_spaces.lookup import function_of
 from tune_study.config import TrialConfig, UserError, assign, parse_trial
 from tune_study.files import read_json
 
@@ -130,12 +131,8 @@ def settings(
     scheduler: str | None,
     seed: int | None,
     assignments: Sequence[tuple[str, Any]],
-    find: Callable[..., tuple[str, Any]],
 ) -> Settings | None:
-    """The search that the options describe; ``None`` without ``--search``. Raises ``UserError``.
-
-    ``find(option, value, module)`` returns (name, function), like ``study.function_of``.
-    """
+    """The search that the options describe; ``None`` without ``--search``. Raises ``UserError``."""
     options = {
         "--space": space,
         "--num-samples": num_samples,
@@ -160,7 +157,7 @@ def settings(
             f"has {' and '.join(names)}; add --objective val_accuracy alone, or leave --scheduler "
             "out"
         )
-    name, ask = find("--space", space or "qlora", optuna_spaces)
+    name, ask = function_of("--space", space or "qlora", optuna_spaces)
     return Settings(
         name=name,
         space=space or "qlora",

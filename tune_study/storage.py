@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tune_study import lease, remote
+from tune_study import remote
 from tune_study.callback import Callback
-from tune_study.config import TrialConfig
 from tune_study.files import read_json
+from tune_study.lease import lease
 from tune_study.remote import RemoteError
 from tune_study.schema import FINISHED_STATUSES, GOOD_STATUSES
 from tune_study.store import Store, open_store, plainly
@@ -23,16 +23,19 @@ from tune_study.supervise import Stop
 
 
 @contextmanager
-def held(uri: str | None, folder: Path, say: Callable[[str], None]) -> Iterator[Store | None]:
+def held(
+    uri: str | None, folder: Path, say: Callable[[str], None], on_loss: Callable[[], None]
+) -> Iterator[Store | None]:
     """The store of this run alone, its study pulled into ``folder``; ``None`` without a URI.
 
     Raises ``UserError`` for a URI that can't be used, and while another run holds the study.
+    ``on_loss`` is called when another run has taken it over (``lease``).
     """
     if uri is None:
         yield None
         return
     store = open_store(uri, folder)
-    with plainly(), lease.only_run(store.remote, say, lambda: Stop.request("lease")):
+    with plainly(), lease(store.remote, say, on_loss):
         store.pull_study()
         yield store
 
@@ -60,7 +63,7 @@ def kept(
     store.push(trial_id)
 
 
-class Before(Callback):
+class Pull(Callback):
     """On a cluster: fetches what a trial left before the other callbacks look at it."""
 
     def __init__(self, store: Store) -> None:
@@ -73,7 +76,7 @@ class Before(Callback):
     on_trial_error = on_trial_complete
 
 
-class After(Callback):
+class Push(Callback):
     """Pushes the study's own files, and what the other callbacks wrote of a trial that ended."""
 
     def __init__(self, store: Store) -> None:
@@ -93,21 +96,20 @@ class After(Callback):
                 self._store.push("", trial.config["trial_id"])
 
 
-def push_all(store: Store, trials: Sequence[TrialConfig]) -> None:
+def push_all(store: Store, trial_ids: Sequence[str]) -> None:
     """At a run's start, when nothing else writes: trials that were forgotten go there as well."""
     with plainly():
         there = {name.partition("/")[0] for name in remote.listing(store.remote)}
-        ids = [trial.trial_id for trial in trials]
-        store.push(*(i for i in ids if i in there or (store.folder / i).is_dir()))
+        store.push(*(i for i in trial_ids if i in there or (store.folder / i).is_dir()))
         store.push("report", "tensorboard", "")
 
 
-def push_end(store: Store, trials: Sequence[TrialConfig]) -> None:
+def push_end(store: Store, trial_ids: Sequence[str]) -> None:
     """At a run's end: tables, report, and what was said of trials that ended badly."""
     with plainly():
-        for trial in trials:
-            results = read_json(store.folder / trial.trial_id / "results.json")
+        for trial_id in trial_ids:
+            results = read_json(store.folder / trial_id / "results.json")
             status = results.get("status") if isinstance(results, dict) else None
             if status in FINISHED_STATUSES and status not in GOOD_STATUSES:
-                store.push(trial.trial_id)
+                store.push(trial_id)
         store.push("report", "tensorboard", "")

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.util
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,21 +19,22 @@ from ray.tune.search.variant_generator import generate_variants
 
 from analysis.load import Study, rebuild, write_tables
 from search_spaces import grids
-from tune_study import cluster, storage
+from search_spaces.lookup import function_of
+from tune_study import cluster
 from tune_study.config import TrialConfig, UserError, assign, parse_trial
 from tune_study.files import read_json
 from tune_study.hparams import axes_of
 from tune_study.inputs import ship
 from tune_study.mode_curves import ModeCurves, write_study_run
-from tune_study.options import refuse_unknown_function
 from tune_study.progress import Progress
 from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS, STATUSES
+from tune_study.storage import Pull, Push
 from tune_study.store import Store
 from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop, graceful_signals
 from tune_study.tensorboard import TensorBoardCallback
 from tune_study.trainable import RunContext, run_trial
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # Optuna and its SQLite are loaded for a search alone
     from tune_study.search import Search
 
 MOST_TRIALS = 100_000
@@ -60,26 +59,6 @@ def load_grid(grid: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(space, dict):
         raise UserError(f"--grid {grid}: it returned {type(space).__name__}, not a param_space")
     return name, space
-
-
-def function_of(option: str, value: str, module: ModuleType) -> tuple[str, Callable[..., Any]]:
-    """(name, function) of a public one of ``module``, or of ``path/to/file.py:function``.
-
-    Raises ``UserError``.
-    """
-    refuse_unknown_function(option, value, module.__name__)
-    path, colon, name = value.rpartition(":")
-    if not colon:
-        return value, getattr(module, value)
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{option} {value}: {path} is no Python file; its name must end in .py")
-    try:
-        own = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(own)
-        return name, getattr(own, name)
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise UserError(f"{option} {value}: {type(error).__name__}: {error}") from error
 
 
 def plan(
@@ -230,7 +209,9 @@ def run(
                 if not waiting:
                     break
             if search:
-                search.finish()
+                from tune_study.search import finish
+
+                finish(search)
     finally:
         ray.shutdown()
 
@@ -240,10 +221,10 @@ def _callbacks(
 ) -> list[tune.Callback]:
     """In the order in which they need each other's files."""
     return [
-        *([storage.Before(store)] if store and context.on_cluster else []),
+        *([Pull(store)] if store and context.on_cluster else []),
         *_tensorboard(context, search),
         *ours,
-        *([storage.After(store)] if store else []),
+        *([Push(store)] if store else []),
     ]
 
 
@@ -258,7 +239,12 @@ def _fit(
     """One Tuner, in a new run folder of the study."""
     # Tune's snapshot of its state copies what it knows of all trials: the more, the more seldom.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(max(30, len(trials) / 10)))
-    plan = search.tune_config(slots.at_a_time) if search else _in_order(trials, slots.limit)
+    if search:
+        from tune_study.search import tune_config
+
+        plan = tune_config(search, slots.at_a_time)
+    else:
+        plan = _in_order(trials, slots.limit)
     cells = {trial.trial_id: trial.model_dump(mode="json") for trial in trials}
     cell = tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]])
     tuner = tune.Tuner(

@@ -33,15 +33,15 @@ _LOOK_EVERY_S = 1.0
 
 
 @contextmanager
-def only_run(study_dir: Path) -> Iterator[None]:
+def lock(study_dir: Path) -> Iterator[None]:
     """Holds the study folder. Raises ``UserError`` while another run holds it.
 
     The system lets go of the lock when a run dies, however it dies.
     """
-    lock, owner = FileLock(study_dir / ".lock"), study_dir / ".run.json"
+    held, owner = FileLock(study_dir / ".lock"), study_dir / ".run.json"
     try:
         study_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        held.acquire(timeout=0)
     except Timeout:
         run = read_json(owner)
         who = f"process {run['pid']} since {run['since']}" if isinstance(run, dict) else "a process"
@@ -59,7 +59,7 @@ def only_run(study_dir: Path) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
-        lock.release()
+        held.release()
 
 
 class Stop:
