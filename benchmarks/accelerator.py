@@ -71,7 +71,7 @@ PARTS = {
     "doctor": Part("benchmarks.checks:doctors", 90),
     "models": Part("benchmarks.checks:models", 90),
     "ledger": Part("benchmarks.checks:ledgers", 90),
-    "repeat": Part("benchmarks.checks:repeats", 120),
+    "repeat": Part("benchmarks.repeats:repeats", 120),
     "speed": Part("benchmarks.speed:speeds", 120),
     "demo": Part("benchmarks.checks:demo", 180),
 }
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--parts {unknown[0]}: there are {', '.join(PARTS)}")
     deadline = time.monotonic() + 60 * options.minutes
     limit_s = min(MACHINE.limit_s, 60 * options.minutes)
-    first = run(MACHINE.function, {"device": options.device}, limit_s, shown("–"))
+    first = run(MACHINE.function, {"device": options.device}, limit_s, shown("here"))
     if first.rows[-1].ok is False:
         print(first.tail, file=sys.stderr)
         return 1  # a file could not even say where its figures come from

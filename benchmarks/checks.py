@@ -1,56 +1,39 @@
-"""What the check of an accelerator looks at, times aside (``benchmarks/accelerator.py``).
+"""Parts of the check of an accelerator (``benchmarks/accelerator.py``).
 
-Each function without an underscore is a part: settings in, rows out, in a process of its own.
+Each function without an underscore is one: settings in, rows out, in a process of its own.
 """
 
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 from typing import Any
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file
 
 from benchmarks.processes import Row, attempt
 from benchmarks.steps import MODES, config_of, started
-from tune_study import doctor, provenance, resources, train
-from tune_study.config import TrialConfig, UserError, parse_trial
-from tune_study.estimate import settle_compute_dtype
-from tune_study.files import read_json
+from tune_study import doctor, provenance, train
+from tune_study.config import UserError
 from tune_study.memory import Ledger, release_memory
 from tune_study.model import build_model
 from tune_study.predict import expected_weights_bytes, predict
 from tune_study.preflight import choose_device
 from tune_study.schema import MODES as ALL_MODES
 from tune_study.targets import skeleton_of
-from tune_study.trainable import RunContext, execute
 
 CLASSES = 10
 EXACT = Ledger._fields[:5]
 """Categories of the ledger that are predicted to the byte; activations are not."""
 PEAK_TOLERANCE = 0.05
 """The largest error of a predicted peak in docs/memory.md is 4.5 %."""
-TIMES = (
-    "epoch_time_s",
-    "train_time_s",
-    "eval_time_s",
-    "measuring_time_s",
-    "images_per_s",
-    "rss_peak_bytes",
-    *resources.COLUMNS,
-)
-"""What no two runs have in common."""
-NAMED = 3
 
 
 def this_machine(settings: dict[str, Any]) -> Iterator[Row]:
@@ -60,15 +43,15 @@ def this_machine(settings: dict[str, Any]) -> Iterator[Row]:
     except UserError as error:
         yield Row("device", False, str(error))
         return
+    hardware = provenance.hardware()
     figures = {
         "device": device,
         "at": provenance.now(),
         "commit": provenance.commit(),
         "versions": provenance.versions(),
-        "hardware": provenance.hardware(),
+        "hardware": hardware,
         "threads": torch.get_num_threads(),
     }
-    hardware = figures["hardware"]
     found = f"{device}; {hardware['gpu'] or 'no GPU'}; {hardware['cores']} x {hardware['cpu']}"
     yield Row("machine", None, found, figures)
 
@@ -85,7 +68,7 @@ def models(settings: dict[str, Any]) -> Iterator[Row]:
     for model in settings["models"]:
         for mode in ALL_MODES:
             name = f"{model}, {mode}"
-            yield attempt(name, lambda n=name, m=model, q=mode: _model(n, m, q, settings))
+            yield attempt(_model, name, model, mode, settings)
             release_memory()
 
 
@@ -111,10 +94,10 @@ def ledgers(settings: dict[str, Any]) -> Iterator[Row]:
     for model in settings["models"]:
         for mode in MODES:
             name = f"{model}, {mode}, batch {settings['batch']}"
-            try_ledger = attempt(name, lambda n=name, m=model, q=mode: _ledger(n, m, q, settings))
-            yield try_ledger
-            if try_ledger.figures:
-                yield _peak(try_ledger)
+            ledger = attempt(_ledger, name, model, mode, settings)
+            yield ledger
+            if ledger.figures:  # it was measured
+                yield _peak(ledger)
             release_memory()
 
 
@@ -156,132 +139,24 @@ def _peak(ledger: Row) -> Row:
     return Row(f"peak of {ledger.name}", ok, found, {"relative_error": errors})
 
 
-def repeats(settings: dict[str, Any]) -> Iterator[Row]:
-    """A trial twice, and killed after its first epoch and continued, in every mode."""
-    for mode in ALL_MODES:
-        config = _trial(mode, settings["device"])
-        alone = Path(settings["folder"]) / mode / "alone"
-        first = attempt(f"{mode}: a trial", lambda c=config, f=alone: _first(c, f, settings))
-        yield first
-        if not first.ok:
-            continue
-        for name, run in (("twice", _again), ("killed and continued", _killed_and_continued)):
-            row = f"{mode}: {name}"
-            yield attempt(row, lambda r=row, w=run, c=config, f=alone: w(r, c, f, settings))
-
-
-def _trial(mode: str, device: str) -> TrialConfig:
-    """Two epochs of three steps, the last of them smaller, with dropout."""
-    trial = parse_trial(
-        {
-            "model": "vit_glyphs_patch4_32",
-            "dataset": "digits",
-            "lora": {"r": 4, "lora_alpha": 8},
-            "quantization": mode,
-            "data": {"train_size": 40, "val_size": 20, "test_size": 20},
-            "training": {
-                "num_train_epochs": 2,
-                "learning_rate": 1e-3,
-                "warmup_steps": 1,
-                "per_device_train_batch_size": 16,
-            },
-        }
-    )
-    return settle_compute_dtype([trial], device)[0][0]
-
-
-def _run(config: TrialConfig, folder: Path, settings: dict[str, Any]) -> None:
-    execute(config, RunContext(study_dir=folder, device=settings["device"]), lambda row: None)
-
-
-def _first(config: TrialConfig, folder: Path, settings: dict[str, Any]) -> Row:
-    _run(config, folder, settings)
-    results = read_json(folder / config.trial_id / "results.json")["train"]
-    epochs = [row["train_loss"] for row in results["epochs"]]
-    losses = ", ".join(f"{loss:.4f}" for loss in epochs)
-    name = f"{config.quantization.mode}: a trial"
-    return Row(name, True, f"loss {losses} in {config.training.compute_dtype}", results)
-
-
-def _again(name: str, config: TrialConfig, alone: Path, settings: dict[str, Any]) -> Row:
-    folder = alone.with_name("again")
-    _run(config, folder, settings)
-    return compare(name, alone / config.trial_id, folder / config.trial_id)
-
-
-def _killed_and_continued(
-    name: str, config: TrialConfig, alone: Path, settings: dict[str, Any]
-) -> Row:
-    folder = alone.with_name("killed")
-    # The server has imported all and touched no device: each child begins in no time, and clean.
-    method = "forkserver" if sys.platform == "linux" else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["tune_study.trainable"])
-    child = context.Process(target=_die, args=(config, folder, settings))
-    child.start()
-    child.join()
-    left = read_json(folder / config.trial_id / "results.json") or {}
-    if child.exitcode != -signal.SIGKILL:
-        ended = f"exit code {child.exitcode}, {left.get('error')}"
-        return Row(name, False, f"it ended by itself before the kill: {ended}")
-    if left["status"] != "interrupted" or len(left["train"]["epochs"]) != 1:
-        return Row(name, False, f"killed with status {left['status']}, not after one epoch")
-    _run(config, folder, settings)
-    return compare(name, alone / config.trial_id, folder / config.trial_id)
-
-
-def _die(config: TrialConfig, folder: Path, settings: dict[str, Any]) -> None:
-    """A trial whose process is killed when its first epoch is reported."""
-    context = RunContext(study_dir=folder, device=settings["device"])
-    execute(config, context, lambda row: os.kill(os.getpid(), signal.SIGKILL))
-
-
-def compare(name: str, one: Path, other: Path) -> Row:
-    """Two folders of one trial: the adapter's bytes, and every number that is no time."""
-    adapters = [f / "adapter" / "adapter_model.safetensors" for f in (one, other)]
-    numbers = [dict(_numbers(read_json(f / "results.json")["train"])) for f in (one, other)]
-    keys = sorted(numbers[0].keys() | numbers[1].keys())
-    differ = [key for key in keys if numbers[0].get(key) != numbers[1].get(key)]
-    figures = {"differ": {key: [n.get(key) for n in numbers] for key in differ}}
-    if adapters[0].read_bytes() == adapters[1].read_bytes() and not differ:
-        size = adapters[0].stat().st_size
-        return Row(name, True, f"equal to the last bit: {size:,} bytes, {len(keys)} numbers")
-    tensors = [load_file(path) for path in adapters]
-    by = {key: float((t - tensors[1][key]).abs().max()) for key, t in tensors[0].items()}
-    figures["adapters_differ_by"] = by
-    apart = sum(value != 0 for value in by.values())
-    found = f"{apart} of {len(by)} tensors differ, by up to {max(by.values()):.1e}; "
-    found += f"{len(differ)} of {len(keys)} numbers: {', '.join(differ[:NAMED]) or 'none'}"
-    return Row(name, False, found, figures)
-
-
-def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, number as Python writes it) of all that is no time."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if key not in TIMES:
-                yield from _numbers(inner, f"{path}.{key}" if path else key)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _numbers(inner, f"{path}.{index}")
-    else:
-        yield path, repr(value)
-
-
 def demo(settings: dict[str, Any]) -> Iterator[Row]:
     """The demo as a user starts it, and what it found."""
     grid, folder = settings["grid"], Path(settings["folder"])
     command = [sys.executable, "-m", "tune_study.run", "--grid", grid]
     command += ["--device", settings["device"], "--output-dir", str(folder)]
-    begun = time.monotonic()
-    code = subprocess.run(command, check=False).returncode
-    wall = time.monotonic() - begun
-    figures = {"exit_code": code, "wall_s": wall}
-    yield Row(f"study {grid}", code == 0, f"exit code {code} after {wall:.0f} s", figures)
-    trials = pd.read_csv(folder / grid / "trials.csv")
-    for mode, rows in trials.groupby("quantization", sort=False):
-        yield _accuracies(str(mode), rows)
+    begun, last = time.monotonic(), ""
+    with subprocess.Popen(command, stdout=PIPE, stderr=STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+    code, wall = process.returncode, time.monotonic() - begun
+    found = f"exit code {code} after {wall:.0f} s" + (f"; last line: {last}" if code else "")
+    yield Row(f"study {grid}", code == 0, found, {"exit_code": code, "wall_s": wall})
+    table = folder / grid / "trials.csv"
+    if table.is_file():
+        for mode, rows in pd.read_csv(table).groupby("quantization", sort=False):
+            yield _accuracies(str(mode), rows)
 
 
 def _accuracies(mode: str, trials: pd.DataFrame) -> Row:

@@ -116,10 +116,10 @@ def _tail(said: BinaryIO) -> str:
     return said.read().decode(errors="replace").strip()
 
 
-def attempt(name: str, work: Callable[[], Row]) -> Row:
-    """The row that ``work`` returns, or a red one: the next row may be sound in spite of it."""
+def attempt(work: Callable[..., Row], name: str, *arguments: Any) -> Row:
+    """``work(name, *arguments)``, or a red row: the next one may be sound in spite of it."""
     try:
-        return work()
+        return work(name, *arguments)
     except Exception as error:  # noqa: BLE001  (whatever it is, it is what was found)
         traceback.print_exc()
         first = (str(error).splitlines() or [""])[0]

@@ -34,14 +34,11 @@ def speeds(settings: dict[str, Any]) -> Iterator[Row]:
     for model, batch in cells:
         for mode in MODES:
             name = f"{model}, {mode}, batch {batch}"
-            yield attempt(
-                name, lambda n=name, m=model, q=mode, b=batch: _speed(n, m, q, b, settings)
-            )
+            yield attempt(_speed, name, model, mode, batch, settings["device"])
             release_memory()
 
 
-def _speed(name: str, model: str, mode: str, batch: int, settings: dict[str, Any]) -> Row:
-    device = settings["device"]
+def _speed(name: str, model: str, mode: str, batch: int, device: str) -> Row:
     config = config_of(model, mode, batch, device)
     training = started(config, device, batch)
     images = training.data.train

@@ -1,16 +1,21 @@
 """The check of an accelerator: what fails is a row, and every row is in both files."""
 
 import json
+import signal
 import time
 from collections import namedtuple
+from concurrent.futures import Future
 
 import psutil
 import pytest
 from torch.autograd import DeviceType
 
-from benchmarks import accelerator, checks, processes, speed
+from benchmarks import accelerator, checks, processes, repeats, speed
 from benchmarks.accelerator import Part
 from benchmarks.processes import ROOT, Row
+from tune_study.doctor import Verdict
+
+from . import planted_parts
 
 SMALL = {"models": ["vit_glyphs_patch4_32"], "batch": 4, "device": "cpu", "large_batch": None}
 
@@ -152,7 +157,7 @@ def test_an_unknown_part_is_refused(capsys):
 
 
 def test_the_functions_of_the_parts_exist():
-    modules = {"checks": checks, "speed": speed}
+    modules = {"checks": checks, "repeats": repeats, "speed": speed}
     for part in accelerator.PARTS.values():
         module, _, name = part.function.partition(":")
         assert callable(getattr(modules[module.removeprefix("benchmarks.")], name))
@@ -220,37 +225,78 @@ def test_a_peak_that_a_device_cannot_tell_is_told_with_its_reason():
 
 
 def test_a_trial_is_the_same_twice_and_killed_and_continued(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "ALL_MODES", ("nf4-dq",))
-    rows, found = rows_of(checks.repeats, {**SMALL, "folder": str(tmp_path)})
+    monkeypatch.setattr(repeats, "MODES", ("nf4-dq",))
+    rows, found = rows_of(repeats.repeats, {**SMALL, "folder": str(tmp_path)})
     assert [row.ok for row in found] == [True] * 3
     assert "equal to the last bit" in rows["nf4-dq: killed and continued"].found
-    # One bit of the adapter, and one number, are seen.
     one, other = (next((tmp_path / "nf4-dq" / name).iterdir()) for name in ("alone", "killed"))
+    count = len(dict(repeats._numbers(json.loads((one / "results.json").read_text())["train"])))
+    # One number alone, and one bit of the adapter alone, are seen.
+    written = (other / "results.json").read_text()
+    results = json.loads(written)
+    results["train"]["epochs"][1]["val_loss"] += 1e-9
+    (other / "results.json").write_text(json.dumps(results))
+    row = repeats.compare("planted", one, other)
+    assert row.ok is False
+    assert row.found.startswith("0 of ")
+    assert row.found.endswith(f"1 of {count} numbers: epochs.1.val_loss")
+    (other / "results.json").write_text(written)
     adapter = other / "adapter" / "adapter_model.safetensors"
     content = bytearray(adapter.read_bytes())
     content[-4] ^= 1
     adapter.write_bytes(content)
-    row = checks.compare("planted", one, other)
+    row = repeats.compare("planted", one, other)
     assert row.ok is False
     assert row.found.startswith("1 of ")
-    assert row.found.endswith("numbers: none")
-    results = json.loads((other / "results.json").read_text())
-    results["train"]["epochs"][1]["val_loss"] += 1e-9
-    (other / "results.json").write_text(json.dumps(results))
-    assert "epochs.1.val_loss" in checks.compare("planted", one, other).found
+    assert row.found.endswith(f"0 of {count} numbers: none")
 
 
 def test_a_child_that_is_not_killed_is_red(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "_die", _ends_by_itself)
-    config = checks._trial("none", "cpu")
-    settings = {**SMALL, "folder": str(tmp_path)}
-    row = checks._killed_and_continued("a", config, tmp_path / "alone", settings)
+    config = repeats._trial("none", "cpu")
+    monkeypatch.setattr(repeats, "_die", planted_parts.ends_by_itself)
+    ended = Future()
+    ended.set_result(repeats._killed(config, tmp_path / "killed", "cpu"))
+    row = repeats._continued("a", config, tmp_path, "cpu", ended)
+    assert row.found == "exit code 3 instead of the kill: it left nothing"
+    ended = Future()
+    ended.set_result(-signal.SIGKILL)
+    row = repeats._continued("a", config, tmp_path, "cpu", ended)
+    assert row.found == "it was killed before its first epoch was reported"
     assert row.ok is False
-    assert "it ended by itself before the kill: exit code 0" in row.found
 
 
-def _ends_by_itself(config, folder, settings):
-    return None
+def test_the_doctors_verdicts_are_rows(monkeypatch):
+    verdicts = [Verdict("a", True, "sound"), Verdict("b", False, "odd", "another device")]
+    monkeypatch.setattr(checks.doctor, "examine", lambda device: iter(verdicts))
+    assert list(checks.doctors(SMALL)) == [
+        Row("a", True, "sound"),
+        Row("b", False, "odd; remedy: another device"),
+    ]
+
+
+def test_the_demo_is_red_with_its_last_line_and_tells_what_it_found(tmp_path, monkeypatch):
+    (tmp_path / "smoke").mkdir()
+    settings = {**SMALL, "grid": "smoke", "folder": str(tmp_path)}
+    # Another python stands in for the study's: it prints, and ends as it is told.
+    fake = tmp_path / "fake"
+    fake.write_text("#!/bin/sh\necho $*\necho error: planted\necho\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(checks.sys, "executable", str(fake))
+    (row,) = checks.demo(settings)
+    assert row.ok is False
+    assert row.figures["exit_code"] == 1
+    assert row.found.endswith("; last line: error: planted")
+    fake.write_text("#!/bin/sh\n")
+    (tmp_path / "smoke" / "trials.csv").write_text(
+        "quantization,status,test_accuracy,train_time_s\n"
+        "none,completed,0.5,1\nnone,early_stopped,0.75,1\nnone,error,,\nint8,oom,,\n"
+    )
+    whole, none, int8 = checks.demo(settings)
+    assert whole.ok is True
+    assert none.found.startswith("test accuracy 0.625 (0.500 to 0.750); ")
+    assert "1 early_stopped" in none.found
+    assert int8.found == "no accuracy; 1 oom"
+    assert none.ok is int8.ok is None
 
 
 def test_the_speed_of_a_step_is_told_with_its_spread(monkeypatch):
