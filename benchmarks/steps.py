@@ -11,6 +11,7 @@ from benchmarks.timing import Comparison, alternate, compare, rate
 from tune_study import train
 from tune_study.config import TrialConfig, parse_trial
 from tune_study.data import load, preprocess
+from tune_study.device import settle
 from tune_study.estimate import settle_compute_dtype
 from tune_study.gradients import NoiseScale
 from tune_study.model import build_model
@@ -42,6 +43,7 @@ def started(config: TrialConfig, device: str, images: int) -> train.Training:
     data = load("digits", None, config.data)
     data = data._replace(train=type(data.train)(*(part[:images] for part in data.train)))
     where = torch.device(device)
+    settle(where)  # as a trial does: deterministic kernels may be slower
     training = train.start(config, build_model(config, 10, device=where), data, where)
     training.model.train()
     return training

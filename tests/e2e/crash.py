@@ -96,9 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=5, help="studies to kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=1, help="number of the first study")
-    parser.add_argument("--device", help="of the studies; default: the command's own choice")
+    parser.add_argument("--device", default="auto", help="of the studies")
     options = parser.parse_args(arguments)
-    given = ("--device", options.device) if options.device else ()
+    given = ("--device", options.device)
     failed = 0
     with tempfile.TemporaryDirectory() as temporary:
         whole = Path(temporary) / "whole"

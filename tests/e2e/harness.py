@@ -33,10 +33,14 @@ def start(output_dir: Path, *arguments: object, grid: str | None = "smoke") -> s
 def start_anywhere(
     folder: Path, *arguments: object, grid: str | None = "smoke"
 ) -> subprocess.Popen:
-    """As ``start``, with the output in ``folder`` and the study wherever the command puts it."""
+    """As ``start``, with the output in ``folder`` and the study wherever the command puts it.
+
+    On the CPU, unless the ``arguments`` name a device: a test must not find one by chance.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tune_study.run"]
     command += [] if grid is None else ["--grid", grid]
+    command += [] if "--device" in arguments else ["--device", "cpu"]
     with (folder / "output.txt").open("w") as output:
         return subprocess.Popen(
             [str(part) for part in (*command, *arguments)],

@@ -24,7 +24,8 @@ def test_the_studies_run_on_the_device_that_is_asked_for(device, monkeypatch, ca
     monkeypatch.setattr(harness, "no_epoch_twice", lambda *_: None)
     given = ["--device", device] if device else []
     assert crash.main(["--kills", "2", *given]) == 0
-    assert started == [tuple(given)] * 3  # the undisturbed one, and the two that are killed
+    # The undisturbed one, and the two that are killed.
+    assert started == [("--device", device or "auto")] * 3
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith(f" s on {device or 'mps'}")
     assert said[-1] == f"2 of 2 equal on {device or 'mps'} (seed 0)"
