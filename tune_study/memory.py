@@ -9,7 +9,7 @@ import gc
 import re
 import resource
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,24 +117,13 @@ def measure_step(
     are put back. The batch that ``forward`` makes is part of the step; images at rest are not.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    saved = [parameter.detach().clone() for parameter in parameters]
-    before = copy.deepcopy(optimizer.state_dict())  # the steps change the state itself
-    gradient_bytes = 0
-    with kept_random_states(device):
+    with kept_random_states(device), _kept(parameters, optimizer):
         for images in [1] if device.type == "cpu" else [None, None]:
             forward(images).backward()
             gradient_bytes = tensor_bytes([p.grad for p in parameters if p.grad is not None])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        state = tensor_bytes([t for module in model.modules() for t in state_tensors(module)])
-        ledger = Ledger(
-            step_weights_bytes=base_bytes(model) - state - tensor_bytes(parameters),
-            quantization_state_bytes=state,
-            adapter_bytes=tensor_bytes(parameters),
-            gradient_bytes=gradient_bytes,
-            optimizer_bytes=tensor_bytes(optimizer_tensors(optimizer)),
-            activation_bytes=None,
-        )
+        ledger = _at_rest(model, parameters, optimizer, gradient_bytes)
         seen = SavedTensors(model_tensors(model))
 
         def watched() -> Tensor:
@@ -142,16 +131,42 @@ def measure_step(
                 return forward(None)
 
         activations, extra, source = _METERS[device.type](watched, optimizer)
-    with torch.no_grad():
-        torch._foreach_copy_(list[Tensor](parameters), saved)
-    optimizer.state.clear()
-    optimizer.load_state_dict(before)
     return StepMemory(
         *ledger[:5],
         activation_bytes=activations,
         saved_tensor_bytes=seen.nbytes,
         peak_train_bytes=None if extra is None else ledger.at_rest_bytes + extra,
         peak_source=source,
+    )
+
+
+@contextlib.contextmanager
+def _kept(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Steps within leave neither parameters nor optimizer state changed."""
+    saved = [parameter.detach().clone() for parameter in parameters]
+    before = copy.deepcopy(optimizer.state_dict())  # the steps change the state itself
+    yield
+    with torch.no_grad():
+        torch._foreach_copy_(list[Tensor](parameters), saved)
+    optimizer.state.clear()
+    optimizer.load_state_dict(before)
+
+
+def _at_rest(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    gradient_bytes: int,
+) -> Ledger:
+    """The ledger between two steps, with the gradients of the one before."""
+    state = tensor_bytes([t for module in model.modules() for t in state_tensors(module)])
+    return Ledger(
+        step_weights_bytes=base_bytes(model) - state - tensor_bytes(parameters),
+        quantization_state_bytes=state,
+        adapter_bytes=tensor_bytes(parameters),
+        gradient_bytes=gradient_bytes,
+        optimizer_bytes=tensor_bytes(optimizer_tensors(optimizer)),
+        activation_bytes=None,
     )
 
 

@@ -127,17 +127,11 @@ class Record:
     def write(self, status: str, error: Exception | None = None) -> None:
         """Writes ``results.json`` whole, and ``gradients.json``, and ``error.json`` if need be."""
         history = self._history()
-        settings = self.effective.training
-        sentence = None if error is None else f"{type(error).__name__}: {_first_line(error)}"
-        if isinstance(error, UserError):
-            sentence = _first_line(error)
-        if status == "diverged":
-            sentence = f"the loss was not finite in epoch {len(history)}"
         self.content = {
             "trial_id": self.config.trial_id,
             "status": status,
             "simulated": False,
-            "error": sentence,
+            "error": self._sentence(status, error),
             "warnings": self.warnings,
             "run": {
                 "config": self.config.model_dump(mode="json"),
@@ -151,14 +145,7 @@ class Record:
                 "training_results": self._training_results(history),
                 "test_metrics": self.test_metrics,
                 "model_metrics": {**self.model_metrics, **fidelity_columns(self.fidelity)},
-                "resource_metrics": {
-                    **self.memory,
-                    "rss_peak_bytes": rss_peak_bytes(),
-                    "batch_halvings": len(out_of_memory_events(self.folder)),
-                    "batch_size": settings.per_device_train_batch_size,
-                    "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-                    "device": self._device,
-                },
+                "resource_metrics": self._resources(),
                 # Of this run of the trial; an earlier one's are not added.
                 "measuring_time_s": self._measuring_time_s,
                 "epochs": history,
@@ -166,19 +153,39 @@ class Record:
             "meta": {"versions": versions(), "commit": commit(), "hardware": hardware()},
         }
         if self.training is not None:
-            gradients = {
-                "layers": list(self.training.parameters),
-                "epochs": self.training.layer_gradients,
-            }
-            write_json(self.folder / "gradients.json", gradients)
-            analysis = {**self._analysis, "fidelity": self.fidelity}
-            write_json(self.folder / "quantization_analysis.json", analysis)
+            self._write_layers(self.training)
         if error is not None:
             self.log(f"{status}: {type(error).__name__}: {error}")
             what = type(error).__name__, str(error)
             trace = "".join(traceback.format_exception(error))
             write_failure(self.folder, self.config, *what, len(history), trace)
         write_json(self.folder / "results.json", self.content)
+
+    def _sentence(self, status: str, error: Exception | None) -> str | None:
+        """What went wrong, in one line."""
+        if status == "diverged":
+            return f"the loss was not finite in epoch {len(self._history())}"
+        if error is None or isinstance(error, UserError):
+            return None if error is None else _first_line(error)
+        return f"{type(error).__name__}: {_first_line(error)}"
+
+    def _resources(self) -> dict[str, Any]:
+        settings = self.effective.training
+        return {
+            **self.memory,
+            "rss_peak_bytes": rss_peak_bytes(),
+            "batch_halvings": len(out_of_memory_events(self.folder)),
+            "batch_size": settings.per_device_train_batch_size,
+            "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+            "device": self._device,
+        }
+
+    def _write_layers(self, training: Training) -> None:
+        """``gradients.json`` and ``quantization_analysis.json``, layer by layer."""
+        gradients = {"layers": list(training.parameters), "epochs": training.layer_gradients}
+        write_json(self.folder / "gradients.json", gradients)
+        analysis = {**self._analysis, "fidelity": self.fidelity}
+        write_json(self.folder / "quantization_analysis.json", analysis)
 
     def _training_results(self, history: list[Row]) -> dict[str, Any]:
         if not history:
