@@ -6,18 +6,9 @@ import pandas as pd
 
 from analysis.drawing import in_order
 from analysis.findings import Findings
-from analysis.layout import Section, Table, count, notes, table_of, text
 from analysis.summaries import finished
-from analysis.wording import (
-    between,
-    known,
-    number,
-    p_value,
-    percent,
-    plural,
-    points,
-    signed,
-)
+from analysis.text.layout import Section, Table, count, notes, table_of, text
+from analysis.text.wording import between, known, number, p_value, percent, plural, points, signed
 
 
 def accuracy(found: Findings) -> Section:

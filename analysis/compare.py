@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 
 from analysis import statistics
-from analysis.layout import clean
 from analysis.load import Study, StudyError, read_study
 from analysis.places import near
 from analysis.sections import provenance
 from analysis.summaries import modes_of
-from analysis.wording import between, known, listing, number, p_value, plural, points, signed
+from analysis.text.layout import clean
+from analysis.text.wording import between, known, listing, number, p_value, plural, points, signed
 from tune_study.remote import masked
 
 METRICS = (

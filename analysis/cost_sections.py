@@ -6,17 +6,9 @@ import pandas as pd
 
 from analysis.findings import Findings
 from analysis.footprint import why_no_peak
-from analysis.layout import Section, Table, notes, size, table_of, text
 from analysis.summaries import LEDGER
-from analysis.wording import (
-    MISSING,
-    listing,
-    megabytes,
-    number,
-    percent,
-    signed,
-    span,
-)
+from analysis.text.layout import Section, Table, notes, size, table_of, text
+from analysis.text.wording import MISSING, listing, megabytes, number, percent, signed, span
 
 
 def memory(found: Findings) -> Section:

@@ -13,9 +13,9 @@ from analysis.drawing import (
     panels_of,
     plain_log,
     settings,
-    short,
     style,
 )
+from analysis.text.wording import short
 
 
 def plot_curves(

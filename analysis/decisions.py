@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis import footprint, planning, statistics
 from analysis.drawing import in_order
-from analysis.wording import between, megabytes, plural, signed, span
+from analysis.text.wording import between, megabytes, plural, signed, span
 from tune_study import schema
 
 TOLERANCES = (0.005, 0.01, 0.02)

@@ -96,12 +96,6 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **shared: Any) ->
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
-def short(name: str, most: int = 28) -> str:
-    """A name of any length, cut in the middle so that it fits a label."""
-    name = "".join(c if c.isprintable() else "?" for c in str(name))
-    return name if len(name) <= most else f"{name[: most - 9]}…{name[-8:]}"
-
-
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
     if handles:
         figure.legend(

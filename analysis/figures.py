@@ -18,10 +18,9 @@ from analysis.drawing import (
     panels_of,
     plain_log,
     settings,
-    short,
     style,
 )
-from analysis.wording import signed
+from analysis.text.wording import short, signed
 
 _PARTS = ("#444444", "#E69F00", "#56B4E9", "#009E73", "#CCCCCC")
 _PART_HATCHES = ("", "//", "xx", "..", "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from analysis import curves, figures, search_figures, summaries
 from analysis.drawing import Drawn, mark_simulated
 from analysis.findings import Findings
-from analysis.layout import clean
+from analysis.text.layout import clean
 
 KEYS = (
     "accuracy_difference",

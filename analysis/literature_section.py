@@ -8,17 +8,8 @@ import pandas as pd
 
 from analysis import literature as lit
 from analysis.findings import Findings
-from analysis.layout import Section, Table, notes, table_of, text
-from analysis.wording import (
-    MISSING,
-    known,
-    number,
-    percent,
-    plural,
-    points,
-    significant,
-    span,
-)
+from analysis.text.layout import Section, Table, notes, table_of, text
+from analysis.text.wording import MISSING, known, number, percent, plural, points, significant, span
 
 
 def literature(found: Findings) -> Section:

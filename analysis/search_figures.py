@@ -6,7 +6,7 @@ import numpy as np
 
 from analysis.drawing import Drawn, in_order, legend_below, new_figure, plain_log, settings, style
 from analysis.search import Searched
-from analysis.search_section import name_of, parameter_of
+from analysis.text.wording import name_of, parameter_of
 from tune_study import schema
 
 KEYS = ("search_front", "search_progress", "search_importance")

@@ -7,18 +7,18 @@ from typing import Any
 import pandas as pd
 
 from analysis.decisions import Decision
-from analysis.drawing import short
-from analysis.layout import Section, Table, table_of, text
 from analysis.search import Searched, costs_of
-from analysis.wording import MISSING, known, listing, megabytes, number, percent, plural
-from tune_study import schema
+from analysis.text.layout import Section, Table, table_of, text
+from analysis.text.wording import (
+    listing,
+    name_of,
+    parameter_of,
+    percent,
+    plural,
+    suggested,
+    value_of,
+)
 
-NAMES = {
-    "val_accuracy": "validation accuracy",
-    "weights_bytes": "base weights",
-    "peak_train_bytes": "peak of a training step",
-    "train_time_s": "training time",
-}
 BEST = {
     "val_accuracy": "You want the best validation accuracy",
     "weights_bytes": "You want the smallest base weights",
@@ -31,36 +31,6 @@ METHODS = (
     "hypervolume is that of the Pareto set up to the worst value of each objective seen, as a "
     "fraction of the box between worst and best."
 )
-_UNITS = {column.name: column.unit for column in schema.TRIALS}
-
-
-def name_of(objective: str) -> str:
-    return NAMES.get(objective, objective)
-
-
-def value_of(objective: str, value: Any) -> str:
-    """The value of an objective with its unit."""
-    unit = _UNITS.get(objective, "")
-    if unit == "fraction":
-        return percent(value, 2)
-    if unit == "bytes":
-        return megabytes(value)
-    return f"{number(value, 1)} {unit}".strip() if known(value) else MISSING
-
-
-def parameter_of(name: str) -> str:
-    """``training.learning_rate`` -> ``learning rate``; a computed one keeps what it is over."""
-    field, _, computed = name.partition("/")
-    words = field.rpartition(".")[2].removeprefix("per_device_train_").replace("_", " ")
-    if field == "quantization.mode":
-        words = "quantization"
-    return short(words if computed in ("", "name") else f"{words} / {computed}")
-
-
-def suggested(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return MISSING if value is None else short(str(value), 40)
-    return f"{value:.3g}".replace("e-0", "e-")
 
 
 def in_words(found: Searched, trial_id: str) -> str:

@@ -15,13 +15,10 @@ from analysis import search_section
 from analysis.accuracy_section import accuracy
 from analysis.cost_sections import memory, speed
 from analysis.findings import Findings
-from analysis.layout import Cell, Section, Table, count, table_of, text
 from analysis.literature_section import literature
+from analysis.text.layout import Cell, Section, Table, count, table_of, text
+from analysis.text.wording import MISSING, plural
 from analysis.training_sections import convergence, gradients
-from analysis.wording import (
-    MISSING,
-    plural,
-)
 from tune_study import schema
 
 

@@ -31,7 +31,7 @@ from analysis.pairs import (
     planned_pairs,
     seed_intervals,
 )
-from analysis.wording import points
+from analysis.text.wording import points
 
 __all__ = [
     "CONFIGURATION",

@@ -5,16 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis.findings import GRADIENT_METRICS, Findings
-from analysis.layout import Cell, Section, Table, count, notes, table_of, text
-from analysis.wording import (
-    between,
-    number,
-    p_value,
-    percent,
-    signed,
-    significant,
-    span,
-)
+from analysis.text.layout import Cell, Section, Table, count, notes, table_of, text
+from analysis.text.wording import between, number, p_value, percent, signed, significant, span
 
 
 def convergence(found: Findings) -> Section:

@@ -15,8 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis import accuracy_section, drawing, latex, report, summary
-from analysis.layout import Table
+from analysis import accuracy_section, drawing, report, summary
 from analysis.load import StudyError, read_study
 from tests import synthetic
 
@@ -317,16 +316,6 @@ def test_latex_tables_compile(name: str, request: pytest.FixtureRequest, tmp_pat
     # A name of 300 letters has no place to be broken.
     assert name == "evil" or max(too_wide, default=0) < 30
     assert (tmp_path / "all.pdf").stat().st_size > 10_000
-
-
-def test_latex_escapes_what_latex_would_run() -> None:
-    table = Table("k", "50 % of $x$", ("a_b", "c"), [["\\input{x}", "[1] & −2 × 3 \u4e2d é"]])
-    text = latex.render(table)
-    assert r"50 \% of \$x\$" in text
-    assert latex.escape("run --grid – x") == "run -{}-grid -- x"
-    assert r"\textbackslash{}input\{x\}" in text
-    assert r"\relax \textbackslash{}" in text
-    assert r"[1] \& $-$2 $\times$ 3 ? e \\" in text
 
 
 @pytest.mark.usefixtures("plain_figures")

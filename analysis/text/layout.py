@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis.wording import MISSING, listing, megabytes, number
+from analysis.text.wording import MISSING, listing, megabytes, number
 
 
 class Table(NamedTuple):

@@ -1,11 +1,21 @@
-"""Numbers as a reader sees them: signs, units, intervals. A missing number is a dash."""
+"""Numbers and names as a reader sees them: signs, units, intervals. A missing number is a dash."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+from tune_study import schema
+
 MISSING = "–"
+NAMES = {
+    "val_accuracy": "validation accuracy",
+    "weights_bytes": "base weights",
+    "peak_train_bytes": "peak of a training step",
+    "train_time_s": "training time",
+}
+"""What a search can be asked for."""
+_UNITS = {column.name: column.unit for column in schema.TRIALS}
 
 
 def known(value: Any) -> bool:
@@ -90,3 +100,38 @@ def listing(names: list[str], most: int = 4) -> str:
     if len(names) > most:
         names = [*names[: most - 1], f"{len(names) - most + 1} more"]
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
+
+
+def short(name: str, most: int = 28) -> str:
+    """A name of any length, cut in the middle so that it fits a label."""
+    name = "".join(c if c.isprintable() else "?" for c in str(name))
+    return name if len(name) <= most else f"{name[: most - 9]}…{name[-8:]}"
+
+
+def name_of(objective: str) -> str:
+    return NAMES.get(objective, objective)
+
+
+def value_of(objective: str, value: Any) -> str:
+    """The value of an objective with its unit."""
+    unit = _UNITS.get(objective, "")
+    if unit == "fraction":
+        return percent(value, 2)
+    if unit == "bytes":
+        return megabytes(value)
+    return f"{number(value, 1)} {unit}".strip() if known(value) else MISSING
+
+
+def parameter_of(name: str) -> str:
+    """``training.learning_rate`` -> ``learning rate``; a computed one keeps what it is over."""
+    field, _, computed = name.partition("/")
+    words = field.rpartition(".")[2].removeprefix("per_device_train_").replace("_", " ")
+    if field == "quantization.mode":
+        words = "quantization"
+    return short(words if computed in ("", "name") else f"{words} / {computed}")
+
+
+def suggested(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return MISSING if value is None else short(str(value), 40)
+    return f"{value:.3g}".replace("e-0", "e-")
