@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import statistics
+from analysis.folder.places import near
 from analysis.load import Study, StudyError, read_study
-from analysis.places import near
 from analysis.sections import provenance
 from analysis.summaries import modes_of
 from analysis.text.layout import clean

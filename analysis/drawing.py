@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
-from analysis.tables import write_whole
+from analysis.folder.tables import write_whole
 from tune_study import schema
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.folder import read_json
+from analysis.folder.contents import read_json
 
 BITS = {"int8": 8.0, "nf4": 4.5, "nf4-dq": 4.127, "fp4": 4.5, "fp4-dq": 4.127}
 """Bits per quantized weight: 4 plus 32/64 for one fp32 constant per block of 64, or plus

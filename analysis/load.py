@@ -13,19 +13,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import records, tables, tune_results
-from analysis.folder import (
+from analysis.folder import tables, tune_results
+from analysis.folder.contents import (
     Contents,
     StudyError,
     listed,
     machine,
-    mapping,
     open_study,
     read_failure,
     read_results,
     survey,
 )
 from tune_study import schema
+from tune_study.files import mapping
+from tune_study.results import AXES, axes, measured
 
 _COLUMNS = (*schema.TRIALS, tables.MACHINE)
 
@@ -138,15 +139,15 @@ def from_result_grid(grid: Any) -> Study:
         entry = tune_results.plan_entry(trial)
         results = mapping(trial.metrics, "results")
         if results:
-            row = records.measured(results)
+            row = measured(results)
             row["machine"] = machine(mapping(results, "meta", "hardware"))
             told += 1
-            curves += records.curve(entry["trial_id"], results, problems)
+            curves += tables.curve(entry["trial_id"], results, problems)
         else:
             row = tune_results.trial_record(trial)
             told += "status" in trial.metrics or row["status"] != "interrupted"
             curves += tune_results.epoch_records(trial, entry["trial_id"])
-        rows.append(records.axes(entry) | row)
+        rows.append(axes(entry) | row)
         plan.append(entry)
     if silent := len(rows) - told:
         problems.append(
@@ -208,17 +209,16 @@ def _require_plan(trials: pd.DataFrame, plan: list[dict[str, Any]]) -> None:
     if trials["trial_id"].duplicated().any():
         raise tables.TableError("a trial has two rows")
     rows = trials.set_index("trial_id").reindex(planned["trial_id"]).reset_index()
-    for name in records.AXES:
+    for name in AXES:
         # Two missing values count as equal here, unlike with ==.
         if not rows[name].equals(planned[name]):
             raise tables.TableError(f"their {name} differs from the plan in study.json")
 
 
 def _typed_plan(plan: list[dict[str, Any]]) -> pd.DataFrame:
-    axes = tuple(column for column in schema.TRIALS if column.name in records.AXES)
-    return tables.typed(records.frame([records.axes(entry) for entry in plan], axes), axes, "plan")[
-        0
-    ]
+    columns = tuple(column for column in schema.TRIALS if column.name in AXES)
+    entries = tables.frame([axes(entry) for entry in plan], columns)
+    return tables.typed(entries, columns, "plan")[0]
 
 
 def _torn(trials: pd.DataFrame, epochs: pd.DataFrame) -> int:
@@ -237,11 +237,11 @@ def _rebuild(folder: Path, manifest: dict[str, Any], found: Contents, problems: 
     for entry in manifest["plan"]:
         name = entry["trial_id"]
         results, problem = read_results(folder, name, manifest["simulated"], found)
-        row = records.axes(entry) | {"status": "pending", "simulated": manifest["simulated"]}
+        row = axes(entry) | {"status": "pending", "simulated": manifest["simulated"]}
         if results is not None:
-            row |= records.measured(results)
+            row |= measured(results)
             row["machine"] = machine(mapping(results, "meta", "hardware"))
-            curves += records.curve(name, results, problems)
+            curves += tables.curve(name, results, problems)
         elif problem:
             row |= {"status": "interrupted", "error": problem}
             problems.append(f"trial {name!r}: {problem}")
@@ -260,10 +260,8 @@ def _study(
     folder: Path | None,
 ) -> Study:
     """Both tables from one record per trial and one per epoch."""
-    trials, lost = tables.typed(records.frame(rows, _COLUMNS), _COLUMNS, "trials")
-    epochs, lost_epochs = tables.typed(
-        records.frame(curves, schema.EPOCHS), schema.EPOCHS, "epochs"
-    )
+    trials, lost = tables.typed(tables.frame(rows, _COLUMNS), _COLUMNS, "trials")
+    epochs, lost_epochs = tables.typed(tables.frame(curves, schema.EPOCHS), schema.EPOCHS, "epochs")
     problems = [*problems, *lost, *lost_epochs]
     if not epochs.empty:
         most = epochs.groupby("trial_id")["epoch"].nunique()

@@ -7,7 +7,7 @@ import difflib
 import numpy as np
 import pandas as pd
 
-from analysis.folder import StudyError
+from analysis.folder.contents import StudyError
 from tune_study import schema
 
 CONFIGURATION = ["model", "dataset", "lora_r", "lora_alpha"]

@@ -16,16 +16,17 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis import places, search_figures, summary
+from analysis import search_figures, summary
 from analysis.decisions import WORDS, Decision
 from analysis.drawing import Drawn, png, save
 from analysis.findings import Findings, compute
+from analysis.folder import places
+from analysis.folder.tables import write_whole
 from analysis.gallery import KEYS, draw_all
 from analysis.load import StudyError, read_study
 from analysis.search_section import front_table
 from analysis.sections import sections
 from analysis.summaries import modes_of
-from analysis.tables import write_whole
 from analysis.text import latex
 from analysis.text.layout import Section, Table, clean, cleaned
 from analysis.text.wording import MISSING, between, listing, number, plural, points, short, signed

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis.folder import mapping, read_json
+from analysis.folder.contents import read_json
 from analysis.load import Study
 from analysis.summaries import finished, pareto
 from tune_study import schema
+from tune_study.files import mapping
 
 DIRECTIONS = ("maximize", "minimize")
 _NUMBERS = {column.name for column in schema.TRIALS if column.kind in ("int", "float")}

@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis import inference
 from analysis.exploration import friedman, mixed_model
-from analysis.folder import StudyError
+from analysis.folder.contents import StudyError
 from analysis.inference import Floats
 from analysis.pairs import (
     CONFIGURATION,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.folder import read_json
+from analysis.folder.contents import read_json
 from analysis.pairs import CONFIGURATION
 from tune_study import schema
 

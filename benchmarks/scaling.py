@@ -239,7 +239,7 @@ def main() -> None:
 
 
 def ran_on() -> str:
-    from analysis.folder import machine
+    from analysis.folder.contents import machine
     from tune_study import provenance
 
     where, python = machine(provenance.hardware()), platform.python_version()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from analysis.folder import StudyError
+from analysis.folder.contents import StudyError
 from tune_study import remote
 from tune_study.remote import RemoteError
 

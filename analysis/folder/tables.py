@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from tune_study import schema
-from tune_study.files import write_whole
+from tune_study.files import mapping, write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -102,6 +102,25 @@ def _numbers(values: pd.Series) -> pd.Series:
         values = values.map(lambda v: v if isinstance(v, int | float | str) else None)
         values = values.map(lambda v: float(str(v)) if isinstance(v, int) and abs(v) >> 62 else v)
     return pd.to_numeric(values, errors="coerce")
+
+
+def curve(name: str, results: Mapping[str, Any], problems: list[str]) -> list[dict[str, Any]]:
+    """A trial's results.json -> one record per epoch."""
+    epochs = mapping(results, "train").get("epochs")
+    if not isinstance(epochs, list):
+        problems.append(f"trial {name!r}: results.json has no list of epochs")
+        return []
+    usable = [{**epoch, "trial_id": name} for epoch in epochs if isinstance(epoch, dict)]
+    if len(usable) < len(epochs):
+        problems.append(f"trial {name!r}: {len(epochs) - len(usable)} epoch(s) are no records")
+    return usable
+
+
+def frame(rows: list[dict[str, Any]], columns: Columns) -> pd.DataFrame:
+    """As objects: pandas would turn an integer beside a missing value into a float."""
+    names = [column.name for column in columns]
+    values = {name: [row.get(name) for row in rows] for name in names}
+    return pd.DataFrame(values, columns=names, dtype=object)
 
 
 def read_parquet(path: Path, columns: Columns, table: str) -> tuple[pd.DataFrame, list[str]]:

@@ -10,9 +10,10 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tune_study.files import mapping
 
 FORMAT = 1
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")
@@ -259,10 +260,3 @@ def machine(hardware: Any) -> str | None:
         gpu_name = mapping(gpu).get("name", gpu)
         words.append(f"gpu {gpu_name}")
     return ", ".join(words)[:300] or None
-
-
-def mapping(value: Any, *keys: str) -> Mapping[str, Any]:
-    """``value[key][key]...`` if every step is a mapping, else an empty one."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value if isinstance(value, Mapping) else {}
