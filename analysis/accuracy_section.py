@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.drawing import in_order
 from analysis.findings import Findings
-from analysis.summaries import finished
+from analysis.statistics.cells import finished, in_order
 from analysis.text.layout import Section, Table, count, notes, table_of, text
 from analysis.text.wording import between, known, number, p_value, percent, plural, points, signed
 

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import statistics
 from analysis.folder.places import near
 from analysis.load import Study, StudyError, read_study
 from analysis.sections import provenance
-from analysis.summaries import modes_of
+from analysis.statistics.cells import CONFIGURATION, modes_of
+from analysis.statistics.comparison import compare_modes
+from analysis.statistics.pairs import paired_differences
 from analysis.text.layout import clean
 from analysis.text.wording import between, known, listing, number, p_value, plural, points, signed
 from tune_study.remote import masked
@@ -29,7 +30,7 @@ METRICS = (
     "images_per_s", "train_time_s",
 )  # fmt: skip
 HARDWARE_BOUND = ("peak_train_bytes", "rss_peak_bytes", "images_per_s", "train_time_s")
-CELL = [*statistics.CONFIGURATION, "quantization", "seed"]
+CELL = [*CONFIGURATION, "quantization", "seed"]
 
 
 class Comparison(NamedTuple):
@@ -125,8 +126,8 @@ def _row(own: pd.DataFrame, metric: str, mode: str) -> dict[Any, Any]:
         own = own.assign(seed=seeds)
     renamed = own.assign(quantization=own["_study"].astype("string"))
     rng = np.random.default_rng(0)
-    found = statistics.compare_modes(renamed, metric=metric, baseline="A", rng=rng)
-    pairs = statistics.paired_differences(renamed, metric=metric, baseline="A")
+    found = compare_modes(renamed, metric=metric, baseline="A", rng=rng)
+    pairs = paired_differences(renamed, metric=metric, baseline="A")
     row: dict[Any, Any] = found.to_dict("records")[0]
     mean_a, mean_b = pairs["base"].mean(), pairs["value"].mean()
     identical = int((pairs["difference"] == 0).sum())

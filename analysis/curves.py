@@ -5,16 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.drawing import (
-    Drawn,
-    in_order,
-    legend_below,
-    panel_grid,
-    panels_of,
-    plain_log,
-    settings,
-    style,
-)
+from analysis.drawing import Drawn, legend_below, panel_grid, panels_of, plain_log, settings, style
+from analysis.statistics.cells import in_order
 from analysis.text.wording import short
 
 

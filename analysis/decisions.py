@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import footprint, planning, statistics
-from analysis.drawing import in_order
+from analysis.measures import memory
+from analysis.statistics import planning
+from analysis.statistics.cells import in_order
+from analysis.statistics.pairs import seed_intervals
 from analysis.text.wording import between, megabytes, plural, signed, span
 from tune_study import schema
 
@@ -147,7 +149,7 @@ def _over_seeds(trials: pd.DataFrame, row: dict[Any, Any]) -> str:
     """The interval over the seeds of a lone configuration, which is not about any other."""
     if row["n_configurations"] != 1:
         return ", without an interval"
-    own = statistics.seed_intervals(trials, baseline=str(row["baseline"]))
+    own = seed_intervals(trials, baseline=str(row["baseline"]))
     own = own[own["quantization"] == row["quantization"]]
     low, high = float(own["ci_low"].iloc[0]), float(own["ci_high"].iloc[0])
     if not np.isfinite([low, high]).all():
@@ -219,10 +221,10 @@ def _size_in_words(row: dict[Any, Any]) -> str:
 def lowest_peak(ledger: pd.DataFrame, baseline: str = "none") -> Decision:
     """Whether quantization lowers the peak of a training step, from the measured peaks."""
     question = "Training must need less memory"
-    shares = footprint.peak_ratios(ledger, baseline)
+    shares = memory.peak_ratios(ledger, baseline)
     if shares.empty:
         return Decision(
-            question, "Not measured on this machine", footprint.why_no_peak(ledger), "", False
+            question, "Not measured on this machine", memory.why_no_peak(ledger), "", False
         )
     by_mode = shares.groupby("quantization", observed=True)["ratio"].mean()
     mode = str(by_mode.idxmin())

@@ -8,7 +8,7 @@ is imported when a figure is made, not before.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pandas as pd
 
 from analysis.folder.tables import write_whole
-from tune_study import schema
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,12 +137,6 @@ def plain_log(axis: Axis, low: float, high: float) -> None:
 def tick(value: float) -> str:
     """A tick's number without an exponent: 2,000 and 0.02."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def in_order(modes: Iterable[Any]) -> list[str]:
-    """Each mode once, as the schema orders them; unknown ones last."""
-    present = list(dict.fromkeys(str(mode) for mode in modes))
-    return [m for m in schema.MODES if m in present] + [m for m in present if m not in schema.MODES]
 
 
 def mark_simulated(drawn: Drawn) -> Drawn:

@@ -11,7 +11,6 @@ import pandas as pd
 
 from analysis.drawing import (
     Drawn,
-    in_order,
     legend_below,
     new_figure,
     panel_grid,
@@ -20,6 +19,7 @@ from analysis.drawing import (
     settings,
     style,
 )
+from analysis.statistics.cells import in_order
 from analysis.text.wording import short, signed
 
 _PARTS = ("#444444", "#E69F00", "#56B4E9", "#009E73", "#CCCCCC")

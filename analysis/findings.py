@@ -7,19 +7,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import (
-    convergence,
-    decisions,
-    footprint,
-    literature,
-    ratios,
-    references,
-    search_section,
-    statistics,
-    summaries,
-)
+from analysis import decisions, literature, references, search_section
 from analysis.load import Study
-from analysis.search import Searched, searched
+from analysis.measures import convergence, curves
+from analysis.measures.memory import memory_ledger, memory_ratios, peak_ratios, quantized_parameters
+from analysis.measures.search import Searched, searched
+from analysis.statistics import ratios
+from analysis.statistics.cells import (
+    CONFIGURATION,
+    cells,
+    finished,
+    modes_of,
+    pooled_sd,
+    seed_spread,
+)
+from analysis.statistics.comparison import compare_modes, leave_one_out
+from analysis.statistics.exploration import friedman, mixed_model
+from analysis.statistics.pairs import paired_differences
 from tune_study import schema
 
 GRADIENT_METRICS = (
@@ -74,14 +78,14 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
     trials, epochs, asked = study.trials, study.epochs, searched(study)
     # What a search tried differs in more than mode and seed: no comparison gets to see it.
     paired = trials if asked is None else trials.assign(status="pending")
-    layers = footprint.quantized_parameters(study.path, trials)
-    memory = footprint.memory_ratios(trials, layers)
-    ledger = summaries.memory_ledger(trials)
+    layers = quantized_parameters(study.path, trials)
+    memory = memory_ratios(trials, layers)
+    ledger = memory_ledger(trials)
     speed = ratios.metric_ratios(paired, metric="images_per_s", baseline=baseline)
     comparison = _compare(paired, "test_accuracy", baseline)
-    spread = summaries.seed_spread(paired)
+    spread = seed_spread(paired)
     per_trial = convergence.convergence_table(epochs, paired)
-    heat, problems = summaries.layer_gradients(study.path, trials)
+    heat, problems = curves.layer_gradients(study.path, trials)
     published = literature.load()
     return Findings(
         study=study,
@@ -90,15 +94,15 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
         comparison=comparison,
         differences=configuration_differences(paired, baseline),
         by_dataset=_by_dataset(paired, baseline),
-        cells=summaries.cells(trials),
+        cells=cells(trials),
         seed_spread=spread,
-        seed_sds=summaries.pooled_sd(spread),
-        friedman=statistics.friedman(paired),
-        mixed=statistics.mixed_model(paired, baseline=baseline),
-        leave_one_out=statistics.leave_one_out(paired, baseline=baseline),
+        seed_sds=pooled_sd(spread),
+        friedman=friedman(paired),
+        mixed=mixed_model(paired, baseline=baseline),
+        leave_one_out=leave_one_out(paired, baseline=baseline),
         memory=memory,
         ledger=ledger,
-        peaks=footprint.peak_ratios(ledger if asked is None else ledger[:0], baseline),
+        peaks=peak_ratios(ledger if asked is None else ledger[:0], baseline),
         speed=speed,
         convergence=per_trial,
         convergence_comparison=convergence.compare_convergence(per_trial, baseline=baseline),
@@ -119,9 +123,7 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
 
 
 def _compare(trials: pd.DataFrame, metric: str, baseline: str) -> pd.DataFrame:
-    return statistics.compare_modes(
-        trials, metric=metric, baseline=baseline, rng=np.random.default_rng(0)
-    )
+    return compare_modes(trials, metric=metric, baseline=baseline, rng=np.random.default_rng(0))
 
 
 def _comparisons(trials: pd.DataFrame, metrics: tuple[str, ...], baseline: str) -> pd.DataFrame:
@@ -135,14 +137,14 @@ def counts(trials: pd.DataFrame) -> pd.DataFrame:
     """Trials per mode and status: a row per mode in the schema's order, a column per status."""
     table = pd.crosstab(trials["quantization"], trials["status"])
     order = [status for status in schema.STATUSES if status in table]
-    table = table.reindex(summaries.modes_of(trials))[order]
+    table = table.reindex(modes_of(trials))[order]
     return table.assign(planned=table.sum(axis=1)).rename_axis(columns=None)
 
 
 def configuration_differences(trials: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Mean paired difference of the test accuracy per (configuration, mode), as a fraction."""
-    pairs = statistics.paired_differences(trials, metric="test_accuracy", baseline=baseline)
-    keys = [*statistics.CONFIGURATION, "quantization"]
+    pairs = paired_differences(trials, metric="test_accuracy", baseline=baseline)
+    keys = [*CONFIGURATION, "quantization"]
     grouped = pairs.groupby(keys, observed=True, dropna=False)["difference"]
     return grouped.agg(difference="mean", n="size").reset_index()
 
@@ -161,14 +163,14 @@ def _by_dataset(trials: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
 def means_per_mode(trials: pd.DataFrame, metrics: tuple[str, ...]) -> pd.DataFrame:
     """Mean of each metric over configuration means, per mode; ``n`` trials that ended well."""
-    good = summaries.finished(trials)
+    good = finished(trials)
     rows: list[dict[str, Any]] = []
-    for mode in summaries.modes_of(trials):
+    for mode in modes_of(trials):
         own = good[good["quantization"] == mode]
         row: dict[str, Any] = {"quantization": mode, "n": len(own)}
         for metric in metrics:
             values = own[metric].astype("float64")
-            grouped = values.groupby([own[k] for k in statistics.CONFIGURATION], observed=True)
+            grouped = values.groupby([own[k] for k in CONFIGURATION], observed=True)
             row[metric] = float(grouped.mean().mean())
         rows.append(row)
     return pd.DataFrame(rows, columns=["quantization", "n", *metrics])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from analysis import curves, figures, search_figures, summaries
+from analysis import curves, figures, search_figures
 from analysis.drawing import Drawn, mark_simulated
 from analysis.findings import Findings
+from analysis.measures.curves import curve_bands, curve_gaps
+from analysis.measures.memory import LEDGER
+from analysis.measures.pareto import pareto_front
 from analysis.text.layout import clean
 
 KEYS = (
@@ -63,7 +66,7 @@ def _over_epochs(found: Findings) -> list[Drawn]:
     model = f" Model: {clean(str(layers['model'].iloc[0]))}." if len(layers) else ""
     return [
         curves.plot_curves(
-            summaries.curve_bands(epochs, trials),
+            curve_bands(epochs, trials),
             key="learning_curves",
             title="Learning curves",
             caption="Validation accuracy, mean over LoRA settings and seeds; the band is one "
@@ -73,7 +76,7 @@ def _over_epochs(found: Findings) -> list[Drawn]:
             empty="no trial has finished an epoch",
         ),
         curves.plot_curves(
-            summaries.curve_gaps(epochs, trials),
+            curve_gaps(epochs, trials),
             key="learning_gap",
             title="How far each mode runs ahead or behind",
             caption="Validation accuracy minus that of the unquantized trial of the same "
@@ -84,7 +87,7 @@ def _over_epochs(found: Findings) -> list[Drawn]:
             empty="no pair with an unquantized trial has finished an epoch",
         ),
         curves.plot_curves(
-            summaries.curve_bands(epochs, trials, metric="grad_norm_mean"),
+            curve_bands(epochs, trials, metric="grad_norm_mean"),
             key="gradient_norm",
             title="Gradient norm",
             caption="Mean global gradient norm of the trainable parameters before clipping, "
@@ -108,7 +111,7 @@ def _memory(found: Findings) -> list[Drawn]:
     front += "the intervals above are noise."
     return [
         figures.plot_pareto(
-            summaries.pareto_front(trials),
+            pareto_front(trials),
             key="pareto_weights",
             title="Accuracy against the size of the base weights",
             caption=f"Each point is a configuration and mode, mean over its seeds. {front}",
@@ -116,7 +119,7 @@ def _memory(found: Findings) -> list[Drawn]:
             empty="no trial that ended well recorded its weights",
         ),
         figures.plot_pareto(
-            summaries.pareto_front(trials, cost="peak_train_bytes"),
+            pareto_front(trials, cost="peak_train_bytes"),
             key="pareto_peak",
             title="Accuracy against the peak of a training step",
             caption=f"As before, but against the measured peak of a training step. {front}",
@@ -133,7 +136,7 @@ def _ledger(found: Findings) -> Drawn:
         title="Where the memory of a training step goes",
         caption="Mean over trials. Parts that nobody measured are left out; the diamond is the "
         "measured peak, which includes temporary buffers.",
-        parts=summaries.LEDGER,
+        parts=LEDGER,
     )
 
 

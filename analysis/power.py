@@ -27,8 +27,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from analysis.load import StudyError, read_study
-from analysis.pairs import CONFIGURATION
-from analysis.statistics import paired_differences
+from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.pairs import paired_differences
 
 GRIDS = {"full": 12}
 """Configurations (model x dataset x LoRA) of the named grids."""

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import literature as lit
-from analysis.pairs import CONFIGURATION
-from analysis.ratios import paired_scores
+from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.ratios import paired_scores
 from tune_study import schema
 
 _COLUMNS = (

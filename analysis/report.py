@@ -26,7 +26,7 @@ from analysis.gallery import KEYS, draw_all
 from analysis.load import StudyError, read_study
 from analysis.search_section import front_table
 from analysis.sections import sections
-from analysis.summaries import modes_of
+from analysis.statistics.cells import modes_of
 from analysis.text import latex
 from analysis.text.layout import Section, Table, clean, cleaned
 from analysis.text.wording import MISSING, between, listing, number, plural, points, short, signed

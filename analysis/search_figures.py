@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis.drawing import Drawn, in_order, legend_below, new_figure, plain_log, settings, style
-from analysis.search import Searched
+from analysis.drawing import Drawn, legend_below, new_figure, plain_log, settings, style
+from analysis.measures.search import Searched
+from analysis.statistics.cells import in_order
 from analysis.text.wording import name_of, parameter_of
 from tune_study import schema
 

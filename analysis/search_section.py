@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.decisions import Decision
-from analysis.search import Searched, costs_of
+from analysis.measures.pareto import costs_of
+from analysis.measures.search import Searched
 from analysis.text.layout import Section, Table, table_of, text
 from analysis.text.wording import (
     listing,

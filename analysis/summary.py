@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.findings import Findings
-from analysis.footprint import why_no_peak
+from analysis.measures.memory import why_no_peak
 from tune_study import schema
 
 SUMMARY_FILE = "quantization_experiments_summary.json"

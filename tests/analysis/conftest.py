@@ -1,10 +1,11 @@
-"""A study folder of sixteen trials, of which four did not simply complete."""
+"""Studies that several files of tests look at."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests import synthetic
@@ -13,6 +14,7 @@ from tests.analysis.studies import CELLS, FAILURES
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen trials, of which four did not simply complete."""
     path = tmp_path_factory.mktemp("template") / "study"
     return synthetic.write_study(path, CELLS, failures=FAILURES, epochs=4)
 
@@ -20,3 +22,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path, template: Path) -> Path:
     return shutil.copytree(template, tmp_path / "study")
+
+
+@pytest.fixture(scope="module")
+def frames() -> tuple[pd.DataFrame, pd.DataFrame]:
+    return synthetic.study_frames(effects={"nf4": -0.01}, failures={0: "early_stopped", 5: "oom"})

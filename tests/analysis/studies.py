@@ -62,3 +62,11 @@ def edit_trials(edit: Any) -> Any:
         edit(pd.read_parquet(path)).to_parquet(path)
 
     return spoil
+
+
+def only(table: pd.DataFrame, **where: str) -> pd.Series:
+    """The one row in which these columns have these values."""
+    for name, value in where.items():
+        table = table[table[name] == value]
+    assert len(table) == 1
+    return table.iloc[0]

@@ -200,9 +200,9 @@ def test_merging_refuses_nothing_and_the_same_twice(folder: Path) -> None:
 def test_opening_a_full_study_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
     folder = synthetic.write_study(tmp_path / "full")
     program = (
-        "import sys; from analysis import load, statistics\n"
+        "import sys; from analysis import load; from analysis.statistics import comparison\n"
         f"study = load.read_study({str(folder)!r}); assert len(study.trials) == 144\n"
-        "print(statistics.compare_modes(study.trials).to_string())\n"
+        "print(comparison.compare_modes(study.trials).to_string())\n"
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"
         "assert not loaded & {'torch', 'ray', 'matplotlib', 'statsmodels'}, loaded\n"
     )

@@ -1,11 +1,7 @@
-"""The tables behind the figures and the report: pure functions of the two tables of a study.
-
-Fractions stay fractions here; figures and text turn them into percent.
-"""
+"""Curves over epochs, and gradients per layer, as the figures draw them."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,83 +11,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.folder.contents import read_json
-from analysis.pairs import CONFIGURATION
-from tune_study import schema
-
-LEDGER = {
-    "weights_bytes": "base weights",
-    "adapter_bytes": "adapters and head",
-    "gradient_bytes": "gradients",
-    "optimizer_bytes": "optimizer state",
-    "activation_bytes": "activations",
-}
-"""Parts of a training step's memory, in the order they are stacked."""
-
-
-def modes_of(trials: pd.DataFrame) -> list[str]:
-    """The study's quantization modes in the schema's order, unknown ones last."""
-    present = [str(mode) for mode in trials["quantization"].dropna().unique()]
-    known = [mode for mode in schema.MODES if mode in present]
-    return known + sorted(set(present) - set(known))
-
-
-def finished(trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials that ended well."""
-    return trials[trials["status"].isin(schema.GOOD_STATUSES)]
-
-
-def cells(trials: pd.DataFrame, metric: str = "test_accuracy") -> pd.DataFrame:
-    """One row per (configuration, mode): n, mean, sd, min and max of ``metric`` over its seeds."""
-    keys = [*_studies(trials), *CONFIGURATION, "quantization"]
-    good = finished(trials)
-    good = good.assign(_value=good[metric].astype("float64")).dropna(subset=["_value"])
-    grouped = good.groupby(keys, observed=True, sort=False)["_value"]
-    table = grouped.agg(n="size", mean="mean", sd="std", min="min", max="max").reset_index()
-    return table
-
-
-def _studies(trials: pd.DataFrame) -> list[str]:
-    return [name for name in ("study", "machine") if name in trials]
-
-
-def pareto_front(
-    trials: pd.DataFrame, *, cost: str = "weights_bytes", metric: str = "test_accuracy"
-) -> pd.DataFrame:
-    """Cells (configuration x mode) with their mean ``metric`` and mean ``cost``.
-
-    ``on_front`` marks, within each data set (and machine: bytes and times of different hardware
-    are never ranked together), the cells that no other cell beats: none is at most as costly and
-    at least as accurate, and better in one of the two. Cells without a cost are left out.
-    """
-    good = finished(trials)
-    good = good.assign(
-        _cost=good[cost].astype("float64"), _score=good[metric].astype("float64")
-    ).dropna(subset=["_cost", "_score"])
-    scope = [*_studies(good), "dataset"]
-    keys = list(dict.fromkeys([*_studies(good), *CONFIGURATION, "quantization"]))
-    grouped = good.groupby(keys, observed=True, sort=False, dropna=False)
-    table = grouped.agg(score=("_score", "mean"), cost=("_cost", "mean"), n=("_score", "size"))
-    table = table.reset_index()
-    table["on_front"] = False
-    for _, group in table.groupby(scope, observed=True, dropna=False):
-        costs = np.column_stack([group["cost"], -group["score"]])
-        table.loc[group.index, "on_front"] = pareto(costs)
-    return table
-
-
-def pareto(costs: np.ndarray) -> np.ndarray:
-    """Which rows of (n, 1 or 2) costs no other row beats, as booleans; equal rows stand together.
-
-    A row beats another when it is at most as large in each column and smaller in one.
-    """
-    on_front = np.zeros(len(costs), dtype=bool)
-    pairs = np.column_stack([costs[:, 0], costs[:, -1]])
-    best = (math.inf, math.inf)
-    for row in np.lexsort((pairs[:, 1], pairs[:, 0])):
-        point = tuple(pairs[row])
-        if point[1] < best[1] or point == best:
-            on_front[row], best = True, point
-    return on_front
+from analysis.statistics.cells import CONFIGURATION, _studies
 
 
 def curve_bands(
@@ -138,54 +58,6 @@ def curve_gaps(
     return curve_bands(
         pairs.loc[:, ["trial_id", *keys[1:], "epoch", "value"]], trials, metric="value"
     )
-
-
-def memory_ledger(trials: pd.DataFrame) -> pd.DataFrame:
-    """Mean bytes of each part of a training step, per (machine, model, batch, mode).
-
-    Columns: the parts of ``LEDGER``, ``peak_train_bytes``, ``peak_source``, ``n``. A part that no
-    trial measured is NaN. Averaged over data sets and LoRA settings, never over hardware.
-    """
-    parts = [*LEDGER, "peak_train_bytes"]
-    ran = trials[trials[list(LEDGER)].notna().any(axis=1)]
-    keys = [*_studies(ran), "model", "batch_size", "quantization"]
-    values = ran.assign(**{name: ran[name].astype("float64") for name in parts})
-    grouped = values.groupby(keys, observed=True, sort=False, dropna=False)
-    table = grouped[parts].mean()
-    table["n"] = grouped.size()
-    table["peak_source"] = grouped["peak_source"].agg(
-        lambda sources: "; ".join(sorted(set(sources.dropna()))[:3])
-    )
-    table = table.reset_index()
-    table["_order"] = table["quantization"].map({m: i for i, m in enumerate(modes_of(trials))})
-    return table.sort_values(["model", "_order"], kind="stable").drop(columns="_order")
-
-
-def seed_spread(trials: pd.DataFrame, metric: str = "test_accuracy") -> pd.DataFrame:
-    """Each finished trial's deviation from the mean of its cell, for cells of two seeds or more.
-
-    Columns: the configuration, ``quantization, seed, deviation`` (fraction) and ``n``, the seeds of
-    its cell.
-    """
-    good = finished(trials)
-    good = good.assign(_value=good[metric].astype("float64")).dropna(subset=["_value"])
-    keys = [*_studies(good), *CONFIGURATION, "quantization"]
-    grouped = good.groupby(keys, observed=True, dropna=False)["_value"]
-    table = good.loc[:, [*keys, "seed"]].assign(
-        deviation=good["_value"] - grouped.transform("mean"), n=grouped.transform("size")
-    )
-    return table[table["n"] >= 2].reset_index(drop=True)
-
-
-def pooled_sd(spread: pd.DataFrame) -> pd.DataFrame:
-    """Standard deviation over seeds per mode, pooled over cells, with its degrees of freedom."""
-    rows = []
-    for mode, group in spread.groupby("quantization", observed=True, sort=False):
-        # Each trial carries 1/n of its cell's one lost degree of freedom.
-        freedom = len(group) - float((1 / group["n"]).sum())
-        squares = float((group["deviation"] ** 2).sum())
-        rows.append({"quantization": mode, "sd": (squares / freedom) ** 0.5, "df": round(freedom)})
-    return pd.DataFrame(rows, columns=["quantization", "sd", "df"])
 
 
 def layer_gradients(

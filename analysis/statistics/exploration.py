@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.pairs import CONFIGURATION, cell_means, cells, check, machines, modes_beside
+from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.pairs import cell_means, cells, check, machines, modes_beside
 
 
 def friedman(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.DataFrame:

@@ -6,7 +6,7 @@ Read from study.json, the trials table and search.json; Optuna's own file is nev
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,8 @@ import pandas as pd
 
 from analysis.folder.contents import read_json
 from analysis.load import Study
-from analysis.summaries import finished, pareto
+from analysis.measures.pareto import costs_of, hypervolume, pareto
+from analysis.statistics.cells import finished
 from tune_study import schema
 from tune_study.files import mapping
 
@@ -86,22 +87,6 @@ def _trials(trials: pd.DataFrame, objectives: list[str]) -> pd.DataFrame:
         good[name] = good[name].astype("float64")
     usable = np.isfinite(good[objectives].to_numpy()).all(axis=1)
     return good.loc[usable].reset_index(drop=True)
-
-
-def costs_of(trials: pd.DataFrame, objectives: Mapping[str, str]) -> np.ndarray:
-    """(trials, objectives), all to be minimized."""
-    signs = [-1.0 if direction == "maximize" else 1.0 for direction in objectives.values()]
-    return trials[list(objectives)].to_numpy("float64") * signs
-
-
-def hypervolume(costs: np.ndarray, reference: Sequence[float]) -> float:
-    """Area that (n, 2) costs dominate, up to ``reference``; points beyond it count nothing."""
-    area, height = 0.0, float(reference[1])
-    for x, y in costs[np.lexsort((costs[:, 1], costs[:, 0]))]:
-        if x < reference[0] and y < height:
-            area += (reference[0] - x) * (height - y)
-            height = y
-    return area
 
 
 def _progress(costs: np.ndarray, objectives: Mapping[str, str]) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.folder.contents import read_json
+from analysis.statistics.cells import _studies, modes_of
 
 BITS = {"int8": 8.0, "nf4": 4.5, "nf4-dq": 4.127, "fp4": 4.5, "fp4-dq": 4.127}
 """Bits per quantized weight: 4 plus 32/64 for one fp32 constant per block of 64, or plus
@@ -148,3 +149,34 @@ def peak_ratios(ledger: pd.DataFrame, baseline: str = "none") -> pd.DataFrame:
     table["ratio"] = table["peak_train_bytes"] / table["peak_train_bytes_base"]
     table["activation_share"] = table["activation_bytes"] / table["peak_train_bytes"]
     return table[columns]
+
+
+LEDGER = {
+    "weights_bytes": "base weights",
+    "adapter_bytes": "adapters and head",
+    "gradient_bytes": "gradients",
+    "optimizer_bytes": "optimizer state",
+    "activation_bytes": "activations",
+}
+"""Parts of a training step's memory, in the order they are stacked."""
+
+
+def memory_ledger(trials: pd.DataFrame) -> pd.DataFrame:
+    """Mean bytes of each part of a training step, per (machine, model, batch, mode).
+
+    Columns: the parts of ``LEDGER``, ``peak_train_bytes``, ``peak_source``, ``n``. A part that no
+    trial measured is NaN. Averaged over data sets and LoRA settings, never over hardware.
+    """
+    parts = [*LEDGER, "peak_train_bytes"]
+    ran = trials[trials[list(LEDGER)].notna().any(axis=1)]
+    keys = [*_studies(ran), "model", "batch_size", "quantization"]
+    values = ran.assign(**{name: ran[name].astype("float64") for name in parts})
+    grouped = values.groupby(keys, observed=True, sort=False, dropna=False)
+    table = grouped[parts].mean()
+    table["n"] = grouped.size()
+    table["peak_source"] = grouped["peak_source"].agg(
+        lambda sources: "; ".join(sorted(set(sources.dropna()))[:3])
+    )
+    table = table.reset_index()
+    table["_order"] = table["quantization"].map({m: i for i, m in enumerate(modes_of(trials))})
+    return table.sort_values(["model", "_order"], kind="stable").drop(columns="_order")

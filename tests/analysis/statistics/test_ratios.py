@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import footprint, ratios, references
+from analysis import references
+from analysis.statistics import ratios
+from analysis.statistics.cells import CONFIGURATION
 from tests import synthetic
+from tests.analysis.studies import only
 
 TINY = ("deit_tiny_patch16_224",)
 
 
-def _row(table: pd.DataFrame, **where: str) -> pd.Series:
-    for name, value in where.items():
-        table = table[table[name] == value]
-    assert len(table) == 1
-    return table.iloc[0]
-
-
 def test_our_ratios_are_geometric_means_over_configurations() -> None:
     trials, _ = synthetic.study_frames(effects={"nf4": -0.01}, rng_seed=3)
-    row = _row(ratios.our_ratios(trials), quantization="nf4", quantity="score ratio")
+    row = only(ratios.our_ratios(trials), quantization="nf4", quantity="score ratio")
     wide = trials.pivot_table(
-        index=[*ratios.CONFIGURATION, "seed"], columns="quantization", values="test_accuracy"
+        index=[*CONFIGURATION, "seed"], columns="quantization", values="test_accuracy"
     )
-    logs = np.log(wide["nf4"] / wide["none"]).groupby(list(ratios.CONFIGURATION)).mean()
+    logs = np.log(wide["nf4"] / wide["none"]).groupby(list(CONFIGURATION)).mean()
     low, high = stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs))
     assert (row["n_configurations"], row["n_pairs"]) == (12, 36)
     assert row["ratio"] == pytest.approx(math.exp(logs.mean()))
@@ -50,7 +43,7 @@ def test_planted_loss_is_recovered_in_all_three_ratios() -> None:
         "chance-corrected ratio": stats.gmean((base - 0.05 - 0.01) / (base - 0.01)),
     }
     for quantity, value in expected.items():
-        row = _row(table, quantization="nf4", quantity=quantity)
+        row = only(table, quantization="nf4", quantity=quantity)
         assert row["ratio"] == pytest.approx(value)
 
 
@@ -60,14 +53,14 @@ def test_only_matched_pairs_count() -> None:
         i for i, c in enumerate(cells) if c["quantization"]["mode"] == "none" and c["seed"] == 42
     )
     trials, _ = synthetic.study_frames(cells, failures={lost: "oom"})
-    row = _row(ratios.our_ratios(trials), quantization="int8", quantity="score ratio")
+    row = only(ratios.our_ratios(trials), quantization="int8", quantity="score ratio")
     assert (row["n_configurations"], row["n_pairs"]) == (2, 5)
 
 
 def test_one_configuration_gets_an_interval_over_seeds_and_says_so() -> None:
     cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),))
     trials, _ = synthetic.study_frames(cells)
-    row = _row(ratios.our_ratios(trials), quantization="nf4", quantity="score ratio")
+    row = only(ratios.our_ratios(trials), quantization="nf4", quantity="score ratio")
     assert "seeds" in row["method"]
     assert "one configuration" in row["note"]
     assert row["ci_low"] < row["ratio"] < row["ci_high"]
@@ -76,10 +69,10 @@ def test_one_configuration_gets_an_interval_over_seeds_and_says_so() -> None:
 def test_one_pair_gets_no_interval_and_none_gets_nothing() -> None:
     cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), seeds=(42,))
     trials, _ = synthetic.study_frames(cells, failures={1: "error"})
-    one = _row(ratios.our_ratios(trials), quantization="nf4", quantity="score ratio")
+    one = only(ratios.our_ratios(trials), quantization="nf4", quantity="score ratio")
     assert np.isnan(one["ci_low"])
     assert "one pair" in one["note"]
-    nothing = _row(ratios.our_ratios(trials), quantization="int8", quantity="score ratio")
+    nothing = only(ratios.our_ratios(trials), quantization="int8", quantity="score ratio")
     assert np.isnan(nothing["ratio"])
     assert nothing["n_pairs"] == 0
     assert "no pair" in nothing["note"]
@@ -89,7 +82,7 @@ def test_perfect_scores_have_no_error_ratio() -> None:
     cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),))
     trials, _ = synthetic.study_frames(cells)
     trials.loc[trials["quantization"] == "none", "test_accuracy"] = 1.0
-    row = _row(ratios.our_ratios(trials), quantization="nf4", quantity="error ratio")
+    row = only(ratios.our_ratios(trials), quantization="nf4", quantity="error ratio")
     assert np.isnan(row["ratio"])
     assert "3 pair(s) left out" in row["note"]
 
@@ -97,17 +90,17 @@ def test_perfect_scores_have_no_error_ratio() -> None:
 def test_qlora_verdicts() -> None:
     trials, _ = synthetic.study_frames()
     table = ratios.qlora_ratios(trials)
-    mmlu = _row(table, quantization="nf4-dq", group="MMLU")
+    mmlu = only(table, quantization="nf4-dq", group="MMLU")
     assert mmlu["verdict"] == "comparable with reservations"
     assert "language models" in mmlu["reason"]
     assert mmlu["ratio_of_ratios"] == pytest.approx(mmlu["ratio"] / mmlu["their_mean"])
     assert mmlu["position"] == "inside their range"
-    empty = _row(table, quantization="nf4")
+    empty = only(table, quantization="nf4")
     assert (empty["verdict"], empty["n_reference"]) == ("not comparable", 0)
     assert np.isnan(empty["their_mean"])
     assert np.isnan(empty["ratio_of_ratios"])
     assert "without double quantization" in empty["reason"]
-    dash = _row(table, quantization="nf4-dq", group="GLUE")
+    dash = only(table, quantization="nf4-dq", group="GLUE")
     assert dash["verdict"] == "not comparable"
     assert np.isnan(dash["their_mean"])
 
@@ -121,7 +114,7 @@ def test_simulated_trials_get_no_verdict_anywhere() -> None:
 def test_one_pair_is_not_comparable() -> None:
     cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), seeds=(1,))
     trials, _ = synthetic.study_frames(cells)
-    row = _row(ratios.qlora_ratios(trials), quantization="nf4-dq", group="MMLU")
+    row = only(ratios.qlora_ratios(trials), quantization="nf4-dq", group="MMLU")
     assert row["verdict"] == "not comparable"
     assert "no interval" in row["reason"]
 
@@ -130,7 +123,7 @@ def test_a_baseline_near_chance_is_not_comparable() -> None:
     trials, _ = synthetic.study_frames()
     trials["test_accuracy"] *= 0.011
     trials["num_classes"] = 100
-    row = _row(ratios.qlora_ratios(trials), quantization="nf4-dq", group="MMLU")
+    row = only(ratios.qlora_ratios(trials), quantization="nf4-dq", group="MMLU")
     assert row["verdict"] == "not comparable"
     assert "chance" in row["reason"]
 
@@ -149,54 +142,13 @@ def test_position(ci: tuple[float, float], words: str) -> None:
     assert ratios.position(*ci, 0.97, 1.02) == words
 
 
-def test_memory_ratios_name_both_baselines() -> None:
-    trials, _ = synthetic.study_frames(synthetic.plan(models=TINY))
-    row = _row(footprint.memory_ratios(trials), quantization="int8")
-    assert row["dataset"] == "all"
-    # DESIGN.md: int8 of DeiT-tiny is 72 % smaller than fp32; 43 % than 16 bit of the whole model.
-    assert 1 - row["of_fp32"] == pytest.approx(0.717, abs=0.001)
-    assert row["of_16bit"] == pytest.approx(2 * row["of_fp32"])
-    assert row["bits_per_parameter"] == pytest.approx(32 * row["of_fp32"])
-    assert "not recorded" in row["note"]
-
-
-def test_theory_with_known_layers_agrees_with_the_exact_bytes(tmp_path: Path) -> None:
-    """DeiT-tiny: 12 blocks of qkv 192 -> 576, proj 192 -> 192, fc 192 -> 768 -> 192."""
-    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),))
-    path = synthetic.write_study(tmp_path / "s", cells)
-    trials, _ = synthetic.study_frames(cells)
-    shapes = [[576, 192], [192, 192], [768, 192], [192, 768]] * 12
-    for cell in cells:
-        file = path / cell["trial_id"] / "quantization_analysis.json"
-        if file.exists():
-            file.write_text(json.dumps({"layers": [{"shape": shape} for shape in shapes]}))
-    layers = footprint.quantized_parameters(path, trials)
-    assert set(layers["quantized_parameters"]) == {5_308_416}
-    table = footprint.memory_ratios(trials, layers)
-    for mode in ("int8", "nf4", "nf4-dq"):
-        row = _row(table, quantization=mode)
-        # The 4-bit figures count a 1 KiB codebook per layer, hence up to 2 % more than theory.
-        assert row["measured_over_theoretical"] == pytest.approx(1, abs=0.02)
-        assert row["note"] == ""
-    assert _row(table, quantization="none")["measured_over_theoretical"] == 1
-
-
-def test_a_broken_quantization_file_is_no_theory(tmp_path: Path) -> None:
-    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), seeds=(42,))
-    path = synthetic.write_study(tmp_path / "s", cells)
-    trials, _ = synthetic.study_frames(cells)
-    for cell, text in zip(cells[1:], ('{"layers": [', "[]", '{"layers": 3}'), strict=True):
-        (path / cell["trial_id"] / "quantization_analysis.json").write_text(text)
-    assert footprint.quantized_parameters(path, trials).empty
-
-
 def test_speed_is_paired_on_one_machine() -> None:
     cells = synthetic.plan(models=TINY, datasets=("cifar10",))
     trials, _ = synthetic.study_frames(cells)
     trials["machine"] = np.where(trials["quantization"] == "int8", "a", "b")
     table = ratios.metric_ratios(trials, metric="images_per_s")
-    assert _row(table, quantization="int8")["n_pairs"] == 0
-    assert _row(table, quantization="nf4")["ratio"] == pytest.approx(375 / 450)
+    assert only(table, quantization="int8")["n_pairs"] == 0
+    assert only(table, quantization="nf4")["ratio"] == pytest.approx(375 / 450)
 
 
 def test_vision_references() -> None:

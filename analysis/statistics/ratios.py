@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import literature as lit
-from analysis.pairs import CONFIGURATION
+from analysis.statistics.cells import CONFIGURATION
 from tune_study import schema
 
 QUANTITIES = ("score ratio", "error ratio", "chance-corrected ratio")

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from analysis.pairs import CONFIGURATION
-from analysis.ratios import paired_scores
+from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.ratios import paired_scores
 
 POWER = 0.8
 _MOST_SEEDS, _MOST_CONFIGURATIONS = 50, 500

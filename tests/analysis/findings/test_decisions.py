@@ -7,18 +7,23 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import decisions, footprint, planning, ratios, statistics, summaries
+from analysis import decisions
+from analysis.measures import memory
+from analysis.statistics import planning, ratios
+from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.comparison import compare_modes
+from analysis.statistics.pairs import paired_differences
 from tests import synthetic
 
 TINY = ("deit_tiny_patch16_224",)
 
 
 def _decide(trials: pd.DataFrame) -> dict[str, decisions.Decision]:
-    ledger = summaries.memory_ledger(trials)
+    ledger = memory.memory_ledger(trials)
     lines = decisions.decide(
         trials,
-        statistics.compare_modes(trials),
-        footprint.memory_ratios(trials),
+        compare_modes(trials),
+        memory.memory_ratios(trials),
         ledger,
         ratios.metric_ratios(trials, metric="images_per_s"),
     )
@@ -26,9 +31,7 @@ def _decide(trials: pd.DataFrame) -> dict[str, decisions.Decision]:
 
 
 def _tolerance(trials: pd.DataFrame, loss: float) -> decisions.Decision:
-    return decisions.tolerance(
-        trials, statistics.compare_modes(trials), footprint.memory_ratios(trials), loss
-    )
+    return decisions.tolerance(trials, compare_modes(trials), memory.memory_ratios(trials), loss)
 
 
 def test_the_smallest_mode_that_loses_little_is_chosen() -> None:
@@ -70,7 +73,7 @@ def test_a_wide_interval_is_not_decided_and_says_what_it_needs() -> None:
 
 def test_insignificance_is_never_called_no_effect() -> None:
     trials, _ = synthetic.study_frames(seed_sd=0.05, rng_seed=4)
-    found = statistics.compare_modes(trials).set_index("quantization")
+    found = compare_modes(trials).set_index("quantization")
     assert found.loc["nf4-dq", "p_holm"] > 0.2
     line = _tolerance(trials, 0.005)
     assert line.mode != "nf4-dq"
@@ -84,16 +87,16 @@ def test_tolerance_is_the_noninferiority_test_at_that_margin() -> None:
         trials, _ = synthetic.study_frames(
             synthetic.plan(modes=("none", "nf4")), effects={"nf4": -0.008}, rng_seed=seed
         )
-        found = statistics.compare_modes(trials, margin=0.01).iloc[0]
+        found = compare_modes(trials, margin=0.01).iloc[0]
         line = _tolerance(trials, 0.01)
         assert (line.mode == "nf4") == (found["p_noninferior"] < 0.05)
 
 
 def test_one_sided_bound_against_scipy() -> None:
     trials, _ = synthetic.study_frames(synthetic.plan(modes=("none", "nf4")))
-    row = statistics.compare_modes(trials).to_dict("records")[0]
-    pairs = statistics.paired_differences(trials)
-    means = pairs.groupby(statistics.CONFIGURATION)["difference"].mean()
+    row = compare_modes(trials).to_dict("records")[0]
+    pairs = paired_differences(trials)
+    means = pairs.groupby(CONFIGURATION)["difference"].mean()
     low, high = stats.t.interval(0.90, 11, means.mean(), stats.sem(means))
     assert decisions.one_sided(row) == pytest.approx((low, high))
 

@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.folder.contents import StudyError
+from analysis.statistics.cells import CONFIGURATION
 from tune_study import schema
 
-CONFIGURATION = ["model", "dataset", "lora_r", "lora_alpha"]
-"""The unit of inference: every axis but quantization and seed."""
 EXACT = {
     "total_parameters",
     "trainable_parameters",

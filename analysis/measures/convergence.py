@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.pairs import CONFIGURATION, modes_beside
-from analysis.statistics import compare_modes
+from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.comparison import compare_modes
+from analysis.statistics.pairs import modes_beside
 from tune_study import schema
 
 Floats = npt.NDArray[np.float64]

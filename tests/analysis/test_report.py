@@ -19,7 +19,7 @@ from analysis import accuracy_section, drawing, report, summary
 from analysis.load import StudyError, read_study
 from tests import synthetic
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ("deit_tiny_patch16_224",)
 EVIL = '<script>alert(1)</script>$x_1$ & "q" | `c` \u202e{{7*7}} \\input{x} <img src=x onerror=a()>'
 

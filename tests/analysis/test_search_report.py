@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import findings, gallery, report, search, search_figures, summaries
+from analysis import findings, gallery, report, search_figures
 from analysis.load import read_study
-from tests.test_figures import test_no_text_is_cut_off_or_covers_another as check_texts
+from analysis.measures import pareto, search
+from tests.analysis.figures.test_figures import (
+    test_no_text_is_cut_off_or_covers_another as check_texts,
+)
 from tests.test_search import drive, opened, settings
 from tune_study import manifest, study
 from tune_study.importance import importances
@@ -31,7 +34,7 @@ def slow_hypervolume(points, reference):
 @given(POINTS)
 def test_hypervolume_counts_the_squares_that_are_dominated(points):
     for reference in ((7, 7), (4, 5)):
-        found = search.hypervolume(np.array(points, dtype=float), reference)
+        found = pareto.hypervolume(np.array(points, dtype=float), reference)
         assert found == slow_hypervolume(points, reference)
 
 
@@ -41,11 +44,11 @@ def test_the_pareto_set_is_what_nothing_beats(points):
         not any(other[0] <= mine[0] and other[1] <= mine[1] and other != mine for other in points)
         for mine in points
     ]
-    assert list(summaries.pareto(np.array(points, dtype=float))) == expected
+    assert list(pareto.pareto(np.array(points, dtype=float))) == expected
 
 
 def test_one_objective_has_the_best_as_its_set():
-    assert list(summaries.pareto(np.array([[3.0], [1.0], [2.0], [1.0]]))) == [
+    assert list(pareto.pareto(np.array([[3.0], [1.0], [2.0], [1.0]]))) == [
         False,
         True,
         False,

@@ -13,40 +13,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import inference
-from analysis.exploration import friedman, mixed_model
 from analysis.folder.contents import StudyError
-from analysis.inference import Floats
-from analysis.pairs import (
-    CONFIGURATION,
+from analysis.statistics import inference
+from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.inference import Floats
+from analysis.statistics.pairs import (
     EXACT,
-    cell_means,
     check,
     duplicates,
     machines,
     margin_of,
-    mode_means,
     modes_beside,
     paired_differences,
     planned_pairs,
-    seed_intervals,
 )
 from analysis.text.wording import points
-
-__all__ = [
-    "CONFIGURATION",
-    "cell_means",
-    "compare_modes",
-    "direction",
-    "friedman",
-    "leave_one_out",
-    "margin_of",
-    "mixed_model",
-    "mode_means",
-    "paired_differences",
-    "seed_intervals",
-    "verdict",
-]
 
 _LESS_IS_BETTER = (
     "_loss", "_bytes", "_s", "_error", "_explosions", "_vanishing_layers", "spikes", "norm_std",

@@ -12,16 +12,15 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from analysis import curves, drawing, figures, findings, gallery, ratios, statistics, summaries
+from analysis import curves, drawing, figures, findings, gallery
 from analysis.load import Study
+from analysis.measures.curves import curve_bands
+from analysis.measures.pareto import pareto_front
+from analysis.statistics.cells import CONFIGURATION, pooled_sd, seed_spread
+from analysis.statistics.pairs import paired_differences
 from tests import synthetic
 
 TINY = ("deit_tiny_patch16_224",)
-
-
-@pytest.fixture(scope="module")
-def frames() -> tuple[pd.DataFrame, pd.DataFrame]:
-    return synthetic.study_frames(effects={"nf4": -0.01}, failures={0: "early_stopped", 5: "oom"})
 
 
 @pytest.fixture(scope="module")
@@ -37,142 +36,15 @@ def drawn(found: findings.Findings) -> dict[str, drawing.Drawn]:
     return gallery.draw_all(found)
 
 
-def test_pareto_front_against_all_pairs(frames: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    table = summaries.pareto_front(frames[0])
-    assert len(table) == 48
-    for _, group in table.groupby("dataset"):
-        cells = group[["cost", "score", "on_front"]].to_numpy("float64")
-        for cost, score, on_front in cells:
-            beaten = any(
-                (c <= cost and s >= score) and (c < cost or s > score) for c, s, _ in cells
-            )
-            assert bool(on_front) == (not beaten)
-
-
-def test_equal_cells_stand_on_the_pareto_front_together() -> None:
-    trials, _ = synthetic.study_frames(synthetic.plan(models=TINY, datasets=("cifar10",)))
-    trials["test_accuracy"] = 0.5
-    front = summaries.pareto_front(trials).query("on_front")
-    assert list(front["quantization"]) == ["nf4-dq"] * trials["lora_r"].nunique()
-
-
 def test_pareto_front_without_a_cost_is_empty_and_says_so() -> None:
     trials, _ = synthetic.study_frames(missing=("peak_train_bytes",))
-    table = summaries.pareto_front(trials, cost="peak_train_bytes")
+    table = pareto_front(trials, cost="peak_train_bytes")
     assert table.empty
     empty = figures.plot_pareto(
         table, key="k", title="t", caption="c", label="l", empty="nobody measured it"
     )
     assert empty.figure is None
     assert empty.empty == "nobody measured it"
-
-
-def test_curve_bands_by_hand(frames: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    trials, epochs = frames
-    table = summaries.curve_bands(epochs, trials)
-    own = trials[
-        (trials["model"] == TINY[0])
-        & (trials["dataset"] == "cifar10")
-        & (trials["quantization"] == "nf4")
-    ]
-    values = epochs[epochs["trial_id"].isin(own["trial_id"]) & (epochs["epoch"] == 3)]
-    row = table.query(
-        "model == @TINY[0] and dataset == 'cifar10' and quantization == 'nf4' and epoch == 3"
-    ).iloc[0]
-    assert row["n"] == len(values)
-    assert row["mean"] == pytest.approx(values["val_accuracy"].mean())
-    assert row["sd"] == pytest.approx(values["val_accuracy"].std())
-
-
-def test_curves_end_where_most_trials_have_stopped() -> None:
-    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), modes=("none",))
-    trials, epochs = synthetic.study_frames(cells)
-    short = trials["trial_id"].iloc[:2]
-    epochs = epochs[~(epochs["trial_id"].isin(short) & (epochs["epoch"] > 5))]
-    table = summaries.curve_bands(epochs, trials)
-    assert table["epoch"].max() == 5  # of 3 trials, only one goes on
-
-
-def test_curve_gaps_are_paired() -> None:
-    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),))
-    trials, epochs = synthetic.study_frames(cells)
-    table = summaries.curve_gaps(epochs, trials)
-    assert set(table["quantization"]) == {"int8", "nf4", "nf4-dq"}
-    seeds = []
-    for seed in synthetic.SEEDS:
-        own = trials[trials["seed"] == seed].set_index("quantization")["trial_id"]
-        at = epochs[epochs["epoch"] == 2].set_index("trial_id")["val_accuracy"]
-        seeds.append(at[own["nf4"]] - at[own["none"]])
-    row = table.query("quantization == 'nf4' and epoch == 2").iloc[0]
-    assert row["mean"] == pytest.approx(np.mean(seeds))
-    assert row["sd"] == pytest.approx(np.std(seeds, ddof=1))
-
-
-def test_seed_spread_pools_within_cells(frames: tuple[pd.DataFrame, pd.DataFrame]) -> None:
-    trials = frames[0]
-    spread = summaries.seed_spread(trials)
-    sds = summaries.pooled_sd(spread).set_index("quantization")
-    good = trials[trials["test_accuracy"].notna() & (trials["quantization"] == "none")]
-    groups = [g["test_accuracy"] for _, g in good.groupby(list(ratios.CONFIGURATION))]
-    groups = [g for g in groups if len(g) > 1]
-    squares = sum(((g - g.mean()) ** 2).sum() for g in groups)
-    freedom = sum(len(g) - 1 for g in groups)
-    assert sds.loc["none", "sd"] == pytest.approx((squares / freedom) ** 0.5)
-    assert sds.loc["none", "df"] == freedom
-
-
-def test_memory_is_not_averaged_over_machines() -> None:
-    trials, _ = synthetic.study_frames(synthetic.plan(models=TINY, datasets=("cifar10",)))
-    trials["machine"] = np.where(trials["seed"] == 42, "laptop", "server")
-    ledger = summaries.memory_ledger(trials)
-    assert len(ledger) == 8
-    assert ledger.groupby("machine")["n"].sum().to_dict() == {"laptop": 12, "server": 24}
-
-
-def test_layer_gradients_average_over_trials(tmp_path: Path) -> None:
-    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), modes=("none",))
-    path = synthetic.write_study(tmp_path / "s", cells)
-    trials, _ = synthetic.study_frames(cells)
-    for cell, epochs in zip(cells, ([[1, 2], [3, 4]], [[3, None]], None), strict=True):
-        file = path / cell["trial_id"] / "gradients.json"
-        file.write_text(
-            json.dumps({"layers": ["a", "b"], "epochs": epochs}) if epochs else '{"layers": ['
-        )
-    table, problems = summaries.layer_gradients(path, trials)
-    norms = table.pivot(index="name", columns="epoch", values="norm")
-    assert norms.loc["a"].tolist() == [2, 3]
-    assert norms.loc["b"].tolist() == [2, 4]
-    assert len(problems) == 1
-    assert cells[2]["trial_id"] in problems[0]
-
-
-def test_both_lora_matrices_make_one_layer(tmp_path: Path) -> None:
-    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), seeds=(1,))[:1]
-    path = synthetic.write_study(tmp_path / "s", cells)
-    trials, _ = synthetic.study_frames(cells)
-    stem = "base_model.model."
-    names = [f"{stem}blocks.0.mlp.fc1.lora_{x}.default.weight" for x in "AB"]
-    names += [f"{stem}head.modules_to_save.default.{x}" for x in ("weight", "bias")]
-    document = {"layers": names, "epochs": [[3, 4, 5, 12], [None, 1, 0, 0]]}
-    (path / cells[0]["trial_id"] / "gradients.json").write_text(json.dumps(document))
-    table, _ = summaries.layer_gradients(path, trials)
-    norms = table.pivot(index="name", columns="epoch", values="norm")
-    assert norms.loc["blocks.0.mlp.fc1", 1] == 5
-    assert np.isnan(norms.loc["blocks.0.mlp.fc1", 2])
-    assert norms.loc["head"].tolist() == [13, 0]
-
-
-@pytest.mark.parametrize(
-    "content", ['{"layers": 3}', "[]", '{"layers": ["a"], "epochs": [["x"]]}',
-                '{"layers": ["a"], "epochs": [[1, 2]]}', '{"layers": ["a"], "epochs": [1]}'],
-)  # fmt: skip
-def test_broken_gradients_are_named(content: str, tmp_path: Path) -> None:
-    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), seeds=(1,))
-    path = synthetic.write_study(tmp_path / "s", cells)
-    trials, _ = synthetic.study_frames(cells)
-    (path / cells[0]["trial_id"] / "gradients.json").write_text(content)
-    _, problems = summaries.layer_gradients(path, trials)
-    assert len(problems) == 1
 
 
 def test_every_figure_is_drawn(drawn: dict[str, drawing.Drawn]) -> None:
@@ -197,9 +69,9 @@ def test_the_forest_draws_the_comparison(
 
 
 def test_differences_in_the_forest_are_those_of_the_statistics(found: findings.Findings) -> None:
-    pairs = statistics.paired_differences(found.study.trials)
-    means = pairs.groupby([*statistics.CONFIGURATION, "quantization"])["difference"].mean()
-    ours = found.differences.set_index([*statistics.CONFIGURATION, "quantization"])["difference"]
+    pairs = paired_differences(found.study.trials)
+    means = pairs.groupby([*CONFIGURATION, "quantization"])["difference"].mean()
+    ours = found.differences.set_index([*CONFIGURATION, "quantization"])["difference"]
     pd.testing.assert_series_equal(ours.sort_index(), means.sort_index(), check_dtype=False)
 
 
@@ -269,7 +141,7 @@ def test_names_are_not_formulas_and_fit(tmp_path: Path) -> None:
     cells = synthetic.plan(models=evil, datasets=("a$b^c_d$",), lora=((4, 8),), seeds=(1, 2))
     trials, epochs = synthetic.study_frames(cells)
     one = curves.plot_curves(
-        summaries.curve_bands(epochs, trials), key="k", title="t", caption="c", label="l"
+        curve_bands(epochs, trials), key="k", title="t", caption="c", label="l"
     )
     assert drawing.png(one, dpi=40).startswith(b"\x89PNG")
     assert any("\\frac" in text for text, _ in _texts(one))
@@ -315,8 +187,8 @@ def test_an_empty_figure_is_no_file(tmp_path: Path) -> None:
 
 def test_matplotlib_keeps_its_settings(frames: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     before = dict(matplotlib.rcParams)
-    spread = summaries.seed_spread(frames[0])
-    one = figures.plot_seeds(spread, summaries.pooled_sd(spread), title="t", caption="c")
+    spread = seed_spread(frames[0])
+    one = figures.plot_seeds(spread, pooled_sd(spread), title="t", caption="c")
     drawing.png(one, dpi=40)
     assert dict(matplotlib.rcParams) == before
 

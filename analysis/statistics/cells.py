@@ -1,0 +1,72 @@
+"""Modes, configurations, and the cells (configuration x mode) that their trials fill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+
+from tune_study import schema
+
+CONFIGURATION = ["model", "dataset", "lora_r", "lora_alpha"]
+"""The unit of inference: every axis but quantization and seed."""
+
+
+def modes_of(trials: pd.DataFrame) -> list[str]:
+    """The study's quantization modes in the schema's order, unknown ones last."""
+    present = [str(mode) for mode in trials["quantization"].dropna().unique()]
+    known = [mode for mode in schema.MODES if mode in present]
+    return known + sorted(set(present) - set(known))
+
+
+def finished(trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials that ended well."""
+    return trials[trials["status"].isin(schema.GOOD_STATUSES)]
+
+
+def cells(trials: pd.DataFrame, metric: str = "test_accuracy") -> pd.DataFrame:
+    """One row per (configuration, mode): n, mean, sd, min and max of ``metric`` over its seeds."""
+    keys = [*_studies(trials), *CONFIGURATION, "quantization"]
+    good = finished(trials)
+    good = good.assign(_value=good[metric].astype("float64")).dropna(subset=["_value"])
+    grouped = good.groupby(keys, observed=True, sort=False)["_value"]
+    table = grouped.agg(n="size", mean="mean", sd="std", min="min", max="max").reset_index()
+    return table
+
+
+def _studies(trials: pd.DataFrame) -> list[str]:
+    return [name for name in ("study", "machine") if name in trials]
+
+
+def seed_spread(trials: pd.DataFrame, metric: str = "test_accuracy") -> pd.DataFrame:
+    """Each finished trial's deviation from the mean of its cell, for cells of two seeds or more.
+
+    Columns: the configuration, ``quantization, seed, deviation`` (fraction) and ``n``, the seeds of
+    its cell.
+    """
+    good = finished(trials)
+    good = good.assign(_value=good[metric].astype("float64")).dropna(subset=["_value"])
+    keys = [*_studies(good), *CONFIGURATION, "quantization"]
+    grouped = good.groupby(keys, observed=True, dropna=False)["_value"]
+    table = good.loc[:, [*keys, "seed"]].assign(
+        deviation=good["_value"] - grouped.transform("mean"), n=grouped.transform("size")
+    )
+    return table[table["n"] >= 2].reset_index(drop=True)
+
+
+def pooled_sd(spread: pd.DataFrame) -> pd.DataFrame:
+    """Standard deviation over seeds per mode, pooled over cells, with its degrees of freedom."""
+    rows = []
+    for mode, group in spread.groupby("quantization", observed=True, sort=False):
+        # Each trial carries 1/n of its cell's one lost degree of freedom.
+        freedom = len(group) - float((1 / group["n"]).sum())
+        squares = float((group["deviation"] ** 2).sum())
+        rows.append({"quantization": mode, "sd": (squares / freedom) ** 0.5, "df": round(freedom)})
+    return pd.DataFrame(rows, columns=["quantization", "sd", "df"])
+
+
+def in_order(modes: Iterable[Any]) -> list[str]:
+    """Each mode once, as the schema orders them; unknown ones last."""
+    present = list(dict.fromkeys(str(mode) for mode in modes))
+    return [m for m in schema.MODES if m in present] + [m for m in present if m not in schema.MODES]
