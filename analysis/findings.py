@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import decisions, literature, references, search_section
+from analysis import decisions, search_section
+from analysis.literature import claims, qlora, vision
 from analysis.load import Study
 from analysis.measures import convergence, curves
 from analysis.measures.memory import memory_ledger, memory_ratios, peak_ratios, quantized_parameters
@@ -66,7 +67,7 @@ class Findings(NamedTuple):
     ours: pd.DataFrame
     qlora: pd.DataFrame
     vision: pd.DataFrame
-    literature: literature.Literature
+    literature: claims.Literature
     decisions: list[decisions.Decision]
     problems: list[str]
     search: Searched | None = None
@@ -86,7 +87,7 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
     spread = seed_spread(paired)
     per_trial = convergence.convergence_table(epochs, paired)
     heat, problems = curves.layer_gradients(study.path, trials)
-    published = literature.load()
+    published = claims.load()
     return Findings(
         study=study,
         simulated=bool(study.manifest.get("simulated")),
@@ -111,8 +112,8 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
         gradient_comparison=_comparisons(paired, GRADIENT_METRICS[:3], baseline),
         layers=heat,
         ours=ratios.our_ratios(paired, baseline=baseline),
-        qlora=ratios.qlora_ratios(paired, published),
-        vision=references.vision_references(paired, published),
+        qlora=qlora.qlora_ratios(paired, published),
+        vision=vision.vision_references(paired, published),
         literature=published,
         decisions=decisions.decide(trials, comparison, memory, ledger, speed, baseline=baseline)
         if asked is None

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis import references
 from analysis.statistics import ratios
 from analysis.statistics.cells import CONFIGURATION
 from tests import synthetic
@@ -87,61 +86,6 @@ def test_perfect_scores_have_no_error_ratio() -> None:
     assert "3 pair(s) left out" in row["note"]
 
 
-def test_qlora_verdicts() -> None:
-    trials, _ = synthetic.study_frames()
-    table = ratios.qlora_ratios(trials)
-    mmlu = only(table, quantization="nf4-dq", group="MMLU")
-    assert mmlu["verdict"] == "comparable with reservations"
-    assert "language models" in mmlu["reason"]
-    assert mmlu["ratio_of_ratios"] == pytest.approx(mmlu["ratio"] / mmlu["their_mean"])
-    assert mmlu["position"] == "inside their range"
-    empty = only(table, quantization="nf4")
-    assert (empty["verdict"], empty["n_reference"]) == ("not comparable", 0)
-    assert np.isnan(empty["their_mean"])
-    assert np.isnan(empty["ratio_of_ratios"])
-    assert "without double quantization" in empty["reason"]
-    dash = only(table, quantization="nf4-dq", group="GLUE")
-    assert dash["verdict"] == "not comparable"
-    assert np.isnan(dash["their_mean"])
-
-
-def test_simulated_trials_get_no_verdict_anywhere() -> None:
-    trials, _ = synthetic.study_frames(simulated=True)
-    assert set(ratios.qlora_ratios(trials)["verdict"]) == {"none given"}
-    assert set(references.vision_references(trials)["verdict"]) == {"none given"}
-
-
-def test_one_pair_is_not_comparable() -> None:
-    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), seeds=(1,))
-    trials, _ = synthetic.study_frames(cells)
-    row = only(ratios.qlora_ratios(trials), quantization="nf4-dq", group="MMLU")
-    assert row["verdict"] == "not comparable"
-    assert "no interval" in row["reason"]
-
-
-def test_a_baseline_near_chance_is_not_comparable() -> None:
-    trials, _ = synthetic.study_frames()
-    trials["test_accuracy"] *= 0.011
-    trials["num_classes"] = 100
-    row = only(ratios.qlora_ratios(trials), quantization="nf4-dq", group="MMLU")
-    assert row["verdict"] == "not comparable"
-    assert "chance" in row["reason"]
-
-
-@pytest.mark.parametrize(
-    ("ci", "words"),
-    [
-        ((0.90, 0.95), "below their range"),
-        ((1.05, 1.10), "above their range"),
-        ((0.98, 1.00), "inside their range"),
-        ((0.90, 1.00), "overlaps their range"),
-        ((math.nan, math.nan), "no interval of ours"),
-    ],
-)
-def test_position(ci: tuple[float, float], words: str) -> None:
-    assert ratios.position(*ci, 0.97, 1.02) == words
-
-
 def test_speed_is_paired_on_one_machine() -> None:
     cells = synthetic.plan(models=TINY, datasets=("cifar10",))
     trials, _ = synthetic.study_frames(cells)
@@ -149,36 +93,3 @@ def test_speed_is_paired_on_one_machine() -> None:
     table = ratios.metric_ratios(trials, metric="images_per_s")
     assert only(table, quantization="int8")["n_pairs"] == 0
     assert only(table, quantization="nf4")["ratio"] == pytest.approx(375 / 450)
-
-
-def test_vision_references() -> None:
-    trials, _ = synthetic.study_frames(synthetic.plan(models=TINY))
-    table = references.vision_references(trials)
-    deit = table[(table["source"] == "touvron2021deit") & (table["task"] == "CIFAR-10")].iloc[0]
-    own = trials[(trials["quantization"] == "none") & (trials["dataset"] == "cifar10")]
-    assert deit["our_value"] == pytest.approx(own["test_accuracy"].mean())
-    assert deit["verdict"] == "comparable with reservations"
-    assert "DeiT-B there" in deit["reason"]
-    vtab = table[(table["task"] == "VTAB-1k CIFAR-100") & (table["method"] == "LoRA")].iloc[0]
-    assert vtab["verdict"] == "not comparable"
-    assert "1,000 training images there, 45,000 here" in vtab["reason"]
-    imagenet = table[table["task"] == "ImageNet-1k"]
-    assert set(imagenet["verdict"]) == {"not comparable"}
-    loss = table[table["unit"] == "range of percentage points"].iloc[0]
-    pairs = ratios.paired_scores(trials[trials["dataset"] == "cifar100"])
-    dq = pairs[pairs["quantization"] == "nf4-dq"]
-    assert loss["our_value"] == pytest.approx((dq["base"] - dq["score"]).mean())
-    assert (loss["value"], loss["value_high"]) == (1, 2)
-    assert not table["value"].isin([85.8, 93.82]).any()  # recalled, so never printed
-
-
-def test_vtab_is_comparable_when_as_few_images_were_used() -> None:
-    cells = synthetic.plan(models=TINY, datasets=("cifar100",))
-    trials, _ = synthetic.study_frames(cells)
-    trials["train_images"] = 1000
-    table = references.vision_references(trials)
-    vtab = table[(table["task"] == "VTAB-1k CIFAR-100") & (table["method"] == "LoRA")].iloc[0]
-    assert vtab["verdict"] == "comparable with reservations"
-    deit = table[(table["source"] == "touvron2021deit") & (table["task"] == "CIFAR-100")].iloc[0]
-    assert deit["verdict"] == "not comparable"
-    assert deit["reason"] == "50,000 training images there, 1,000 here"

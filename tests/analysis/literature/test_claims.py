@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import yaml
 
-from analysis import literature
+from analysis.literature import claims
 
 
 @pytest.fixture(scope="module")
-def loaded() -> literature.Literature:
-    return literature.load()
+def loaded() -> claims.Literature:
+    return claims.load()
 
 
-def _ratio(loaded: literature.Literature, mode: str, group: str) -> Any:
-    table = literature.reference_ratios(loaded)
+def _ratio(loaded: claims.Literature, mode: str, group: str) -> Any:
+    table = claims.reference_ratios(loaded)
     return table[(table["quantization"] == mode) & (table["group"] == group)].iloc[0]
 
 
@@ -34,7 +34,7 @@ def _ratio(loaded: literature.Literature, mode: str, group: str) -> Any:
     ],
 )
 def test_ratios_follow_from_the_tables(
-    loaded: literature.Literature, mode: str, group: str, n: int, mean: float, low: float,
+    loaded: claims.Literature, mode: str, group: str, n: int, mean: float, low: float,
     high: float,
 ) -> None:  # fmt: skip
     row = _ratio(loaded, mode, group)
@@ -44,13 +44,13 @@ def test_ratios_follow_from_the_tables(
     assert row["high"] == pytest.approx(high, abs=1e-4)
 
 
-def test_spread_of_qloras_own_cells(loaded: literature.Literature) -> None:
+def test_spread_of_qloras_own_cells(loaded: claims.Literature) -> None:
     sds = [_ratio(loaded, *key)["sd"] for key in (("int8", "Super-NaturalInstructions"),
            ("fp4", "MMLU"), ("nf4-dq", "MMLU"))]  # fmt: skip
     assert all(0.016 <= sd <= 0.021 for sd in sds)
 
 
-def test_the_dash_in_the_paper_stays_empty(loaded: literature.Literature) -> None:
+def test_the_dash_in_the_paper_stays_empty(loaded: claims.Literature) -> None:
     cell = [c for c in loaded.claims if c.table_id == "qlora-t3-glue" and "NF4" in c.method]
     assert [c.value for c in cell] == [None]
     row = _ratio(loaded, "nf4-dq", "GLUE")
@@ -58,7 +58,7 @@ def test_the_dash_in_the_paper_stays_empty(loaded: literature.Literature) -> Non
     assert "invented" in row["note"]
 
 
-def test_no_score_for_nf4_without_double_quantization(loaded: literature.Literature) -> None:
+def test_no_score_for_nf4_without_double_quantization(loaded: claims.Literature) -> None:
     scores = [
         c
         for c in loaded.claims
@@ -68,14 +68,14 @@ def test_no_score_for_nf4_without_double_quantization(loaded: literature.Literat
     assert any(entry["quantization"] == "nf4" for entry in loaded.empty)
 
 
-def test_recalled_figures_are_left_out_unless_asked_for(loaded: literature.Literature) -> None:
+def test_recalled_figures_are_left_out_unless_asked_for(loaded: claims.Literature) -> None:
     assert {c.grade for c in loaded.claims} == {"checked", "low"}
-    everything = literature.load(recalled=True)
+    everything = claims.load(recalled=True)
     recalled = {c.value for c in everything.claims if c.grade == "recalled"}
     assert recalled == {85.8, 93.82, 88.70, 93.99}
 
 
-def test_every_claim_has_source_scope_and_baseline(loaded: literature.Literature) -> None:
+def test_every_claim_has_source_scope_and_baseline(loaded: claims.Literature) -> None:
     for claim in loaded.claims:
         assert claim.source in loaded.sources
         assert claim.task
@@ -112,15 +112,15 @@ def _document() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _load(document: Any, tmp_path: Path) -> literature.Literature:
+def _load(document: Any, tmp_path: Path) -> claims.Literature:
     path = tmp_path / "literature.yaml"
     path.write_text(yaml.safe_dump(document), encoding="utf-8")
-    return literature.load(path)
+    return claims.load(path)
 
 
 def test_error_ratio_by_hand(tmp_path: Path) -> None:
     loaded = _load(_document(), tmp_path)
-    row = literature.reference_ratios(loaded, source="a2020").iloc[0]
+    row = claims.reference_ratios(loaded, source="a2020").iloc[0]
     assert row["mean"] == pytest.approx(76 / 80)
     assert row["error_mean"] == pytest.approx(24 / 20)
 
@@ -164,12 +164,12 @@ def _set_row(document: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def test_a_broken_file_is_refused_in_one_sentence(
     document: Any, words: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(literature.LiteratureError, match=words):
+    with pytest.raises(claims.LiteratureError, match=words):
         _load(document, tmp_path)
 
 
 def test_yaml_that_is_no_yaml(tmp_path: Path) -> None:
     path = tmp_path / "literature.yaml"
     path.write_text("a: [1", encoding="utf-8")
-    with pytest.raises(literature.LiteratureError, match="not valid YAML"):
-        literature.load(path)
+    with pytest.raises(claims.LiteratureError, match="not valid YAML"):
+        claims.load(path)

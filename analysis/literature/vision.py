@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import literature as lit
+from analysis.literature import claims as lit
 from analysis.statistics.cells import CONFIGURATION
 from analysis.statistics.ratios import paired_scores
 from tune_study import schema
@@ -31,7 +31,7 @@ def vision_references(
     One row per (claim, model of ours) on a shared data set, plus one row per claim that shares
     none. ``value`` (to ``value_high``) is as printed, in ``unit``; ``our_value`` is a fraction,
     averaged over configurations: ``our_quantity`` says of what. ``verdict`` and ``reason`` as in
-    ``ratios.qlora_ratios``; simulated trials get no verdict.
+    ``qlora.qlora_ratios``; simulated trials get no verdict.
     """
     literature = literature or lit.load()
     simulated = bool(trials["simulated"].fillna(False).any())
