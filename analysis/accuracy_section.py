@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.findings import Findings
+from analysis.findings.findings import Findings
 from analysis.statistics.cells import finished, in_order
 from analysis.text.layout import Section, Table, count, notes, table_of, text
 from analysis.text.wording import between, known, number, p_value, percent, plural, points, signed

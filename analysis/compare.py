@@ -1,7 +1,7 @@
 """The same cells under two versions, machines or settings: study B against study A.
 
 ``python -m analysis.compare STUDY_A STUDY_B``. Trials are paired on configuration, quantization
-mode and seed; the inference is that of ``statistics.compare_modes``, with A in the role of the
+mode and seed; the inference is that of ``comparison.compare_modes``, with A in the role of the
 baseline, per mode and over all modes together.
 """
 
@@ -37,7 +37,7 @@ class Comparison(NamedTuple):
     """What B changes against A.
 
     ``table`` has a row per metric and mode (``all`` for every mode together): the columns of
-    ``statistics.compare_modes`` with ``quantization`` the mode, ``mean_a``, ``mean_b``,
+    ``comparison.compare_modes`` with ``quantization`` the mode, ``mean_a``, ``mean_b``,
     ``relative`` (mean_b over mean_a - 1) and ``identical``, pairs that agree to the last bit.
     ``differences`` are (what, in A, in B) of command, hardware and versions.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.findings import Findings
+from analysis.findings.findings import Findings
 from analysis.measures.memory import LEDGER, why_no_peak
 from analysis.text.layout import Section, Table, notes, size, table_of, text
 from analysis.text.wording import MISSING, listing, megabytes, number, percent, signed, span

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from analysis import curves, figures, search_figures
 from analysis.drawing import Drawn, mark_simulated
-from analysis.findings import Findings
+from analysis.findings.findings import Findings
 from analysis.measures.curves import curve_bands, curve_gaps
 from analysis.measures.memory import LEDGER
 from analysis.measures.pareto import pareto_front

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.findings import Findings
+from analysis.findings.findings import Findings
 from analysis.literature import claims as lit
 from analysis.text.layout import Section, Table, notes, table_of, text
 from analysis.text.wording import MISSING, known, number, percent, plural, points, significant, span

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis import search_figures, summary
-from analysis.decisions import WORDS, Decision
+from analysis import search_figures
 from analysis.drawing import Drawn, png, save
-from analysis.findings import Findings, compute
+from analysis.findings import summary
+from analysis.findings.decisions import WORDS, Decision
+from analysis.findings.findings import Findings, compute
 from analysis.folder import places
 from analysis.folder.tables import write_whole
 from analysis.gallery import KEYS, draw_all

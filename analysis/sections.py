@@ -14,7 +14,7 @@ import pandas as pd
 from analysis import search_section
 from analysis.accuracy_section import accuracy
 from analysis.cost_sections import memory, speed
-from analysis.findings import Findings
+from analysis.findings.findings import Findings
 from analysis.literature_section import literature
 from analysis.text.layout import Cell, Section, Table, count, table_of, text
 from analysis.text.wording import MISSING, plural

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from analysis.findings import GRADIENT_METRICS, Findings
+from analysis.findings.findings import GRADIENT_METRICS, Findings
 from analysis.text.layout import Cell, Section, Table, count, notes, table_of, text
 from analysis.text.wording import between, number, p_value, percent, signed, significant, span
 

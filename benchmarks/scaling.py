@@ -81,7 +81,7 @@ def load(folder: Path) -> Callable[[], object]:
 
 
 def statistics(folder: Path) -> Callable[[], object]:
-    from analysis.findings import compute
+    from analysis.findings.findings import compute
     from analysis.load import read_study
 
     study = read_study(folder / "study")

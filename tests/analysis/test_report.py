@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis import accuracy_section, drawing, report, summary
+from analysis import accuracy_section, drawing, report
+from analysis.findings import summary
 from analysis.load import StudyError, read_study
 from tests import synthetic
 

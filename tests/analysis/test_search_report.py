@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import findings, gallery, report, search_figures
+from analysis import gallery, report, search_figures
+from analysis.findings import findings
 from analysis.load import read_study
 from analysis.measures import pareto, search
 from tests.analysis.figures.test_figures import (

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from analysis import curves, drawing, figures, findings, gallery
+from analysis import curves, drawing, figures, gallery
+from analysis.findings import findings
 from analysis.load import Study
 from analysis.measures.curves import curve_bands
 from analysis.measures.pareto import pareto_front

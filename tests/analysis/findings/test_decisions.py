@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import decisions
+from analysis.findings import decisions
 from analysis.measures import memory
 from analysis.statistics import planning, ratios
 from analysis.statistics.cells import CONFIGURATION

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.findings import Findings
+from analysis.findings.findings import Findings
 from analysis.measures.memory import why_no_peak
 from tune_study import schema
 

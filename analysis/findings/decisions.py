@@ -51,8 +51,8 @@ def decide(
     """The lines of the table, first the tolerances, then memory, speed and stability.
 
     Args:
-        comparison: ``statistics.compare_modes`` of the test accuracy.
-        memory, ledger, speed: ``footprint.memory_ratios``, ``summaries.memory_ledger`` and
+        comparison: ``comparison.compare_modes`` of the test accuracy.
+        memory, ledger, speed: ``memory.memory_ratios``, ``memory.memory_ledger`` and
             ``ratios.metric_ratios`` of images_per_s.
     """
     lines = tolerances(trials, comparison, memory)
@@ -87,7 +87,7 @@ def tolerance(
 ) -> Decision:
     """The smallest mode that loses less than ``loss`` with 95 % confidence, one-sided.
 
-    That is the non-inferiority test of ``statistics.compare_modes`` at this margin.
+    That is the non-inferiority test of ``comparison.compare_modes`` at this margin.
     """
     question = f"You accept a loss of {loss * 100:g} pp of accuracy"
     rows = {str(row["quantization"]): row for row in comparison.to_dict("records")}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import decisions, search_section
+from analysis.findings import decisions, search_decisions
 from analysis.literature import claims, qlora, vision
 from analysis.load import Study
 from analysis.measures import convergence, curves
@@ -117,7 +117,7 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
         literature=published,
         decisions=decisions.decide(trials, comparison, memory, ledger, speed, baseline=baseline)
         if asked is None
-        else search_section.decide(asked),
+        else search_decisions.decide(asked),
         problems=[*study.problems, *problems],
         search=asked,
     )
