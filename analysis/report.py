@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from analysis import search_figures
-from analysis.drawing import Drawn, png, save
+from analysis.figures import search
+from analysis.figures.gallery import KEYS, draw_all
+from analysis.figures.style import Drawn, png, save
 from analysis.findings import summary
 from analysis.findings.decisions import WORDS, Decision
 from analysis.findings.findings import Findings, compute
 from analysis.folder import places
 from analysis.folder.tables import write_whole
-from analysis.gallery import KEYS, draw_all
 from analysis.load import StudyError, read_study
 from analysis.search_section import front_table
 from analysis.sections import sections
@@ -93,7 +93,7 @@ def _put(path: Path, data: bytes) -> None:
 
 def _write_figures(page: Page, folder: Path) -> None:
     """Print-quality files; those of a figure that is now empty are removed."""
-    for key in (*KEYS, *search_figures.KEYS):
+    for key in (*KEYS, *search.KEYS):
         if key not in page.figures or not save(page.figures[key], folder):
             for kind in ("png", "pdf"):
                 (folder / f"{key}.{kind}").unlink(missing_ok=True)

@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis import accuracy_section, drawing, report
+from analysis import accuracy_section, report
+from analysis.figures import style
 from analysis.findings import summary
 from analysis.load import StudyError, read_study
 from tests import synthetic
@@ -28,7 +29,7 @@ EVIL = '<script>alert(1)</script>$x_1$ & "q" | `c` \u202e{{7*7}} \\input{x} <img
 @pytest.fixture(scope="module", autouse=True)
 def _small_figures() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "PRINT_DPI", 30)
+        patch.setattr(style, "PRINT_DPI", 30)
         yield
 
 
@@ -43,7 +44,7 @@ def _without_rendering(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(report, "save", _touch)
 
 
-def _touch(drawn: drawing.Drawn, folder: Path) -> list[Path]:
+def _touch(drawn: style.Drawn, folder: Path) -> list[Path]:
     if drawn.figure is None:
         return []
     files = [folder / f"{drawn.key}.{kind}" for kind in ("png", "pdf")]
@@ -368,7 +369,8 @@ def test_the_command_prints_the_path_and_loads_no_torch(tmp_path: Path) -> None:
     cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), seeds=(1,))
     path = synthetic.write_study(tmp_path / "s", cells)
     code = (
-        "import sys; from analysis import drawing, report; drawing.PRINT_DPI = 30;"
+        "import sys; from analysis import report; from analysis.figures import style;"
+        "style.PRINT_DPI = 30;"
         "code = report.main([sys.argv[1]]);"
         "print([n for n in ('torch', 'ray', 'pickle5', 'transformers') if n in sys.modules]);"
         "sys.exit(code)"

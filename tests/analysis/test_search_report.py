@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import gallery, report, search_figures
+from analysis import report
+from analysis.figures import gallery
+from analysis.figures.search import KEYS
 from analysis.findings import findings
 from analysis.load import read_study
 from analysis.measures import pareto, search
@@ -108,7 +110,7 @@ def test_the_report_shows_the_search_and_compares_no_modes(folder):
     assert not any(line.decided for line in found.decisions)
 
 
-@pytest.mark.parametrize("key", search_figures.KEYS)
+@pytest.mark.parametrize("key", KEYS)
 def test_its_figures_are_readable(folder, key):
     found = findings.compute(read_study(folder))
     evil = "lora." + "$x_" * 60

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from analysis import curves, drawing, figures, gallery
+from analysis.figures import comparisons, curves, gallery, style
 from analysis.findings import findings
 from analysis.load import Study
 from analysis.measures.curves import curve_bands
@@ -33,7 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> findings.Findings:
 
 
 @pytest.fixture(scope="module")
-def drawn(found: findings.Findings) -> dict[str, drawing.Drawn]:
+def drawn(found: findings.Findings) -> dict[str, style.Drawn]:
     return gallery.draw_all(found)
 
 
@@ -41,21 +41,21 @@ def test_pareto_front_without_a_cost_is_empty_and_says_so() -> None:
     trials, _ = synthetic.study_frames(missing=("peak_train_bytes",))
     table = pareto_front(trials, cost="peak_train_bytes")
     assert table.empty
-    empty = figures.plot_pareto(
+    empty = comparisons.plot_pareto(
         table, key="k", title="t", caption="c", label="l", empty="nobody measured it"
     )
     assert empty.figure is None
     assert empty.empty == "nobody measured it"
 
 
-def test_every_figure_is_drawn(drawn: dict[str, drawing.Drawn]) -> None:
+def test_every_figure_is_drawn(drawn: dict[str, style.Drawn]) -> None:
     assert set(drawn) == set(gallery.KEYS)
     assert [key for key, one in drawn.items() if one.figure is None] == []
     assert all(one.title and one.caption for one in drawn.values())
 
 
 def test_the_forest_draws_the_comparison(
-    drawn: dict[str, drawing.Drawn], found: findings.Findings
+    drawn: dict[str, style.Drawn], found: findings.Findings
 ) -> None:
     figure = drawn["accuracy_difference"].figure
     assert figure is not None
@@ -76,10 +76,10 @@ def test_differences_in_the_forest_are_those_of_the_statistics(found: findings.F
     pd.testing.assert_series_equal(ours.sort_index(), means.sort_index(), check_dtype=False)
 
 
-def _texts(one: drawing.Drawn) -> list[tuple[str, matplotlib.transforms.Bbox]]:
+def _texts(one: style.Drawn) -> list[tuple[str, matplotlib.transforms.Bbox]]:
     """Every text that is drawn, with its place in pixels."""
     assert one.figure is not None
-    with drawing.settings():
+    with style.settings():
         one.figure.draw_without_rendering()
         # matplotlib keeps ticks beyond the limits, and does not draw them.
         beyond = {
@@ -99,7 +99,7 @@ def _texts(one: drawing.Drawn) -> list[tuple[str, matplotlib.transforms.Bbox]]:
 
 
 @pytest.mark.parametrize("key", gallery.KEYS)
-def test_no_text_is_cut_off_or_covers_another(key: str, drawn: dict[str, drawing.Drawn]) -> None:
+def test_no_text_is_cut_off_or_covers_another(key: str, drawn: dict[str, style.Drawn]) -> None:
     figure, texts = drawn[key].figure, _texts(drawn[key])
     assert figure is not None
     assert len(texts) > 8
@@ -115,11 +115,11 @@ def test_no_text_is_cut_off_or_covers_another(key: str, drawn: dict[str, drawing
 
 @pytest.mark.parametrize("ratio", [1.02, 1.3, 1.49, 1.6, 3.0, 40.0, 1000.0])
 def test_ticks_of_a_logarithmic_axis_keep_apart(ratio: float) -> None:
-    with drawing.settings():
-        figure, axes = drawing.panel_grid(2, 2.7)
+    with style.settings():
+        figure, axes = style.panel_grid(2, 2.7)
         for axis in axes:
             axis.set_xscale("log")
-            drawing.plain_log(axis.xaxis, 268.0, 268.0 * ratio)
+            style.plain_log(axis.xaxis, 268.0, 268.0 * ratio)
             axis.set_xlim(268.0 / 1.08, 268.0 * ratio * 1.08)
         figure.draw_without_rendering()
         for axis in axes:
@@ -131,7 +131,7 @@ def test_ticks_of_a_logarithmic_axis_keep_apart(ratio: float) -> None:
 
 
 def test_modes_differ_without_colour() -> None:
-    styles = [drawing.style(mode) for mode in synthetic.MODES]
+    styles = [style.style(mode) for mode in synthetic.MODES]
     assert len({marker for _, marker, _, _ in styles}) == len(styles)
     assert len({str(dashes) for _, _, dashes, _ in styles}) == len(styles)
     assert len({hatch for *_, hatch in styles}) == len(styles)
@@ -144,11 +144,11 @@ def test_names_are_not_formulas_and_fit(tmp_path: Path) -> None:
     one = curves.plot_curves(
         curve_bands(epochs, trials), key="k", title="t", caption="c", label="l"
     )
-    assert drawing.png(one, dpi=40).startswith(b"\x89PNG")
+    assert style.png(one, dpi=40).startswith(b"\x89PNG")
     assert any("\\frac" in text for text, _ in _texts(one))
 
 
-def test_simulated_figures_say_so(drawn: dict[str, drawing.Drawn], tmp_path: Path) -> None:
+def test_simulated_figures_say_so(drawn: dict[str, style.Drawn], tmp_path: Path) -> None:
     trials, epochs = synthetic.study_frames(simulated=True)
     study = Study(trials, epochs, {"study": "s", "simulated": True}, [], None)
     marked = gallery.draw_all(findings.compute(study))
@@ -164,36 +164,36 @@ def test_simulated_figures_say_so(drawn: dict[str, drawing.Drawn], tmp_path: Pat
 
 
 def test_files_are_print_quality_and_reproducible(
-    drawn: dict[str, drawing.Drawn], tmp_path: Path
+    drawn: dict[str, style.Drawn], tmp_path: Path
 ) -> None:
     import struct
 
     one = drawn["seed_spread"]
-    written = drawing.save(one, tmp_path / "a")
+    written = style.save(one, tmp_path / "a")
     assert [path.name for path in written] == ["seed_spread.png", "seed_spread.pdf"]
     png = written[0].read_bytes()
     width = struct.unpack(">I", png[16:20])[0]
-    assert width == pytest.approx(drawing.WIDTH * 300, abs=2)
+    assert width == pytest.approx(style.WIDTH * 300, abs=2)
     assert written[1].read_bytes().startswith(b"%PDF")
-    again = drawing.save(one, tmp_path / "b")
+    again = style.save(one, tmp_path / "b")
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
 
 
 def test_an_empty_figure_is_no_file(tmp_path: Path) -> None:
-    empty = drawing.Drawn("k", "t", "c", None, "nothing was measured")
-    assert drawing.save(empty, tmp_path) == []
+    empty = style.Drawn("k", "t", "c", None, "nothing was measured")
+    assert style.save(empty, tmp_path) == []
     with pytest.raises(ValueError, match="nothing was measured"):
-        drawing.png(empty)
+        style.png(empty)
 
 
 def test_matplotlib_keeps_its_settings(frames: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     before = dict(matplotlib.rcParams)
     spread = seed_spread(frames[0])
-    one = figures.plot_seeds(spread, pooled_sd(spread), title="t", caption="c")
-    drawing.png(one, dpi=40)
+    one = comparisons.plot_seeds(spread, pooled_sd(spread), title="t", caption="c")
+    style.png(one, dpi=40)
     assert dict(matplotlib.rcParams) == before
 
 
 @pytest.mark.parametrize(("value", "text"), [(2000, "2,000"), (0.02, "0.02"), (50, "50")])
 def test_ticks_have_no_exponent(value: float, text: str) -> None:
-    assert drawing.tick(value) == text
+    assert style.tick(value) == text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from analysis.drawing import Drawn, legend_below, new_figure, plain_log, settings, style
+from analysis.figures.style import Drawn, legend_below, new_figure, plain_log, settings, style
 from analysis.measures.search import Searched
 from analysis.statistics.cells import in_order
 from analysis.text.wording import name_of, parameter_of

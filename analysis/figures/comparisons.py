@@ -1,5 +1,5 @@
-"""The report's comparative figures: each takes a table of ``summaries``, ``ratios`` or
-``statistics`` and returns a :class:`Drawn`; one with nothing to show says why instead."""
+"""The report's comparative figures: each takes a table of the measures, the literature or the
+statistics and returns a :class:`Drawn`; one with nothing to show says why instead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.drawing import (
+from analysis.figures.style import (
     Drawn,
     legend_below,
     new_figure,
@@ -29,7 +29,7 @@ _PART_HATCHES = ("", "//", "xx", "..", "")
 def plot_forest(table: pd.DataFrame, pairs: pd.DataFrame, *, title: str, caption: str) -> Drawn:
     """Accuracy difference per mode with its interval, over the configurations it rests on.
 
-    ``table`` is ``statistics.compare_modes``; ``pairs`` has ``quantization`` and ``difference``
+    ``table`` is ``comparison.compare_modes``; ``pairs`` has ``quantization`` and ``difference``
     (fraction), one row per configuration.
     """
     shown = table[table["mean_difference"].notna()].reset_index(drop=True)
@@ -77,7 +77,7 @@ def plot_forest(table: pd.DataFrame, pairs: pd.DataFrame, *, title: str, caption
 def plot_pareto(
     table: pd.DataFrame, *, key: str, title: str, caption: str, label: str, empty: str
 ) -> Drawn:
-    """Accuracy against bytes; ``table`` is ``summaries.pareto_front``, a panel per data set."""
+    """Accuracy against bytes; ``table`` is ``pareto.pareto_front``, a panel per data set."""
     if table.empty:
         return Drawn(key, title, caption, None, empty)
     from matplotlib.lines import Line2D
@@ -123,7 +123,7 @@ def plot_pareto(
 def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[str, str]) -> Drawn:
     """Stacked parts of a training step per mode, the measured peak marked; a panel per model.
 
-    ``table`` is ``summaries.memory_ledger``. Parts nobody measured are left out of the bars.
+    ``table`` is ``memory.memory_ledger``. Parts nobody measured are left out of the bars.
     """
     key = "memory_ledger"
     if table.empty:

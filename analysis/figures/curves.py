@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.drawing import Drawn, legend_below, panel_grid, panels_of, plain_log, settings, style
+from analysis.figures.style import (
+    Drawn,
+    legend_below,
+    panel_grid,
+    panels_of,
+    plain_log,
+    settings,
+    style,
+)
 from analysis.statistics.cells import in_order
 from analysis.text.wording import short
 
@@ -66,7 +74,7 @@ def plot_curves(
 
 
 def plot_layers(table: pd.DataFrame, *, title: str, caption: str) -> Drawn:
-    """Per-layer gradient norm over epochs; ``table`` is ``summaries.layer_gradients``."""
+    """Per-layer gradient norm over epochs; ``table`` is ``measures.curves.layer_gradients``."""
     key = "gradient_layers"
     positive = table[table["norm"].astype("float64") > 0] if len(table) else table
     if positive.empty:

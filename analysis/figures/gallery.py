@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from analysis import curves, figures, search_figures
-from analysis.drawing import Drawn, mark_simulated
+from analysis.figures import comparisons, curves, search
+from analysis.figures.style import Drawn, mark_simulated
 from analysis.findings.findings import Findings
 from analysis.measures.curves import curve_bands, curve_gaps
 from analysis.measures.memory import LEDGER
@@ -22,7 +22,7 @@ KEYS = (
     "qlora_ratios",
     "seed_spread",
 )
-"""Of a grid; a search has ``search_figures.KEYS`` and the ledger."""
+"""Of a grid; a search has ``search.KEYS`` and the ledger."""
 
 
 def draw_all(found: Findings) -> dict[str, Drawn]:
@@ -31,7 +31,7 @@ def draw_all(found: Findings) -> dict[str, Drawn]:
     A search has its own, and of the others the ledger alone: its trials are no comparison.
     """
     if found.search is not None:
-        drawn = [*search_figures.draw(found.search), _ledger(found)]
+        drawn = [*search.draw(found.search), _ledger(found)]
     else:
         drawn = [*_outcomes(found), *_over_epochs(found), *_memory(found), _literature(found)]
     if found.simulated:
@@ -43,14 +43,14 @@ def _outcomes(found: Findings) -> list[Drawn]:
     margin = found.comparison["margin"].dropna()
     band = f" Shaded: the margin of ±{float(margin.iloc[0]) * 100:g} pp." if len(margin) else ""
     return [
-        figures.plot_forest(
+        comparisons.plot_forest(
             found.comparison,
             found.differences,
             title="What each mode costs in accuracy",
             caption="Difference of test accuracy to the unquantized model, with its 95 % interval "
             f"over configurations; grey dots are the configurations.{band}",
         ),
-        figures.plot_seeds(
+        comparisons.plot_seeds(
             found.seed_spread,
             found.seed_sds,
             title="How far the seed alone moves a result",
@@ -110,7 +110,7 @@ def _memory(found: Findings) -> list[Drawn]:
     front = "The line joins the cells that no other cell beats in both; differences smaller than "
     front += "the intervals above are noise."
     return [
-        figures.plot_pareto(
+        comparisons.plot_pareto(
             pareto_front(trials),
             key="pareto_weights",
             title="Accuracy against the size of the base weights",
@@ -118,7 +118,7 @@ def _memory(found: Findings) -> list[Drawn]:
             label="base weights, MB",
             empty="no trial that ended well recorded its weights",
         ),
-        figures.plot_pareto(
+        comparisons.plot_pareto(
             pareto_front(trials, cost="peak_train_bytes"),
             key="pareto_peak",
             title="Accuracy against the peak of a training step",
@@ -131,7 +131,7 @@ def _memory(found: Findings) -> list[Drawn]:
 
 
 def _ledger(found: Findings) -> Drawn:
-    return figures.plot_ledger(
+    return comparisons.plot_ledger(
         found.ledger,
         title="Where the memory of a training step goes",
         caption="Mean over trials. Parts that nobody measured are left out; the diamond is the "
@@ -147,4 +147,4 @@ def _literature(found: Findings) -> Drawn:
     if found.simulated:
         reason = "a simulated study is not compared with the literature"
         return Drawn("qlora_ratios", title, caption, None, reason)
-    return figures.plot_qlora(found.qlora, title=title, caption=caption)
+    return comparisons.plot_qlora(found.qlora, title=title, caption=caption)
