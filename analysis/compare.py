@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from analysis.chapters.trials import provenance
 from analysis.folder.places import near
 from analysis.load import Study, StudyError, read_study
-from analysis.sections import provenance
 from analysis.statistics.cells import CONFIGURATION, modes_of
 from analysis.statistics.comparison import compare_modes
 from analysis.statistics.pairs import paired_differences

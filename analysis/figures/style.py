@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
-from analysis.folder.tables import write_whole
+from tune_study.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

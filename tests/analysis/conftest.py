@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from tests import synthetic
+from tests.analysis.pages import without_rendering
 from tests.analysis.studies import CELLS, FAILURES
 
 
@@ -27,3 +28,9 @@ def folder(tmp_path: Path, template: Path) -> Path:
 @pytest.fixture(scope="module")
 def frames() -> tuple[pd.DataFrame, pd.DataFrame]:
     return synthetic.study_frames(effects={"nf4": -0.01}, failures={0: "early_stopped", 5: "oom"})
+
+
+@pytest.fixture
+def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rendering, for tests of everything else: it is most of a report's time."""
+    without_rendering(monkeypatch)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 
-from analysis import accuracy_section, report
+from analysis import report
 from analysis.figures import style
 from analysis.findings import summary
 from analysis.load import StudyError, read_study
 from tests import synthetic
+from tests.analysis.pages import Document, without_rendering, written
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("deit_tiny_patch16_224",)
@@ -33,74 +31,26 @@ def _small_figures() -> Any:
         yield
 
 
-@pytest.fixture
-def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No rendering, for tests of everything else: it is most of a report's time."""
-    _without_rendering(monkeypatch)
-
-
-def _without_rendering(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(report, "png", lambda drawn: b"\x89PNG")
-    patch.setattr(report, "save", _touch)
-
-
-def _touch(drawn: style.Drawn, folder: Path) -> list[Path]:
-    if drawn.figure is None:
-        return []
-    files = [folder / f"{drawn.key}.{kind}" for kind in ("png", "pdf")]
-    for file in files:
-        file.write_bytes(b"x")
-    return files
-
-
-class _Document(HTMLParser):
-    """Tags, attributes and text of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
-
-
-def _written(path: Path) -> tuple[Path, _Document]:
-    html = report.write_report(path)
-    return html, _Document(html.read_text(encoding="utf-8"))
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, _Document]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Document]:
     path = synthetic.write_study(
         tmp_path_factory.mktemp("studies") / "finished", effects={"nf4": -0.01}, rng_seed=7
     )
-    return path, _written(path)[1]
+    return path, written(path)[1]
 
 
 @pytest.fixture(scope="module")
-def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, _Document]:
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Document]:
     folder = tmp_path_factory.mktemp("studies") / "sim"
     cells = synthetic.plan(models=TINY, datasets=("cifar10",))
     path = synthetic.write_study(folder, cells, simulated=True, effects={"nf4": -0.01})
     with pytest.MonkeyPatch.context() as patch:
-        _without_rendering(patch)
-        return path, _written(path)[1]
+        without_rendering(patch)
+        return path, written(path)[1]
 
 
 @pytest.fixture(scope="module")
-def evil(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, _Document]:
+def evil(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Document]:
     cells = synthetic.plan(models=(EVIL, "m" * 300), datasets=(EVIL,), lora=((4, 8), (8, 16)))
     folder = tmp_path_factory.mktemp("studies") / "evil"
     path = synthetic.write_study(folder, cells, failures={0: "error", 1: "oom"})
@@ -110,11 +60,11 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, _Document]:
     (path / "study.json").write_text(json.dumps(manifest))
     (path / EVIL.replace("/", "_")[:60]).mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        _without_rendering(patch)
-        return path, _written(path)[1]
+        without_rendering(patch)
+        return path, written(path)[1]
 
 
-def test_everything_is_written(finished: tuple[Path, _Document]) -> None:
+def test_everything_is_written(finished: tuple[Path, Document]) -> None:
     path = finished[0]
     for name in ("report/report.html", "report/report.md", summary.SUMMARY_FILE,
                  summary.DETAILS_FILE, "report/tables/accuracy.tex"):  # fmt: skip
@@ -124,7 +74,7 @@ def test_everything_is_written(finished: tuple[Path, _Document]) -> None:
     assert not list(path.rglob("*.tmp"))
 
 
-def test_the_page_needs_nothing_else(finished: tuple[Path, _Document]) -> None:
+def test_the_page_needs_nothing_else(finished: tuple[Path, Document]) -> None:
     document = finished[1]
     assert not document.named("script")
     assert not document.named("link")
@@ -141,7 +91,7 @@ def test_the_page_needs_nothing_else(finished: tuple[Path, _Document]) -> None:
     assert "prefers-color-scheme: dark" in page
 
 
-def test_the_table_of_contents_leads_somewhere(finished: tuple[Path, _Document]) -> None:
+def test_the_table_of_contents_leads_somewhere(finished: tuple[Path, Document]) -> None:
     document = finished[1]
     ids = [attributes["id"] for _, attributes in document.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
@@ -150,7 +100,7 @@ def test_the_table_of_contents_leads_somewhere(finished: tuple[Path, _Document])
     assert set(targets) <= set(ids)
 
 
-def test_it_begins_with_the_answer(finished: tuple[Path, _Document]) -> None:
+def test_it_begins_with_the_answer(finished: tuple[Path, Document]) -> None:
     text = finished[1].text
     start = text.index("What to use")
     assert "What quantization costs: finished" in text[:start]
@@ -160,7 +110,7 @@ def test_it_begins_with_the_answer(finished: tuple[Path, _Document]) -> None:
     assert "simulated" not in text.lower()
 
 
-def test_the_planted_loss_is_recovered(finished: tuple[Path, _Document]) -> None:
+def test_the_planted_loss_is_recovered(finished: tuple[Path, Document]) -> None:
     found = json.loads((finished[0] / summary.SUMMARY_FILE).read_text())
     rows = {row["quantization"]: row for row in found["accuracy"]}
     assert rows["nf4"]["ci_low"] <= -0.01 <= rows["nf4"]["ci_high"]
@@ -169,24 +119,7 @@ def test_the_planted_loss_is_recovered(finished: tuple[Path, _Document]) -> None
     assert "no effect" not in finished[1].text.replace("'no effect'", "")
 
 
-def test_the_choice_of_the_epoch_is_told_with_its_standard_error() -> None:
-    trials = pd.DataFrame(
-        {
-            "dataset": ["cifar10"] * 4,
-            "quantization": ["none", "none", "int8", "int8"],
-            "val_accuracy": [0.8, 0.8, 0.8, 0.8],
-            "val_images": [100] * 4,
-            "best_epoch": [4, 4, 2, 4],
-            "epochs_completed": [4] * 4,
-        }
-    )
-    (said,) = accuracy_section._choice_of_epoch(trials)
-    assert "cifar10: 100 validation images, standard error 4.00 pp" in said  # sqrt(0.8 * 0.2 / 100)
-    assert said.endswith("before their last: none 0 of 2, int8 1 of 2.")
-    assert accuracy_section._choice_of_epoch(trials.assign(val_images=math.nan)) == []
-
-
-def test_simulated_studies_say_so_everywhere(simulated: tuple[Path, _Document]) -> None:
+def test_simulated_studies_say_so_everywhere(simulated: tuple[Path, Document]) -> None:
     path, document = simulated
     page = (path / "report/report.html").read_text()
     assert "<title>What quantization costs: sim (simulated)</title>" in page
@@ -203,49 +136,7 @@ def test_simulated_studies_say_so_everywhere(simulated: tuple[Path, _Document]) 
     assert not (path / "report/tables/qlora.tex").exists()
 
 
-@pytest.mark.usefixtures("plain_figures")
-def test_an_unfinished_study_says_so_on_top(tmp_path: Path) -> None:
-    cells = synthetic.plan(models=TINY, datasets=("cifar10",))
-    waiting = {1: "pending", 2: "pending", 3: "interrupted", 4: "oom"}
-    path = synthetic.write_study(tmp_path / "s", cells, failures=waiting)
-    text = _written(path)[1].text
-    top = text[: text.index("What to use")]
-    assert "(unfinished)" in top
-    assert "33 of 36 trials have ended, 3 are still to run" in top
-    assert "1 trial of 36 failed (1 oom)" in top
-
-
-@pytest.mark.usefixtures("plain_figures")
-def test_nothing_has_run_yet(tmp_path: Path) -> None:
-    cells = synthetic.plan(models=TINY, datasets=("cifar10",))
-    path = synthetic.write_study(
-        tmp_path / "s", cells, failures=dict.fromkeys(range(len(cells)), "pending")
-    )
-    document = _written(path)[1]
-    assert "0 of 36 trials have ended" in document.text
-    assert document.named("img") == []
-    found = json.loads((path / summary.SUMMARY_FILE).read_text())
-    assert found["progress"]["success_rate"] is None
-    for name in ("accuracy", "convergence", "gradient_flow", "statistical_significance"):
-        assert found[name]["unavailable"]
-    assert found["memory"]["base_weights"]["unavailable"]
-
-
-@pytest.mark.usefixtures("plain_figures")
-def test_missing_columns_are_explained(tmp_path: Path) -> None:
-    cells = synthetic.plan(models=TINY, datasets=("cifar10",))
-    missing = ("peak_train_bytes", "activation_bytes", "gradient_cosine", "gradient_norm_ratio",
-               "images_per_s", "grad_norm_mean", "peak_source")  # fmt: skip
-    path = synthetic.write_study(tmp_path / "s", cells, missing=missing, gradients=False)
-    text = _written(path)[1].text
-    assert "no trial measured the peak of a training step on this machine" in text
-    assert "Gradient fidelity was not measured" in text
-    assert "no gradients.json holds per-layer norms" in text
-    assert "No finished pair of trials recorded its throughput" in text
-    assert "nan" not in re.findall(r"[a-z]+", text.lower())
-
-
-def test_json_blocks_are_filled_or_explained(finished: tuple[Path, _Document]) -> None:
+def test_json_blocks_are_filled_or_explained(finished: tuple[Path, Document]) -> None:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} in JSON")
 
@@ -265,7 +156,7 @@ def test_json_blocks_are_filled_or_explained(finished: tuple[Path, _Document]) -
     }  # fmt: skip
 
 
-def test_the_empty_cell_of_qlora_stays_empty(finished: tuple[Path, _Document]) -> None:
+def test_the_empty_cell_of_qlora_stays_empty(finished: tuple[Path, Document]) -> None:
     found = json.loads((finished[0] / summary.SUMMARY_FILE).read_text())
     rows = found["literature_comparison"]["qlora"]
     nf4 = [row for row in rows if row["quantization"] == "nf4"]
@@ -275,7 +166,7 @@ def test_the_empty_cell_of_qlora_stays_empty(finished: tuple[Path, _Document]) -
     assert "85.8" not in text  # recalled only, so never printed
 
 
-def test_names_from_data_are_text(evil: tuple[Path, _Document]) -> None:
+def test_names_from_data_are_text(evil: tuple[Path, Document]) -> None:
     path, document = evil
     assert not document.named("script")
     assert all((image["src"] or "").startswith("data:") for image in document.named("img"))
@@ -336,7 +227,7 @@ def test_a_second_report_is_the_same_and_leaves_nothing_stale(tmp_path: Path) ->
     assert not (path / "report/figures/gradient_layers.png").exists()
 
 
-def test_the_report_adds_no_problem_to_the_study(finished: tuple[Path, _Document]) -> None:
+def test_the_report_adds_no_problem_to_the_study(finished: tuple[Path, Document]) -> None:
     assert read_study(finished[0]).problems == []
 
 
@@ -381,12 +272,3 @@ def test_the_command_prints_the_path_and_loads_no_torch(tmp_path: Path) -> None:
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == [str(path / "report/report.html"), "[]"]
-
-
-@pytest.mark.parametrize(
-    ("text", "escaped"),
-    [("a|b", "a\\|b"), ("<b>", "&lt;b&gt;"), ("[x](y)", "\\[x\\](y)"), ("a\nb", "a b"),
-     ("deit_tiny", "deit_tiny"), ("`c`*", "\\`c\\`\\*")],
-)  # fmt: skip
-def test_markdown_is_escaped(text: str, escaped: str) -> None:
-    assert report.escape_markdown(text) == escaped

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis import report
+from analysis.chapters.page import make_page
 from analysis.figures import gallery
 from analysis.figures.search import KEYS
 from analysis.findings import findings
@@ -123,7 +124,7 @@ def test_names_from_a_stranger_stay_on_one_line(folder):
     found = findings.compute(read_study(folder))
     for params in found.search.parameters.values():
         params["evil\u202ename"] = "a\nb" * 50
-    page = report.make_page(found)
+    page = make_page(found)
     cells = [*page.glance.columns, *(cell for row in page.glance.rows for cell in row)]
     assert all(text.isprintable() for text in cells)
 

@@ -1,8 +1,4 @@
-"""Findings -> the chapters of the report, after the decision table.
-
-The report's three forms (HTML, Markdown, LaTeX tables) are made from the same sections, so that
-they can't disagree. A section that has nothing to show says why.
-"""
+"""The chapters on the trials, on the methods, and on where all comes from."""
 
 from __future__ import annotations
 
@@ -11,36 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import search_section
-from analysis.accuracy_section import accuracy
-from analysis.cost_sections import memory, speed
+from analysis.chapters import search
 from analysis.findings.findings import Findings
-from analysis.literature_section import literature
 from analysis.text.layout import Cell, Section, Table, count, table_of, text
 from analysis.text.wording import MISSING, plural
-from analysis.training_sections import convergence, gradients
 from tune_study import schema
-
-
-def sections(found: Findings) -> list[Section]:
-    """The chapters after the decision table, in the order of the report."""
-    if found.search is not None:
-        chapter = memory(found)
-        about_memory = chapter._replace(
-            paragraphs=chapter.paragraphs[:1], figures=("memory_ledger",)
-        )
-        of_search = search_section.section(found.search, found.study.trials)
-        return [of_search, about_memory, trials(found), methods(found)]
-    return [
-        accuracy(found),
-        memory(found),
-        speed(found),
-        convergence(found),
-        gradients(found),
-        literature(found),
-        trials(found),
-        methods(found),
-    ]
 
 
 def trials(found: Findings) -> Section:
@@ -93,7 +64,7 @@ def methods(found: Findings) -> Section:
         "with the best validation accuracy.",
     ]
     if found.search is not None:
-        paragraphs = [search_section.METHODS, paragraphs[-1]]
+        paragraphs = [search.METHODS, paragraphs[-1]]
     rows = [[name, value] for name, value in provenance(found.study.manifest)]
     table = Table("provenance", "Where this comes from", ("what", "value"), rows, "", (1,))
     return Section("methods", "Methods and provenance", paragraphs, [table])
