@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.literature import claims as lit
-from analysis.statistics.ratios import our_ratios, paired_scores
+from analysis.statistics.pairs import paired_differences
+from analysis.statistics.ratios import our_ratios, with_chance
 
 RESOLUTION = 0.02
 """QLoRA's own cells differ by 1.6 to 2.1 % (standard deviation of the ratio, tables 3 and 4): a
@@ -66,7 +67,7 @@ def _why_empty(literature: lit.Literature, mode: str) -> str:
 
 def _our_scope(trials: pd.DataFrame, mode: str, metric: str) -> dict[str, Any]:
     """What of ours bears on comparability: the baseline's score, chance and models."""
-    pairs = paired_scores(trials, metric=metric)
+    pairs = with_chance(paired_differences(trials, metric=metric), trials)
     own = pairs[pairs["quantization"] == mode]
     return {
         "base": float(own["base"].mean()) if len(own) else np.nan,

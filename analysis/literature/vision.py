@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.literature import claims as lit
 from analysis.statistics.cells import CONFIGURATION
-from analysis.statistics.ratios import paired_scores
+from analysis.statistics.pairs import paired_differences
 from tune_study import schema
 
 _COLUMNS = (
@@ -71,9 +71,9 @@ def _ours(trials: pd.DataFrame, claim: lit.Claim, metric: str) -> list[dict[str,
     own = trials[trials["status"].isin(schema.GOOD_STATUSES) & trials[metric].notna()]
     own = own[own["dataset"] == claim.dataset]
     if claim.unit == _RANGE:
-        pairs = paired_scores(own, metric=metric)
+        pairs = paired_differences(own, metric=metric)
         pairs = pairs[pairs["quantization"] == claim.quantization]
-        values = pairs.assign(value=pairs["base"] - pairs["score"])
+        values = pairs.assign(value=-pairs["difference"])
         quantity = f"loss of accuracy, {claim.quantization} against none"
     else:
         base = own[own["quantization"] == "none"]

@@ -9,7 +9,14 @@ import numpy as np
 import pandas as pd
 
 from analysis.statistics.cells import CONFIGURATION
-from analysis.statistics.pairs import cell_means, cells, check, machines, modes_beside
+from analysis.statistics.pairs import (
+    cell_keys,
+    cell_means,
+    cells,
+    check,
+    machines,
+    modes_beside,
+)
 
 
 def friedman(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.DataFrame:
@@ -80,7 +87,7 @@ def mixed_model(
     """
     check(trials, metric, baseline, confidence)
     modes = modes_beside(trials, baseline)
-    wide = cells(trials, metric)
+    wide = cells(trials, metric, cell_keys(trials))
     long = wide.melt(ignore_index=False, value_name="y").reset_index().dropna(subset="y")
     long["group"] = long.groupby(CONFIGURATION, dropna=False).ngroup()
     long["seed"] = long.groupby([c for c in ("study", "seed") if c in long]).ngroup()

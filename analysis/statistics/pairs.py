@@ -97,14 +97,14 @@ def cell_keys(trials: pd.DataFrame) -> list[str]:
     return [*CONFIGURATION, *(["study"] if "study" in trials else []), "seed"]
 
 
-def cells(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """``metric`` with a row per configuration (study) and seed, and a column per mode.
+def cells(trials: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
+    """``metric`` with a row per value of ``keys``, such as :func:`cell_keys`, a column per mode.
 
     Trials that agree on all of these (they differ in another setting) are averaged.
     """
     good = ended_well(trials, metric)
-    keys = [*cell_keys(trials), "quantization"]
-    grouped = good.groupby(keys, observed=True, dropna=False, sort=False)[metric].mean()
+    by_mode = [*keys, "quantization"]
+    grouped = good.groupby(by_mode, observed=True, dropna=False, sort=False)[metric].mean()
     return grouped.unstack("quantization").sort_index(axis=0)
 
 
@@ -115,18 +115,26 @@ def duplicates(trials: pd.DataFrame, metric: str) -> int:
 
 
 def paired_differences(
-    trials: pd.DataFrame, *, metric: str = "test_accuracy", baseline: str = "none"
+    trials: pd.DataFrame,
+    *,
+    metric: str = "test_accuracy",
+    baseline: str = "none",
+    same_machine: bool = False,
 ) -> pd.DataFrame:
     """Each mode against ``baseline``, matched on configuration and seed.
 
     One row per matched pair of trials that ended well: the configuration's columns, ``seed``,
     ``quantization``, ``base`` and ``value`` (the metric of the two) and ``difference``, value
-    minus base, in the metric's unit. Raises ``StudyError``, also for a measure of the hardware
-    that comes from several machines.
+    minus base, in the metric's unit. ``same_machine`` pairs within one machine only. Raises
+    ``StudyError``, also for a measure of the hardware that would be paired across machines.
     """
     check(trials, metric, baseline, 0.95)
-    _require_one_machine(trials, metric)
-    wide = cells(trials, metric)
+    keys = cell_keys(trials)
+    if not same_machine:
+        _require_one_machine(trials, metric)
+    elif "machine" in trials:
+        keys.append("machine")
+    wide = cells(trials, metric, keys)
     frames = []
     for mode in modes_beside(trials, baseline):
         if baseline not in wide or mode not in wide:
@@ -134,7 +142,7 @@ def paired_differences(
         pair = wide[[baseline, mode]].dropna()
         pair.columns = pd.Index(["base", "value"])
         frames.append(pair.reset_index().assign(quantization=mode))
-    columns = [*cell_keys(trials), "quantization", "base", "value"]
+    columns = [*keys, "quantization", "base", "value"]
     pairs = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
     pairs = pairs[columns].astype({"base": "float64", "value": "float64"})
     difference = (pairs["value"] - pairs["base"]).to_numpy()
@@ -160,7 +168,7 @@ def cell_means(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.Dat
     """
     check(trials, metric, None, 0.95)
     _require_one_machine(trials, metric)
-    means = cells(trials, metric).groupby(CONFIGURATION, dropna=False).mean()
+    means = cells(trials, metric, cell_keys(trials)).groupby(CONFIGURATION, dropna=False).mean()
     known = [mode for mode in modes_beside(trials, None) if mode in means]
     return means[known].reset_index().rename_axis(columns=None)
 
@@ -211,7 +219,8 @@ def seed_intervals(
     check(trials, metric, baseline, confidence)
     _require_one_machine(trials, metric)
     if baseline is None:
-        long = cells(trials, metric).melt(ignore_index=False, value_name="x").reset_index()
+        wide = cells(trials, metric, cell_keys(trials))
+        long = wide.melt(ignore_index=False, value_name="x").reset_index()
     else:
         pairs = paired_differences(trials, metric=metric, baseline=baseline)
         long = pairs.rename(columns={"difference": "x"})

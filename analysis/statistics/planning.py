@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from analysis.statistics.cells import CONFIGURATION
-from analysis.statistics.ratios import paired_scores
+from analysis.statistics.pairs import paired_differences
 
 POWER = 0.8
 _MOST_SEEDS, _MOST_CONFIGURATIONS = 50, 500
@@ -39,10 +39,9 @@ def more_needed(
     """
     from scipy.special import stdtrit
 
-    pairs = paired_scores(trials, metric=metric, baseline=baseline)
+    pairs = paired_differences(trials, metric=metric, baseline=baseline)
     pairs = pairs[pairs["quantization"] == mode]
-    difference = pairs["score"] - pairs["base"]
-    grouped = difference.groupby([pairs[key] for key in CONFIGURATION], observed=True)
+    grouped = pairs.groupby(CONFIGURATION, dropna=False)["difference"]
     means, counts = grouped.mean(), grouped.size()
     if not len(means):
         return More(None, None, "has no finished pair yet")

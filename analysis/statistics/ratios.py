@@ -13,38 +13,17 @@ import numpy as np
 import pandas as pd
 
 from analysis.statistics.cells import CONFIGURATION
-from tune_study import schema
+from analysis.statistics.pairs import modes_beside, paired_differences
 
 QUANTITIES = ("score ratio", "error ratio", "chance-corrected ratio")
 
 
-def paired_scores(
-    trials: pd.DataFrame,
-    *,
-    metric: str = "test_accuracy",
-    baseline: str = "none",
-    same_machine: bool = False,
-) -> pd.DataFrame:
-    """One row per (configuration, seed, quantized mode) whose baseline trial also ended well.
-
-    Columns: the configuration, ``seed, quantization, score, base, chance``; fractions 0..1.
-    ``same_machine`` pairs within one machine only, as memory and time must be.
-    """
-    good = trials[trials["status"].isin(schema.GOOD_STATUSES) & trials[metric].notna()]
-    good = good.assign(**{metric: good[metric].astype("float64")})
-    keys = [*CONFIGURATION, "seed"]
-    keys += [name for name in ("study",) if name in trials]
-    keys += ["machine"] if same_machine and "machine" in trials else []
-    base = good.loc[good["quantization"] == baseline, [*keys, metric]]
-    base = base.rename(columns={metric: "base"}).drop_duplicates(keys)
-    ours = good.loc[good["quantization"] != baseline, [*keys, "quantization", metric]]
-    ours = ours.rename(columns={metric: "score"})
-    if "num_classes" in good:
-        classes = good["num_classes"].astype("float64")
-        ours["chance"] = 1 / classes.where(classes > 0)
-    else:
-        ours["chance"] = np.nan
-    return ours.merge(base, on=keys, how="inner")
+def with_chance(pairs: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
+    """``pairs`` and the ``chance`` of their data set: 1 / classes, NaN where those are unknown."""
+    if "num_classes" not in trials:
+        return pairs.assign(chance=np.nan)
+    classes = trials.groupby("dataset")["num_classes"].max().astype("float64")
+    return pairs.assign(chance=1 / pairs["dataset"].map(classes.where(classes > 0)))
 
 
 def our_ratios(
@@ -60,15 +39,14 @@ def our_ratios(
     method, note``. A ratio is quantized over ``baseline``: of the scores; of the error rates
     (1 - score); of (score - chance) with chance = 1 / classes.
     """
-    pairs = paired_scores(trials, metric=metric, baseline=baseline)
-    modes = [m for m in schema.MODES if m in set(trials["quantization"]) and m != baseline]
+    pairs = with_chance(paired_differences(trials, metric=metric, baseline=baseline), trials)
     rows = []
-    for mode in modes:
+    for mode in modes_beside(trials, baseline):
         own = pairs[pairs["quantization"] == mode]
         terms = {
-            "score ratio": (own["score"], own["base"]),
-            "error ratio": (1 - own["score"], 1 - own["base"]),
-            "chance-corrected ratio": (own["score"] - own["chance"], own["base"] - own["chance"]),
+            "score ratio": (own["value"], own["base"]),
+            "error ratio": (1 - own["value"], 1 - own["base"]),
+            "chance-corrected ratio": (own["value"] - own["chance"], own["base"] - own["chance"]),
         }
         for quantity, (above, below) in terms.items():
             row = {"quantization": mode, "baseline": baseline, "quantity": quantity}
@@ -83,12 +61,12 @@ def metric_ratios(
 
     Columns as in :func:`our_ratios`; ``quantity`` names the metric.
     """
-    pairs = paired_scores(trials, metric=metric, baseline=baseline, same_machine=True)
+    pairs = paired_differences(trials, metric=metric, baseline=baseline, same_machine=True)
     rows = []
-    for mode in [m for m in schema.MODES if m in set(trials["quantization"]) and m != baseline]:
+    for mode in modes_beside(trials, baseline):
         own = pairs[pairs["quantization"] == mode]
         row = {"quantization": mode, "baseline": baseline, "quantity": metric}
-        rows.append(row | _geometric_mean(own, own["score"], own["base"], confidence))
+        rows.append(row | _geometric_mean(own, own["value"], own["base"], confidence))
     return pd.DataFrame(rows, columns=list(_RATIO_COLUMNS))
 
 
@@ -106,7 +84,7 @@ def _geometric_mean(
     usable = (top > 0) & (bottom > 0)
     keys = [key for key in ("study", *CONFIGURATION) if key in pairs]
     logs = pairs.loc[usable, keys].assign(log=np.log(top[usable] / bottom[usable]))
-    means = logs.groupby(keys, observed=True)["log"].mean().to_numpy("float64")
+    means = logs.groupby(keys, observed=True, dropna=False)["log"].mean().to_numpy("float64")
     notes = []
     if not usable.all():
         notes.append(

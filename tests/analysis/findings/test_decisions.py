@@ -198,3 +198,15 @@ def test_nothing_finished_decides_nothing() -> None:
     lines = _decide(trials)
     assert len(lines) == 5
     assert not any(line.decided for line in lines.values())
+
+
+def test_a_plan_rests_on_the_pairs_of_the_comparison() -> None:
+    """A repeated baseline trial is averaged: the plan is that of the averaged table."""
+    trials = _exact(3, -0.005, 0.02)
+    none = trials["quantization"] == "none"
+    off = np.where(trials["seed"] == 0, 0.03, 0.0)[none]
+    lower = trials[none].assign(test_accuracy=trials.loc[none, "test_accuracy"] - off)
+    higher = trials[none].assign(test_accuracy=trials.loc[none, "test_accuracy"] + off)
+    repeated = pd.concat([lower, higher, trials[~none]], ignore_index=True)
+    expected = planning.more_needed(trials, "nf4", 0.01)
+    assert planning.more_needed(repeated, "nf4", 0.01) == expected

@@ -10,7 +10,9 @@ from scipy import stats
 
 from analysis.statistics import ratios
 from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.comparison import compare_modes
 from tests import synthetic
+from tests.analysis.statistics.made import made
 from tests.analysis.studies import only
 
 TINY = ("deit_tiny_patch16_224",)
@@ -93,3 +95,16 @@ def test_speed_is_paired_on_one_machine() -> None:
     table = ratios.metric_ratios(trials, metric="images_per_s")
     assert only(table, quantization="int8")["n_pairs"] == 0
     assert only(table, quantization="nf4")["ratio"] == pytest.approx(375 / 450)
+
+
+def test_a_repeated_cell_is_averaged_as_in_the_comparison() -> None:
+    """Two baselines of one cell, 0.80 and 0.90: their mean is what nf4 is set against."""
+    rows = [(1, "none", 1, 0.80), (1, "none", 1, 0.90), (1, "nf4", 1, 0.85)]
+    rows += [(2, "none", 1, 0.80), (2, "nf4", 1, 0.84)]
+    trials = made(rows, num_classes=10)
+    assert compare_modes(trials)["mean_difference"].iloc[0] == pytest.approx(0.02)
+    row = only(ratios.our_ratios(trials), quantization="nf4", quantity="score ratio")
+    assert row["ratio"] == pytest.approx(math.sqrt(1.0 * 1.05))
+    assert row["n_pairs"] == 2
+    speed = only(ratios.metric_ratios(trials, metric="test_accuracy"), quantization="nf4")
+    assert speed["ratio"] == pytest.approx(row["ratio"])
