@@ -272,7 +272,7 @@ def fastest(speed: pd.DataFrame, baseline: str = "none") -> Decision:
         return Decision(question, f"Use {mode}", evidence, sample, True, mode)
     answer = "Not decided: the speeds can't be told apart"
     if not intervals.any():
-        answer = "Not decided: too few pairs for an interval"
+        answer = "Not decided: the pairs give no interval"
     return Decision(question, answer, evidence, sample, False)
 
 

@@ -6,13 +6,13 @@ within each configuration, and carries a t-interval over the configuration means
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.inference import is_constant, t_interval
 from analysis.statistics.pairs import modes_beside, paired_differences
 
 QUANTITIES = ("score ratio", "error ratio", "chance-corrected ratio")
@@ -94,31 +94,19 @@ def _geometric_mean(
     if len(means) == 1 and len(logs) > 1:
         values, method = logs["log"].to_numpy("float64"), "t over the seeds of one configuration"
         notes.append("one configuration: the interval covers its seeds, not other models or data")
-    mean, low, high = t_interval(values, confidence)
     if len(values) < 2:
         method = "none"
         notes.append("no pair" if not len(values) else "one pair: no interval can be given")
+    elif is_constant(values):
+        method = "none"
+        notes.append("all ratios are the same: without spread there is no interval")
+    interval = t_interval(values, confidence)
     return {
         "n_configurations": len(means),
         "n_pairs": len(logs),
-        "ratio": float(np.exp(mean)),
-        "ci_low": float(np.exp(low)),
-        "ci_high": float(np.exp(high)),
+        "ratio": float(np.exp(values.mean())) if len(values) else float("nan"),
+        "ci_low": float(np.exp(interval.low)),
+        "ci_high": float(np.exp(interval.high)),
         "method": method,
         "note": "; ".join(notes),
     }
-
-
-def t_interval(values: Sequence[float] | np.ndarray, confidence: float) -> tuple[float, ...]:
-    """Mean and t-interval of ``values``; NaN ends under two values, NaN mean under one."""
-    # scipy.stats takes half a second to import, special.stdtrit is the same quantile.
-    from scipy.special import stdtrit
-
-    data = np.asarray(values, dtype="float64")
-    if not len(data):
-        return (np.nan, np.nan, np.nan)
-    mean = float(data.mean())
-    if len(data) < 2:
-        return (mean, np.nan, np.nan)
-    half = float(stdtrit(len(data) - 1, 0.5 + confidence / 2)) * data.std(ddof=1) / len(data) ** 0.5
-    return (mean, mean - half, mean + half)

@@ -79,6 +79,14 @@ def test_one_pair_gets_no_interval_and_none_gets_nothing() -> None:
     assert "no pair" in nothing["note"]
 
 
+def test_ratios_without_spread_get_no_interval() -> None:
+    rows = [(r, mode, 1, 0.8) for r in (1, 2, 3) for mode in ("none", "nf4")]
+    row = only(ratios.our_ratios(made(rows)), quantization="nf4", quantity="score ratio")
+    assert row["ratio"] == 1
+    assert np.isnan(row[["ci_low", "ci_high"]].astype(float)).all()
+    assert "without spread" in row["note"]
+
+
 def test_perfect_scores_have_no_error_ratio() -> None:
     cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),))
     trials, _ = synthetic.study_frames(cells)
