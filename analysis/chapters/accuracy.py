@@ -46,8 +46,6 @@ def accuracy(found: Findings) -> Section:
         tables.append(_leave_one_out(found.leave_one_out))
     if len(found.friedman):
         paragraphs.append(_friedman(found.friedman))
-    if len(found.mixed):
-        tables.append(_mixed(found.mixed))
     tables.append(_cells(found.cells))
     figures = ("accuracy_difference", "pareto_weights", "seed_spread")
     return Section("accuracy", "Accuracy", paragraphs, tables, figures)
@@ -169,22 +167,6 @@ def _friedman(table: pd.DataFrame) -> str:
         f"Friedman's test that all modes rank alike: p {p_value(row['p'])}, Kendall's W "
         f"{row['kendall_w']:.2f}, {plural(row['n_configurations'], 'configuration')}; mean ranks "
         f"(1 = most accurate): {ranks}."
-    )
-
-
-def _mixed(table: pd.DataFrame) -> Table:
-    return table_of(
-        "mixed_model",
-        "Exploration: a mixed model of all trials",
-        table,
-        {
-            "mode": text("quantization"),
-            "difference": lambda r: points(r["estimate"]),
-            "Wald interval, pp": lambda r: between(r["ci_low"], r["ci_high"], scale=100),
-            "p": lambda r: p_value(r["p"]),
-            "trials": lambda r: number(r["n_trials"], 0),
-        },
-        note=notes(table),
     )
 
 

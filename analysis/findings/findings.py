@@ -23,7 +23,7 @@ from analysis.statistics.cells import (
     seed_spread,
 )
 from analysis.statistics.comparison import compare_modes, leave_one_out
-from analysis.statistics.exploration import friedman, mixed_model
+from analysis.statistics.exploration import friedman
 from analysis.statistics.pairs import paired_differences
 from tune_study import schema
 
@@ -52,7 +52,6 @@ class Findings(NamedTuple):
     seed_spread: pd.DataFrame
     seed_sds: pd.DataFrame
     friedman: pd.DataFrame
-    mixed: pd.DataFrame
     leave_one_out: pd.DataFrame
     memory: pd.DataFrame
     ledger: pd.DataFrame
@@ -99,7 +98,6 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
         seed_spread=spread,
         seed_sds=pooled_sd(spread),
         friedman=friedman(paired),
-        mixed=mixed_model(paired, baseline=baseline),
         leave_one_out=leave_one_out(paired, baseline=baseline),
         memory=memory,
         ledger=ledger,

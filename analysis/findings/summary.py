@@ -149,7 +149,6 @@ def detailed_analysis(found: Findings) -> dict[str, Any]:
         "cells": "no trial ended well",
         "seed_sds": "no cell has two finished seeds",
         "friedman": "Friedman's test was not run",
-        "mixed": "the mixed model was not fitted",
         "leave_one_out": "no group can be left out",
         "memory": "no trial recorded its weights",
         "ledger": "no trial recorded its memory",
