@@ -29,7 +29,6 @@ METRICS = (
     "test_accuracy", "val_accuracy", "weights_bytes", "peak_train_bytes", "rss_peak_bytes",
     "images_per_s", "train_time_s",
 )  # fmt: skip
-HARDWARE_BOUND = ("peak_train_bytes", "rss_peak_bytes", "images_per_s", "train_time_s")
 CELL = [*CONFIGURATION, "quantization", "seed"]
 
 

@@ -6,7 +6,7 @@ as text and numbers. Everything that could not be used is named in ``Study.probl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,42 +86,6 @@ def write_tables(study: Study, path: str | Path) -> None:
     """trials and epochs as .csv and .parquet under ``path``, each file whole or not at all."""
     tables.write_frame(study.epochs, Path(path), "epochs")
     tables.write_frame(study.trials, Path(path), "trials")
-
-
-def read_studies(paths: Sequence[str | Path]) -> Study:
-    """Several studies as one, with a column ``study`` in both tables (``machine`` is there).
-
-    A trial_id can occur once per study, so the key is (study, trial_id). Two studies of one name
-    get a running number behind it. ``manifest`` holds ``study``, ``simulated``
-    and ``studies``, the list of manifests. Raises ``StudyError`` without a path, for a folder
-    given twice, and for a mixture of simulated and real studies.
-    """
-    if not paths:
-        raise StudyError("no study to read: name at least one study folder")
-    resolved = [Path(path).resolve() for path in paths]
-    for path in resolved:
-        if resolved.count(path) > 1:
-            raise StudyError(f"study {path} is named twice: name each folder once")
-    studies = [read_study(path) for path in paths]
-    kinds = {bool(study.manifest["simulated"]) for study in studies}
-    if len(kinds) > 1:
-        raise StudyError("simulated and real studies can't be merged: read them apart")
-    names: list[str] = []
-    for study in studies:
-        name = str(study.manifest["study"])
-        names.append(name if name not in names else f"{name} ({len(names) + 1})")
-    merged = [
-        pd.concat([frame.assign(study=pd.array([name] * len(frame), dtype="string"))
-                   for name, frame in zip(names, frames, strict=True)], ignore_index=True)
-        for frames in ([s.trials for s in studies], [s.epochs for s in studies])
-    ]  # fmt: skip
-    manifest = {
-        "study": " + ".join(names),
-        "simulated": kinds.pop(),
-        "studies": [study.manifest for study in studies],
-    }
-    problems = [f"{n}: {p}" for n, s in zip(names, studies, strict=True) for p in s.problems]
-    return Study(merged[0], merged[1], manifest, problems, None)
 
 
 def from_result_grid(grid: Any) -> Study:

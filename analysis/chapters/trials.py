@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -92,8 +91,3 @@ def provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
             if digest:
                 rows.append((f"data: {name}", f"sha256 {str(digest)[:16]}"))
     return rows
-
-
-def figure_keys(chapters: Sequence[Section]) -> list[str]:
-    """All figures in the order of the report."""
-    return [key for chapter in chapters for key in chapter.figures]

@@ -87,13 +87,6 @@ class Literature(NamedTuple):
     claims: tuple[Claim, ...]
     empty: tuple[dict[str, str], ...]
 
-    def cite(self, key: str) -> str:
-        """Short citation for a reader, such as ``Dettmers, ... (2023), arXiv 2305.14314``."""
-        source = self.sources[key]
-        year = f" ({source.year})" if source.year else ""
-        arxiv = f", arXiv {source.arxiv}" if source.arxiv else ""
-        return f"{source.authors}{year}: {source.title}{arxiv}"
-
 
 def load(path: Path | None = None, *, recalled: bool = False) -> Literature:
     """Read and validate the file; figures graded ``recalled`` only when asked for.

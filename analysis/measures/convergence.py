@@ -29,7 +29,6 @@ METRICS = (
 )
 _ABOUT = [
     "trial_id",
-    "study",
     "machine",
     *CONFIGURATION,
     "quantization",
@@ -54,11 +53,9 @@ def convergence_table(epochs: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFram
     - ``loss_gap``: validation minus training loss at the best epoch, nats;
     - ``note``: why a measure is missing.
 
-    The best epoch is the first with the highest validation accuracy. With several studies a trial
-    is (study, trial_id).
+    The best epoch is the first with the highest validation accuracy.
     """
-    keys = ["study", "trial_id"] if "study" in trials and "study" in epochs else ["trial_id"]
-    curves = _Curves(epochs, trials, keys)
+    curves = _Curves(epochs, trials)
     measures = {name: np.full(len(trials), np.nan) for name in METRICS}
     measures |= _levels(curves, len(trials)) | _losses(curves, len(trials))
     status = trials["status"]
@@ -90,8 +87,8 @@ class _Curves:
     that has any, ``owner`` that trial's position.
     """
 
-    def __init__(self, epochs: pd.DataFrame, trials: pd.DataFrame, keys: list[str]) -> None:
-        place = _index(trials, keys).get_indexer(_index(epochs, keys))
+    def __init__(self, epochs: pd.DataFrame, trials: pd.DataFrame) -> None:
+        place = pd.Index(trials["trial_id"]).get_indexer(pd.Index(epochs["trial_id"]))
         number = epochs["epoch"].fillna(0).to_numpy("int64")
         rows = np.flatnonzero(place >= 0)
         rows = rows[np.lexsort((number[rows], place[rows]))]
@@ -111,10 +108,6 @@ class _Curves:
         """One value per trial with epochs, spread over that trial's rows."""
         lengths = np.diff(np.append(self.start, len(self.trial)))
         return np.repeat(values, lengths)
-
-
-def _index(table: pd.DataFrame, keys: list[str]) -> pd.Index:
-    return pd.Index(table[keys[0]]) if len(keys) == 1 else pd.MultiIndex.from_frame(table[keys])
 
 
 def _levels(curves: _Curves, n_trials: int) -> dict[str, Floats]:

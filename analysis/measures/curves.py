@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.folder.contents import read_json
-from analysis.statistics.cells import CONFIGURATION, _studies
+from analysis.statistics.pairs import PAIR
 
 
 def curve_bands(
@@ -22,9 +22,8 @@ def curve_bands(
     ``n`` is the number of trials that reached the epoch. Epochs that fewer than half of the
     group's trials reached are left out: there the mean would be that of the survivors.
     """
-    axes = trials.loc[:, ["trial_id", *_studies(trials), "model", "dataset", "quantization"]]
-    on = ["trial_id", "study"] if "study" in epochs and "study" in axes else ["trial_id"]
-    joined = epochs.loc[:, [*on, "epoch", metric]].merge(axes, on=on, how="inner")
+    axes = trials.loc[:, ["trial_id", "model", "dataset", "quantization"]]
+    joined = epochs.loc[:, ["trial_id", "epoch", metric]].merge(axes, on="trial_id", how="inner")
     joined["value"] = joined[metric].astype("float64")
     joined = joined[np.isfinite(joined["value"])]
     keys = ["model", "dataset", "quantization"]
@@ -47,17 +46,13 @@ def curve_gaps(
 
     Paired on configuration and seed, so that what the pair shares (seed, data order) cancels.
     """
-    on = [*(["study"] if "study" in trials and "study" in epochs else []), *CONFIGURATION, "seed"]
-    keys = ["trial_id", *(["study"] if "study" in on else [])]
-    axes = trials.loc[:, list(dict.fromkeys([*keys, *on, "quantization"]))]
-    joined = epochs.loc[:, [*keys, "epoch", metric]].merge(axes, on=keys, how="inner")
+    axes = trials.loc[:, ["trial_id", *PAIR, "quantization"]]
+    joined = epochs.loc[:, ["trial_id", "epoch", metric]].merge(axes, on="trial_id", how="inner")
     base = joined[joined["quantization"] == baseline].drop(columns=["trial_id", "quantization"])
     ours = joined[joined["quantization"] != baseline]
-    pairs = ours.merge(base, on=[*on, "epoch"], suffixes=("", "_base"), how="inner")
+    pairs = ours.merge(base, on=[*PAIR, "epoch"], suffixes=("", "_base"), how="inner")
     pairs["value"] = pairs[metric] - pairs[f"{metric}_base"]
-    return curve_bands(
-        pairs.loc[:, ["trial_id", *keys[1:], "epoch", "value"]], trials, metric="value"
-    )
+    return curve_bands(pairs.loc[:, ["trial_id", "epoch", "value"]], trials, metric="value")
 
 
 def layer_gradients(

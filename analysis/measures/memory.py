@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.folder.contents import read_json
-from analysis.statistics.cells import _studies, modes_of
+from analysis.statistics.cells import machine_of, modes_of
 
 BITS = {"int8": 8.0, "nf4": 4.5, "nf4-dq": 4.127, "fp4": 4.5, "fp4-dq": 4.127}
 """Bits per quantized weight: 4 plus 32/64 for one fp32 constant per block of 64, or plus
@@ -138,7 +138,7 @@ def peak_ratios(ledger: pd.DataFrame, baseline: str = "none") -> pd.DataFrame:
 
     Columns: the scope, ``quantization, ratio, activation_share, peak_source, n``.
     """
-    scope = [n for n in ("study", "machine", "model", "batch_size") if n in ledger]
+    scope = [n for n in ("machine", "model", "batch_size") if n in ledger]
     columns = [*scope, "quantization", "ratio", "activation_share", "peak_source", "n"]
     if ledger.empty:
         return pd.DataFrame(columns=columns)
@@ -169,7 +169,7 @@ def memory_ledger(trials: pd.DataFrame) -> pd.DataFrame:
     """
     parts = [*LEDGER, "peak_train_bytes"]
     ran = trials[trials[list(LEDGER)].notna().any(axis=1)]
-    keys = [*_studies(ran), "model", "batch_size", "quantization"]
+    keys = [*machine_of(ran), "model", "batch_size", "quantization"]
     values = ran.assign(**{name: ran[name].astype("float64") for name in parts})
     grouped = values.groupby(keys, observed=True, sort=False, dropna=False)
     table = grouped[parts].mean()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.statistics.cells import CONFIGURATION, _studies, finished
+from analysis.statistics.cells import CONFIGURATION, finished, machine_of
 
 
 def pareto_front(
@@ -24,8 +24,8 @@ def pareto_front(
     good = good.assign(
         _cost=good[cost].astype("float64"), _score=good[metric].astype("float64")
     ).dropna(subset=["_cost", "_score"])
-    scope = [*_studies(good), "dataset"]
-    keys = list(dict.fromkeys([*_studies(good), *CONFIGURATION, "quantization"]))
+    scope = [*machine_of(good), "dataset"]
+    keys = list(dict.fromkeys([*machine_of(good), *CONFIGURATION, "quantization"]))
     grouped = good.groupby(keys, observed=True, sort=False, dropna=False)
     table = grouped.agg(score=("_score", "mean"), cost=("_cost", "mean"), n=("_score", "size"))
     table = table.reset_index()

@@ -27,7 +27,7 @@ def finished(trials: pd.DataFrame) -> pd.DataFrame:
 
 def cells(trials: pd.DataFrame, metric: str = "test_accuracy") -> pd.DataFrame:
     """One row per (configuration, mode): n, mean, sd, min and max of ``metric`` over its seeds."""
-    keys = [*_studies(trials), *CONFIGURATION, "quantization"]
+    keys = [*machine_of(trials), *CONFIGURATION, "quantization"]
     good = finished(trials)
     good = good.assign(_value=good[metric].astype("float64")).dropna(subset=["_value"])
     grouped = good.groupby(keys, observed=True, sort=False)["_value"]
@@ -35,8 +35,9 @@ def cells(trials: pd.DataFrame, metric: str = "test_accuracy") -> pd.DataFrame:
     return table
 
 
-def _studies(trials: pd.DataFrame) -> list[str]:
-    return [name for name in ("study", "machine") if name in trials]
+def machine_of(trials: pd.DataFrame) -> list[str]:
+    """The column that keeps hardware apart, where the table has it."""
+    return ["machine"] if "machine" in trials else []
 
 
 def seed_spread(trials: pd.DataFrame, metric: str = "test_accuracy") -> pd.DataFrame:
@@ -47,7 +48,7 @@ def seed_spread(trials: pd.DataFrame, metric: str = "test_accuracy") -> pd.DataF
     """
     good = finished(trials)
     good = good.assign(_value=good[metric].astype("float64")).dropna(subset=["_value"])
-    keys = [*_studies(good), *CONFIGURATION, "quantization"]
+    keys = [*machine_of(good), *CONFIGURATION, "quantization"]
     grouped = good.groupby(keys, observed=True, dropna=False)["_value"]
     table = good.loc[:, [*keys, "seed"]].assign(
         deviation=good["_value"] - grouped.transform("mean"), n=grouped.transform("size")

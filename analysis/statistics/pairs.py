@@ -11,6 +11,8 @@ from analysis.folder.contents import StudyError
 from analysis.statistics.cells import CONFIGURATION
 from tune_study import schema
 
+PAIR = [*CONFIGURATION, "seed"]
+"""What a quantized trial and the baseline that it is set against share."""
 EXACT = {
     "total_parameters",
     "trainable_parameters",
@@ -92,13 +94,8 @@ def _require_one_machine(trials: pd.DataFrame, metric: str) -> None:
         )
 
 
-def cell_keys(trials: pd.DataFrame) -> list[str]:
-    """What a pair shares: configuration and seed, and the study where several are merged."""
-    return [*CONFIGURATION, *(["study"] if "study" in trials else []), "seed"]
-
-
 def cells(trials: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
-    """``metric`` with a row per value of ``keys``, such as :func:`cell_keys`, a column per mode.
+    """``metric`` with a row per value of ``keys``, such as ``PAIR``, a column per mode.
 
     Trials that agree on all of these (they differ in another setting) are averaged.
     """
@@ -111,7 +108,7 @@ def cells(trials: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
 def duplicates(trials: pd.DataFrame, metric: str) -> int:
     """Trials beyond the first in a cell, which no axis of the table tells apart."""
     good = ended_well(trials, metric)
-    return int(good.duplicated([*cell_keys(trials), "quantization"]).sum())
+    return int(good.duplicated([*PAIR, "quantization"]).sum())
 
 
 def paired_differences(
@@ -129,7 +126,7 @@ def paired_differences(
     ``StudyError``, also for a measure of the hardware that would be paired across machines.
     """
     check(trials, metric, baseline, 0.95)
-    keys = cell_keys(trials)
+    keys = list(PAIR)
     if not same_machine:
         _require_one_machine(trials, metric)
     elif "machine" in trials:
@@ -153,9 +150,8 @@ def paired_differences(
 
 def planned_pairs(trials: pd.DataFrame, mode: str, baseline: str) -> int:
     """Pairs that the plan holds, whatever became of their trials."""
-    keys = cell_keys(trials)
     ours, theirs = (
-        pd.MultiIndex.from_frame(trials.loc[trials["quantization"] == name, keys]).unique()
+        pd.MultiIndex.from_frame(trials.loc[trials["quantization"] == name, PAIR]).unique()
         for name in (mode, baseline)
     )
     return int(ours.isin(theirs).sum()) if len(ours) and len(theirs) else 0
@@ -168,37 +164,9 @@ def cell_means(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.Dat
     """
     check(trials, metric, None, 0.95)
     _require_one_machine(trials, metric)
-    means = cells(trials, metric, cell_keys(trials)).groupby(CONFIGURATION, dropna=False).mean()
+    means = cells(trials, metric, PAIR).groupby(CONFIGURATION, dropna=False).mean()
     known = [mode for mode in modes_beside(trials, None) if mode in means]
     return means[known].reset_index().rename_axis(columns=None)
-
-
-def mode_means(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.DataFrame:
-    """Per mode: the mean over configuration means, their sd and range, and what stands behind it.
-
-    These describe. Modes that lost trials are means of other configurations than the rest: compare
-    by :func:`analysis.statistics.compare_modes`.
-    """
-    means = cell_means(trials, metric=metric)
-    good = ended_well(trials, metric)["quantization"].value_counts()
-    rows = []
-    for mode in modes_beside(trials, None):
-        values = means[mode].dropna() if mode in means else pd.Series(dtype="float64")
-        note = "" if len(values) > 1 else f"{len(values)} configuration(s): no spread to tell"
-        rows.append(
-            {
-                "quantization": mode,
-                "metric": metric,
-                "n_configurations": len(values),
-                "n_trials": int(good.get(mode, 0)),
-                "mean": values.mean(),
-                "sd": values.std(),
-                "minimum": values.min(),
-                "maximum": values.max(),
-                "note": note,
-            }
-        )
-    return pd.DataFrame(rows)
 
 
 def seed_intervals(
@@ -219,7 +187,7 @@ def seed_intervals(
     check(trials, metric, baseline, confidence)
     _require_one_machine(trials, metric)
     if baseline is None:
-        wide = cells(trials, metric, cell_keys(trials))
+        wide = cells(trials, metric, PAIR)
         long = wide.melt(ignore_index=False, value_name="x").reset_index()
     else:
         pairs = paired_differences(trials, metric=metric, baseline=baseline)

@@ -15,8 +15,6 @@ from analysis.statistics.cells import CONFIGURATION
 from analysis.statistics.inference import is_constant, t_interval
 from analysis.statistics.pairs import modes_beside, paired_differences
 
-QUANTITIES = ("score ratio", "error ratio", "chance-corrected ratio")
-
 
 def with_chance(pairs: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
     """``pairs`` and the ``chance`` of their data set: 1 / classes, NaN where those are unknown."""
@@ -82,9 +80,10 @@ def _geometric_mean(
     """Geometric mean of ``above / below`` over configurations, with a t-interval of the logs."""
     top, bottom = above.to_numpy("float64"), below.to_numpy("float64")
     usable = (top > 0) & (bottom > 0)
-    keys = [key for key in ("study", *CONFIGURATION) if key in pairs]
-    logs = pairs.loc[usable, keys].assign(log=np.log(top[usable] / bottom[usable]))
-    means = logs.groupby(keys, observed=True, dropna=False)["log"].mean().to_numpy("float64")
+    logs = pairs.loc[usable, CONFIGURATION].assign(log=np.log(top[usable] / bottom[usable]))
+    means = (
+        logs.groupby(CONFIGURATION, observed=True, dropna=False)["log"].mean().to_numpy("float64")
+    )
     notes = []
     if not usable.all():
         notes.append(

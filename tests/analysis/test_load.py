@@ -160,40 +160,6 @@ def test_tables_that_mix_are_refused(folder: Path) -> None:
         load.read_study(folder)
 
 
-def test_studies_of_both_kinds_do_not_merge(folder: Path, tmp_path: Path) -> None:
-    other = synthetic.write_study(tmp_path / "other", CELLS, simulated=True, epochs=2)
-    assert load.read_study(other).trials["simulated"].all()
-    with pytest.raises(StudyError, match="can't be merged"):
-        load.read_studies([folder, other])
-
-
-# ---- several studies
-
-
-def test_studies_merge_with_their_names_and_machines(folder: Path, tmp_path: Path) -> None:
-    other = synthetic.write_study(tmp_path / "b" / "study", CELLS, epochs=4, rng_seed=1)
-    hardware = {"cpu": "Other CPU", "cores": 4}
-    for path in other.glob("*/results.json"):
-        change(path, lambda value: value["meta"].update(hardware=hardware))
-    (folder / "stray.txt").write_text("")
-    merged = load.read_studies([folder, other])
-    assert merged.trials["study"].unique().tolist() == ["study", "study (2)"]
-    assert len(merged.trials) == 2 * len(CELLS)
-    by_study = merged.trials.groupby("study")["machine"].unique()
-    assert by_study["study (2)"].tolist() == ["Other CPU, 4 cores"]
-    assert "Test CPU, 2 cores, 7.5 GiB" in by_study["study"].tolist()
-    assert merged.epochs.groupby("study").size()["study (2)"] == 4 * len(CELLS)
-    assert merged.problems[0].startswith("study: ")
-    assert [m["study"] for m in merged.manifest["studies"]] == ["study", "study"]
-
-
-def test_merging_refuses_nothing_and_the_same_twice(folder: Path) -> None:
-    with pytest.raises(StudyError, match="no study"):
-        load.read_studies([])
-    with pytest.raises(StudyError, match="twice"):
-        load.read_studies([folder, folder / ".." / "study"])
-
-
 # ---- start-up
 
 

@@ -134,17 +134,6 @@ def test_a_whole_study_agrees_with_the_slow_version() -> None:
     assert np.isnan(got.iloc[1]["stopped_early"])
 
 
-def test_merged_studies_are_told_apart() -> None:
-    first = tables({"t": {"val_accuracy": [0.1, 0.5], "train_loss": [1.0, 0.5]}})
-    second = tables({"t": {"val_accuracy": [0.5, 0.5], "train_loss": [1.0, 0.5]}})
-    epochs, trials = (
-        pd.concat([a.assign(study="a"), b.assign(study="b")])
-        for a, b in zip(first, second, strict=True)
-    )
-    got = convergence.convergence_table(epochs, trials)
-    assert got["epochs_to_95"].tolist() == [2, 1]
-
-
 def test_early_stopping_per_mode() -> None:
     cells = synthetic.plan(datasets=("cifar10",), lora=((4, 8),))
     stopped = {

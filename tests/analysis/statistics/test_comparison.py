@@ -188,7 +188,7 @@ def test_measures_of_different_machines_are_not_pooled() -> None:
     assert "2 machines" in row["note"]
     assert np.isnan(row["mean_difference"])
     assert one(comparison.compare_modes(table, metric="test_loss"))["n_configurations"] == 3
-    for function in (pairs.cell_means, pairs.mode_means, pairs.seed_intervals,
+    for function in (pairs.cell_means, pairs.seed_intervals,
                      pairs.paired_differences):  # fmt: skip
         with pytest.raises(StudyError, match="2 machines"):
             function(table, metric="peak_train_bytes")

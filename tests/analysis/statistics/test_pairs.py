@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
@@ -44,19 +43,6 @@ def test_seeds_that_do_not_match_are_no_pair() -> None:
     assert pairs.paired_differences(table)["lora_r"].tolist() == [2]
 
 
-def test_studies_are_paired_within_themselves() -> None:
-    table = pd.concat(
-        [
-            study({"nf4": [0.01, 0.02]}, study="a"),
-            study({"nf4": [0.03, 0.06]}, base=0.7, study="b"),
-        ]
-    )
-    got = pairs.paired_differences(table)
-    assert sorted(got["difference"]) == pytest.approx([0.01, 0.02, 0.03, 0.06])
-    row = one(comparison.compare_modes(table))
-    assert (row["n_configurations"], row["n_pairs"]) == (2, 4)
-
-
 def test_margins_by_metric_and_data() -> None:
     table = study({"nf4": [0.0, 0.01]})
     assert pairs.margin_of(table, "test_accuracy") == 0.01
@@ -82,14 +68,10 @@ def test_seed_intervals_are_scipys() -> None:
     assert same["note"].str.contains("agree exactly").all()
 
 
-def test_cell_and_mode_means() -> None:
+def test_cell_means() -> None:
     trials, _ = synthetic.study_frames(failures={0: "oom"})
     good = trials[trials["status"] == "completed"]
     cells = pairs.cell_means(trials).set_index(CONFIGURATION)
     slow = good.groupby([*CONFIGURATION, "quantization"])["test_accuracy"].mean()
     for key, value in slow.items():
         assert cells.loc[key[:-1], key[-1]] == pytest.approx(value)
-    modes = pairs.mode_means(trials).set_index("quantization")
-    assert modes.loc["none", "n_trials"] == 35
-    assert modes.loc["nf4", "mean"] == pytest.approx(slow.xs("nf4", level=-1).mean())
-    assert modes.loc["nf4", "sd"] == pytest.approx(slow.xs("nf4", level=-1).std())
