@@ -107,7 +107,7 @@ def _table(a: pd.DataFrame, b: pd.DataFrame, shared: pd.Index) -> pd.DataFrame:
     stacked = stacked[pd.MultiIndex.from_frame(stacked[CELL]).isin(shared)]
     # The pairs are across machines on purpose; compare_modes would refuse them.
     stacked = stacked.drop(columns="machine", errors="ignore")
-    modes = modes_of(stacked)
+    modes = modes_of(stacked["quantization"])
     rows = []
     for metric in METRICS:
         if not stacked[metric].notna().any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis.findings.findings import Findings
-from analysis.statistics.cells import finished, in_order
+from analysis.statistics.cells import finished, modes_of
 from analysis.text.layout import Section, Table, count, notes, table_of, text
 from analysis.text.wording import between, known, number, p_value, percent, plural, points, signed
 
@@ -70,7 +70,7 @@ def _choice_of_epoch(trials: pd.DataFrame) -> list[str]:
     early = trials["best_epoch"] < trials["epochs_completed"]
     by_mode = early.groupby(trials["quantization"], observed=True)
     per_mode = {mode: f"{mode} {own.sum()} of {len(own)}" for mode, own in by_mode}
-    kept = ", ".join(per_mode[mode] for mode in in_order(per_mode))
+    kept = ", ".join(per_mode[mode] for mode in modes_of(trials["quantization"]))
     return [
         "A trial is tested as it was after the epoch with its best validation accuracy "
         f"({errors}). Epochs that differ by less are told apart by chance, and an early one that "

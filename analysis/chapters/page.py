@@ -64,7 +64,10 @@ def make_page(found: Findings) -> Page:
         question=QUESTION,
         scope=_scope(trials, progress),
         decisions=[_cleaned(line) for line in found.decisions],
-        modes=[(clean(mode), WORDS.get(mode, "unknown mode")) for mode in modes_of(trials)],
+        modes=[
+            (clean(mode), WORDS.get(mode, "unknown mode"))
+            for mode in modes_of(trials["quantization"])
+        ],
         glance=glance(found) if found.search is None else _of_search(found),
         sections=[cleaned(section) for section in sections(found)],
         figures=draw_all(found),
@@ -160,7 +163,7 @@ def glance(found: Findings) -> Table:
     """One row per mode: accuracy, weights, peak, speed."""
     compared = {str(row["quantization"]): row for row in found.comparison.to_dict("records")}
     rows = []
-    for mode in modes_of(found.study.trials):
+    for mode in modes_of(found.study.trials["quantization"]):
         memory = found.memory[found.memory["quantization"] == mode]
         peaks = found.peaks[found.peaks["quantization"] == mode]
         speed = found.speed[found.speed["quantization"] == mode]

@@ -19,7 +19,7 @@ from analysis.figures.style import (
     settings,
     style,
 )
-from analysis.statistics.cells import in_order
+from analysis.statistics.cells import modes_of
 from analysis.text.wording import short, signed
 
 _PARTS = ("#444444", "#E69F00", "#56B4E9", "#009E73", "#CCCCCC")
@@ -108,7 +108,7 @@ def plot_pareto(
             axis.set_xlim(low / pad, high * pad)
             axis.set_xlabel(label)
             axis.set_ylabel("test accuracy, %")
-        modes = in_order(table["quantization"])
+        modes = modes_of(table["quantization"])
         handles = [Line2D([], [], color=style(m)[0], marker=style(m)[1], ls="") for m in modes]
         handles += [
             Line2D([], [], color="black", marker="o", ls="", fillstyle=fills[i % len(fills)])
@@ -224,7 +224,7 @@ def plot_seeds(table: pd.DataFrame, sds: pd.DataFrame, *, title: str, caption: s
     if table.empty:
         return Drawn(key, title, caption, None, "no cell has two finished seeds")
     with settings():
-        modes = in_order(sds["quantization"])
+        modes = modes_of(sds["quantization"])
         sds = sds.set_index("quantization").loc[modes].reset_index()
         figure, axes = new_figure(0.9 + 0.5 * len(modes))
         axis = axes[0, 0]

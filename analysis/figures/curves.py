@@ -14,7 +14,7 @@ from analysis.figures.style import (
     settings,
     style,
 )
-from analysis.statistics.cells import in_order
+from analysis.statistics.cells import modes_of
 from analysis.text.wording import short
 
 
@@ -64,7 +64,7 @@ def plot_curves(
                 plain_log(axis.yaxis, *axis.get_ylim())
                 plain_log(axis.yaxis, *axis.get_ylim())
                 plain_log(axis.yaxis, *axis.get_ylim())
-        modes = in_order(table["quantization"])
+        modes = modes_of(table["quantization"])
         handles = [
             Line2D([], [], color=style(m)[0], ls=style(m)[2], marker=style(m)[1], ms=4)
             for m in modes

@@ -6,7 +6,7 @@ import numpy as np
 
 from analysis.figures.style import Drawn, legend_below, new_figure, plain_log, settings, style
 from analysis.measures.search import Searched
-from analysis.statistics.cells import in_order
+from analysis.statistics.cells import modes_of
 from analysis.text.wording import name_of, parameter_of
 from tune_study import schema
 
@@ -39,7 +39,7 @@ def _front(found: Searched) -> Drawn:
     (x_scale, x_label), (y_scale, y_label) = _scale(x), _scale(y)
     from matplotlib.lines import Line2D
 
-    modes = in_order(found.trials["quantization"])
+    modes = modes_of(found.trials["quantization"])
     with settings():
         figure, axes = new_figure(3.4)
         axis = axes[0, 0]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.measures import memory
 from analysis.statistics import planning
-from analysis.statistics.cells import in_order
+from analysis.statistics.cells import modes_of
 from analysis.statistics.pairs import seed_intervals
 from analysis.text.wording import between, megabytes, plural, signed, span
 from tune_study import schema
@@ -201,7 +201,7 @@ def smallest_weights(memory: pd.DataFrame) -> Decision:
     question = "The base weights must be small (disk, sending, inference)"
     if memory.empty:
         return Decision(question, "Not known: no trial recorded its weights", "", "", False)
-    mode = _by_size(in_order(memory["quantization"]), memory)[0]
+    mode = _by_size(modes_of(memory["quantization"]), memory)[0]
     own = memory[memory["quantization"] == mode].drop_duplicates("model")
     sizes = "; ".join(_size_in_words(row) for row in own.head(3).to_dict("records"))
     return Decision(question, f"Use {mode}", sizes, "exact, from the tensors", True, mode)
@@ -281,7 +281,7 @@ def stability(trials: pd.DataFrame) -> Decision:
     question = "Training must not break down"
     ended = trials[trials["status"].isin((*schema.GOOD_STATUSES, "diverged"))]
     parts, total = [], 0
-    for mode in in_order(ended["quantization"]):
+    for mode in modes_of(ended["quantization"]):
         own = ended[ended["quantization"] == mode]
         bad = int((own["status"] == "diverged").sum())
         total += bad

@@ -136,7 +136,7 @@ def counts(trials: pd.DataFrame) -> pd.DataFrame:
     """Trials per mode and status: a row per mode in the schema's order, a column per status."""
     table = pd.crosstab(trials["quantization"], trials["status"])
     order = [status for status in schema.STATUSES if status in table]
-    table = table.reindex(modes_of(trials))[order]
+    table = table.reindex(modes_of(trials["quantization"]))[order]
     return table.assign(planned=table.sum(axis=1)).rename_axis(columns=None)
 
 
@@ -164,7 +164,7 @@ def means_per_mode(trials: pd.DataFrame, metrics: tuple[str, ...]) -> pd.DataFra
     """Mean of each metric over configuration means, per mode; ``n`` trials that ended well."""
     good = finished(trials)
     rows: list[dict[str, Any]] = []
-    for mode in modes_of(trials):
+    for mode in modes_of(trials["quantization"]):
         own = good[good["quantization"] == mode]
         row: dict[str, Any] = {"quantization": mode, "n": len(own)}
         for metric in metrics:

@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.literature import claims as lit
-from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.cells import CONFIGURATION, finished
 from analysis.statistics.pairs import paired_differences
-from tune_study import schema
 
 _COLUMNS = (
     "source", "table", "task", "model", "method", "value", "value_high", "unit", "our_model",
@@ -68,8 +67,7 @@ def _ours(trials: pd.DataFrame, claim: lit.Claim, metric: str) -> list[dict[str,
     """Our value for each model on the claim's data set: an accuracy, or a loss of accuracy."""
     if claim.dataset is None:
         return []
-    own = trials[trials["status"].isin(schema.GOOD_STATUSES) & trials[metric].notna()]
-    own = own[own["dataset"] == claim.dataset]
+    own = finished(trials[trials["dataset"] == claim.dataset], metric)
     if claim.unit == _RANGE:
         pairs = paired_differences(own, metric=metric)
         pairs = pairs[pairs["quantization"] == claim.quantization]

@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.cells import CONFIGURATION, modes_of
 from analysis.statistics.comparison import compare_modes
-from analysis.statistics.pairs import modes_beside
 from tune_study import schema
 
 Floats = npt.NDArray[np.float64]
@@ -196,7 +195,7 @@ def early_stopping(table: pd.DataFrame) -> pd.DataFrame:
     epochs_min, epochs_max (epochs trained), note.
     """
     rows = []
-    for mode in modes_beside(table, None):
+    for mode in modes_of(table["quantization"]):
         own = table[(table["quantization"] == mode) & table["stopped_early"].notna()]
         rows.append(
             {

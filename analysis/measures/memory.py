@@ -178,5 +178,6 @@ def memory_ledger(trials: pd.DataFrame) -> pd.DataFrame:
         lambda sources: "; ".join(sorted(set(sources.dropna()))[:3])
     )
     table = table.reset_index()
-    table["_order"] = table["quantization"].map({m: i for i, m in enumerate(modes_of(trials))})
+    places = {mode: place for place, mode in enumerate(modes_of(trials["quantization"]))}
+    table["_order"] = table["quantization"].map(places)
     return table.sort_values(["model", "_order"], kind="stable").drop(columns="_order")

@@ -20,14 +20,11 @@ def pareto_front(
     are never ranked together), the cells that no other cell beats: none is at most as costly and
     at least as accurate, and better in one of the two. Cells without a cost are left out.
     """
-    good = finished(trials)
-    good = good.assign(
-        _cost=good[cost].astype("float64"), _score=good[metric].astype("float64")
-    ).dropna(subset=["_cost", "_score"])
+    good = finished(finished(trials, metric), cost)
     scope = [*machine_of(good), "dataset"]
-    keys = list(dict.fromkeys([*machine_of(good), *CONFIGURATION, "quantization"]))
+    keys = [*machine_of(good), *CONFIGURATION, "quantization"]
     grouped = good.groupby(keys, observed=True, sort=False, dropna=False)
-    table = grouped.agg(score=("_score", "mean"), cost=("_cost", "mean"), n=("_score", "size"))
+    table = grouped.agg(score=(metric, "mean"), cost=(cost, "mean"), n=(metric, "size"))
     table = table.reset_index()
     table["on_front"] = False
     for _, group in table.groupby(scope, observed=True, dropna=False):

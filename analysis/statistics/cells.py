@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
+import numpy as np
 import pandas as pd
 
 from tune_study import schema
@@ -13,26 +11,28 @@ CONFIGURATION = ["model", "dataset", "lora_r", "lora_alpha"]
 """The unit of inference: every axis but quantization and seed."""
 
 
-def modes_of(trials: pd.DataFrame) -> list[str]:
-    """The study's quantization modes in the schema's order, unknown ones last."""
-    present = [str(mode) for mode in trials["quantization"].dropna().unique()]
+def modes_of(column: pd.Series) -> list[str]:
+    """Each quantization mode once, as the schema orders them; unknown ones last."""
+    # unique() first: walking an arrow-backed column row by row takes longer than the statistics.
+    present = {str(mode) for mode in column.dropna().unique()}
     known = [mode for mode in schema.MODES if mode in present]
-    return known + sorted(set(present) - set(known))
+    return known + sorted(present - set(known))
 
 
-def finished(trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials that ended well."""
-    return trials[trials["status"].isin(schema.GOOD_STATUSES)]
+def finished(trials: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
+    """The trials that ended well; with a ``metric``, those in which it is finite, as a float."""
+    good = trials[trials["status"].isin(schema.GOOD_STATUSES)]
+    if metric is None:
+        return good
+    value = good[metric].astype("float64")
+    return good.assign(**{metric: value})[np.isfinite(value.to_numpy())]
 
 
 def cells(trials: pd.DataFrame, metric: str = "test_accuracy") -> pd.DataFrame:
     """One row per (configuration, mode): n, mean, sd, min and max of ``metric`` over its seeds."""
     keys = [*machine_of(trials), *CONFIGURATION, "quantization"]
-    good = finished(trials)
-    good = good.assign(_value=good[metric].astype("float64")).dropna(subset=["_value"])
-    grouped = good.groupby(keys, observed=True, sort=False)["_value"]
-    table = grouped.agg(n="size", mean="mean", sd="std", min="min", max="max").reset_index()
-    return table
+    grouped = finished(trials, metric).groupby(keys, observed=True, sort=False)[metric]
+    return grouped.agg(n="size", mean="mean", sd="std", min="min", max="max").reset_index()
 
 
 def machine_of(trials: pd.DataFrame) -> list[str]:
@@ -46,12 +46,11 @@ def seed_spread(trials: pd.DataFrame, metric: str = "test_accuracy") -> pd.DataF
     Columns: the configuration, ``quantization, seed, deviation`` (fraction) and ``n``, the seeds of
     its cell.
     """
-    good = finished(trials)
-    good = good.assign(_value=good[metric].astype("float64")).dropna(subset=["_value"])
+    good = finished(trials, metric)
     keys = [*machine_of(good), *CONFIGURATION, "quantization"]
-    grouped = good.groupby(keys, observed=True, dropna=False)["_value"]
+    grouped = good.groupby(keys, observed=True, dropna=False)[metric]
     table = good.loc[:, [*keys, "seed"]].assign(
-        deviation=good["_value"] - grouped.transform("mean"), n=grouped.transform("size")
+        deviation=good[metric] - grouped.transform("mean"), n=grouped.transform("size")
     )
     return table[table["n"] >= 2].reset_index(drop=True)
 
@@ -65,9 +64,3 @@ def pooled_sd(spread: pd.DataFrame) -> pd.DataFrame:
         squares = float((group["deviation"] ** 2).sum())
         rows.append({"quantization": mode, "sd": (squares / freedom) ** 0.5, "df": round(freedom)})
     return pd.DataFrame(rows, columns=["quantization", "sd", "df"])
-
-
-def in_order(modes: Iterable[Any]) -> list[str]:
-    """Each mode once, as the schema orders them; unknown ones last."""
-    present = list(dict.fromkeys(str(mode) for mode in modes))
-    return [m for m in schema.MODES if m in present] + [m for m in present if m not in schema.MODES]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from analysis.statistics.cells import modes_of
 from analysis.statistics.pairs import (
     cell_means,
     check,
     machines,
-    modes_beside,
 )
 
 
@@ -23,7 +23,7 @@ def friedman(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.DataF
     from scipy.stats import friedmanchisquare
 
     check(trials, metric, None, 0.95)
-    modes, count = modes_beside(trials, None), machines(trials, metric)
+    modes, count = modes_of(trials["quantization"]), machines(trials, metric)
     means = cell_means(trials if count == 1 else trials.iloc[:0], metric=metric)
     present = [mode for mode in modes if mode in means]
     values = means[present].to_numpy("float64")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.folder.contents import StudyError
-from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.cells import CONFIGURATION, finished, modes_of
 from tune_study import schema
 
 PAIR = [*CONFIGURATION, "seed"]
@@ -48,42 +48,24 @@ def check(trials: pd.DataFrame, metric: str, baseline: str | None, confidence: f
         raise StudyError(f"metric {metric!r} is no column of the trials table: {meant}")
     if not pd.api.types.is_numeric_dtype(trials[metric].dtype):
         raise StudyError(f"metric {metric!r} holds no numbers: choose a numeric column")
-    if baseline is not None and baseline not in {*schema.MODES, *_words(trials["quantization"])}:
-        raise StudyError(f"baseline {baseline!r} is no quantization mode: choose of {_modes()}")
+    if baseline is not None and baseline not in {*schema.MODES, *modes_of(trials["quantization"])}:
+        raise StudyError(
+            f"baseline {baseline!r} is no quantization mode: choose of {', '.join(schema.MODES)}"
+        )
     if not 0.5 <= confidence < 1:
         raise StudyError(f"confidence {confidence} is not within 0.5 to 1: use e.g. 0.95")
 
 
-def _modes() -> str:
-    return ", ".join(schema.MODES)
-
-
-def modes_beside(trials: pd.DataFrame, baseline: str | None) -> list[str]:
+def modes_beside(trials: pd.DataFrame, baseline: str) -> list[str]:
     """The modes that are planned, in the schema's order, without ``baseline``."""
-    planned = _words(trials["quantization"]) - {baseline}
-    known = [mode for mode in schema.MODES if mode in planned]
-    return known + sorted(planned - set(known))
-
-
-def _words(column: pd.Series) -> set[str]:
-    # unique() first: walking an arrow-backed column row by row takes longer than the statistics.
-    return set(column.dropna().unique())
-
-
-def ended_well(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The trials that trained as planned and have a finite ``metric``."""
-    value = trials[metric].astype("float64")
-    good = np.isfinite(value.to_numpy())
-    if "status" in trials:
-        good &= trials["status"].isin(schema.GOOD_STATUSES).to_numpy(dtype=bool)
-    return trials.assign(**{metric: value})[good]
+    return [mode for mode in modes_of(trials["quantization"]) if mode != baseline]
 
 
 def machines(trials: pd.DataFrame, metric: str) -> int:
     """Different machines among the trials that ``metric`` would be compared over, 1 if unbound."""
     if metric not in MACHINE_BOUND or "machine" not in trials:
         return 1
-    return int(ended_well(trials, metric)["machine"].nunique(dropna=False))
+    return int(finished(trials, metric)["machine"].nunique(dropna=False))
 
 
 def _require_one_machine(trials: pd.DataFrame, metric: str) -> None:
@@ -94,12 +76,12 @@ def _require_one_machine(trials: pd.DataFrame, metric: str) -> None:
         )
 
 
-def cells(trials: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
+def cell_values(trials: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
     """``metric`` with a row per value of ``keys``, such as ``PAIR``, a column per mode.
 
     Trials that agree on all of these (they differ in another setting) are averaged.
     """
-    good = ended_well(trials, metric)
+    good = finished(trials, metric)
     by_mode = [*keys, "quantization"]
     grouped = good.groupby(by_mode, observed=True, dropna=False, sort=False)[metric].mean()
     return grouped.unstack("quantization").sort_index(axis=0)
@@ -107,7 +89,7 @@ def cells(trials: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
 
 def duplicates(trials: pd.DataFrame, metric: str) -> int:
     """Trials beyond the first in a cell, which no axis of the table tells apart."""
-    good = ended_well(trials, metric)
+    good = finished(trials, metric)
     return int(good.duplicated([*PAIR, "quantization"]).sum())
 
 
@@ -131,7 +113,7 @@ def paired_differences(
         _require_one_machine(trials, metric)
     elif "machine" in trials:
         keys.append("machine")
-    wide = cells(trials, metric, keys)
+    wide = cell_values(trials, metric, keys)
     frames = []
     for mode in modes_beside(trials, baseline):
         if baseline not in wide or mode not in wide:
@@ -164,8 +146,8 @@ def cell_means(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.Dat
     """
     check(trials, metric, None, 0.95)
     _require_one_machine(trials, metric)
-    means = cells(trials, metric, PAIR).groupby(CONFIGURATION, dropna=False).mean()
-    known = [mode for mode in modes_beside(trials, None) if mode in means]
+    means = cell_values(trials, metric, PAIR).groupby(CONFIGURATION, dropna=False).mean()
+    known = [mode for mode in modes_of(trials["quantization"]) if mode in means]
     return means[known].reset_index().rename_axis(columns=None)
 
 
@@ -187,7 +169,7 @@ def seed_intervals(
     check(trials, metric, baseline, confidence)
     _require_one_machine(trials, metric)
     if baseline is None:
-        wide = cells(trials, metric, PAIR)
+        wide = cell_values(trials, metric, PAIR)
         long = wide.melt(ignore_index=False, value_name="x").reset_index()
     else:
         pairs = paired_differences(trials, metric=metric, baseline=baseline)
@@ -214,4 +196,4 @@ def margin_of(trials: pd.DataFrame, metric: str) -> float | None:
     """The margin of DESIGN.md: 1 pp of accuracy, 0.5 pp when all data are CIFAR-10, else none."""
     if not metric.endswith("accuracy"):
         return None
-    return 0.005 if _words(trials["dataset"]) == {"cifar10"} else 0.01
+    return 0.005 if set(trials["dataset"].dropna().unique()) == {"cifar10"} else 0.01
