@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis.chapters.trials import provenance
 from analysis.folder.places import near
-from analysis.load import Study, StudyError, read_study
+from analysis.load import Study, StudyError, read_study, told
 from analysis.statistics.cells import CONFIGURATION, modes_of
 from analysis.statistics.comparison import compare_modes
 from analysis.statistics.pairs import paired_differences
@@ -231,6 +231,18 @@ def _cells_of(row: dict[Any, Any]) -> tuple[str, ...]:
     )
 
 
+def _told(study_a: str, study_b: str) -> str:
+    """The comparison in words; what is wrong with the folders goes to stderr."""
+    with near(study_a) as folder_a, near(study_b) as folder_b:
+        a, b = read_study(folder_a), read_study(folder_b)
+    found = compare(a, b)
+    for name, study in (("A", a), ("B", b)):
+        for problem in study.problems:
+            print(clean(f"{name}: {problem}"), file=sys.stderr)
+    words = in_words(found, (masked(study_a), masked(study_b)))
+    return "\n".join(clean(line) for line in words.split("\n"))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 and one sentence for a mistake."""
     parser = argparse.ArgumentParser(
@@ -239,22 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("study_a", help="folder or URI of the study to compare with")
     parser.add_argument("study_b", help="folder or URI of the study that changed something")
     options = parser.parse_args(arguments)
-    try:
-        with near(options.study_a) as folder_a, near(options.study_b) as folder_b:
-            a, b = read_study(folder_a), read_study(folder_b)
-        found = compare(a, b)
-    except StudyError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"a study can't be read: {error}", file=sys.stderr)
-        return 2
-    for name, study in (("A", a), ("B", b)):
-        for problem in study.problems:
-            print(clean(f"{name}: {problem}"), file=sys.stderr)
-    told = in_words(found, (masked(options.study_a), masked(options.study_b)))
-    print("\n".join(clean(line) for line in told.split("\n")))
-    return 0
+    return told(lambda: _told(options.study_a, options.study_b), "a study can't be read")
 
 
 if __name__ == "__main__":

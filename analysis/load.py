@@ -6,7 +6,8 @@ as text and numbers. Everything that could not be used is named in ``Study.probl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from analysis.folder.contents import (
     read_results,
     survey,
 )
+from analysis.text.layout import clean
 from tune_study import schema
 from tune_study.files import mapping
 from tune_study.results import AXES, axes, measured
@@ -120,6 +122,23 @@ def from_result_grid(grid: Any) -> Study:
         )
     manifest: dict[str, Any] = {"study": "in memory", "simulated": None, "plan": plan}
     return _study(rows, curves, manifest, problems, None)
+
+
+def told(action: Callable[[], str], failed: str) -> int:
+    """Prints what a command finds, and returns 0; or 2 after one sentence on a mistake.
+
+    ``failed`` begins that of a file that can't be read or written.
+    """
+    try:
+        found = action()
+    except StudyError as error:
+        print(clean(str(error)), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(clean(f"{failed}: {error}"), file=sys.stderr)
+        return 2
+    print(found)
+    return 0
 
 
 # ---- from the tables

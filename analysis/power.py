@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.load import StudyError, read_study
+from analysis.load import StudyError, read_study, told
 from analysis.statistics.cells import CONFIGURATION
 from analysis.statistics.pairs import paired_differences
 
@@ -246,6 +246,21 @@ def _spread(options: argparse.Namespace) -> Spread:
     return spread
 
 
+def _told(options: argparse.Namespace) -> str:
+    _require(0 < options.power < 1, "--power", options.power, "use e.g. 0.8")
+    spread = _spread(options)
+    table = power_table(
+        spread.n_configurations,
+        effect=options.effect,
+        margin=options.margin,
+        configuration_sd=spread.configuration_sd,
+        seed_sd=spread.seed_sd,
+        modes=options.modes,
+        simulations=options.simulations,
+    )
+    return report(table, spread, options.power, options.effect, options.margin, options.modes)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 2 for the user's mistake."""
     parser = argparse.ArgumentParser(
@@ -265,27 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--power", type=float, default=0.8, help="wanted power (default 0.8)")
     add("--simulations", type=int, default=20_000, help="simulated studies (default 20000)")
     options = parser.parse_args(arguments)
-    try:
-        _require(0 < options.power < 1, "--power", options.power, "use e.g. 0.8")
-        spread = _spread(options)
-        table = power_table(
-            spread.n_configurations,
-            effect=options.effect,
-            margin=options.margin,
-            configuration_sd=spread.configuration_sd,
-            seed_sd=spread.seed_sd,
-            modes=options.modes,
-            simulations=options.simulations,
-        )
-        text = report(table, spread, options.power, options.effect, options.margin, options.modes)
-    except StudyError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"the study can't be read: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 0
+    return told(lambda: _told(options), "the study can't be read")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from analysis.figures.style import save
 from analysis.findings import summary
 from analysis.findings.findings import compute
 from analysis.folder import places
-from analysis.load import StudyError, read_study
+from analysis.load import StudyError, read_study, told
 from analysis.text import latex
 from tune_study import remote
-from tune_study.files import write_whole
+from tune_study.files import write_bytes
 
 
 def write_report(study_path: str | Path) -> Path:
@@ -52,12 +52,7 @@ def write_report(study_path: str | Path) -> Path:
 
 def _write(path: Path, text: str) -> None:
     # A lone surrogate from a stranger's JSON can't be encoded; "?" stands in for it.
-    data = text.encode("utf-8", errors="replace")
-    write_whole(path, lambda temporary: _put(temporary, data))
-
-
-def _put(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    write_bytes(path, text.encode("utf-8", errors="replace"))
 
 
 def _write_figures(page: Page, folder: Path) -> None:
@@ -109,16 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="with a URI: fetch the study into this new folder, and leave it there",
     )
     options = parser.parse_args(arguments)
-    try:
-        path = _report(options.study, options.to)
-    except StudyError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"the report can't be written: {error}", file=sys.stderr)
-        return 2
-    print(path)
-    return 0
+    return told(lambda: _report(options.study, options.to), "the report can't be written")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,10 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    write_whole(path, lambda temporary: temporary.write_bytes(data))
+
+
 def write_json(path: Path, value: Any) -> None:
     """``value`` as strict JSON: a number that is not finite becomes ``null``."""
     text = json.dumps(_strict(value), indent=1, allow_nan=False) + "\n"

@@ -8,14 +8,14 @@ is imported when a figure is made, not before.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
-from tune_study.files import write_whole
+from tune_study.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,17 +178,7 @@ def save(drawn: Drawn, folder: Path) -> list[Path]:
     if drawn.figure is None:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for kind in ("png", "pdf"):
-        data = _render(drawn, kind, PRINT_DPI)
-        path = folder / f"{drawn.key}.{kind}"
-        write_whole(path, _writer(data))
-        written.append(path)
-    return written
-
-
-def _writer(data: bytes) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        path.write_bytes(data)
-
-    return write
+    paths = [folder / f"{drawn.key}.{kind}" for kind in ("png", "pdf")]
+    for path in paths:
+        write_bytes(path, _render(drawn, path.suffix[1:], PRINT_DPI))
+    return paths

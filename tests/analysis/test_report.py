@@ -243,6 +243,10 @@ def test_mistakes_are_one_sentence_and_exit_2(
     assert "nowhere" in captured.err
     (tmp_path / "s").mkdir()
     assert report.main([str(tmp_path / "s")]) == 2
+    assert report.main([str(tmp_path / "no\n\x1b[31mwhere")]) == 2
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1].endswith("no  [31mwhere does not exist: name the folder that "
+                                          "holds study.json")  # fmt: skip
 
 
 @pytest.mark.usefixtures("plain_figures")
