@@ -24,7 +24,7 @@ from analysis.findings.decisions import WORDS, Decision
 from analysis.findings.findings import Findings
 from analysis.statistics.cells import modes_of
 from analysis.text.layout import Section, Table, clean, cleaned
-from analysis.text.wording import MISSING, between, listing, number, plural, points, short, signed
+from analysis.text.wording import MISSING, between, listing, number, plural, points, short, span_of
 
 QUESTION = (
     "A large frozen network is adapted to a new task by training small LoRA matrices beside it. "
@@ -179,9 +179,9 @@ def glance(found: Findings) -> Table:
                 clean(mode),
                 accuracy,
                 verdict,
-                _range(memory["of_fp32"] - 1),
-                _range(memory["of_16bit"] - 1),
-                _range(peaks["ratio"] - 1) if row else "baseline",
+                span_of(memory["of_fp32"] - 1, sign=True),
+                span_of(memory["of_16bit"] - 1, sign=True),
+                span_of(peaks["ratio"] - 1, sign=True) if row else "baseline",
                 number(speed["ratio"].mean()) if row else "baseline",
             ]
         )
@@ -192,13 +192,3 @@ def glance(found: Findings) -> Table:
     note = "Where models differ, the range over them. A dash: not measured. Speed 0.8 means 20 % "
     note += "fewer images per second."
     return Table("glance", "All modes at a glance", columns, rows, note)
-
-
-def _range(changes: pd.Series) -> str:
-    """``−85 to −83 %`` over models and machines, or a dash."""
-    known = changes.astype("float64").dropna() * 100
-    if known.empty:
-        return MISSING
-    digits = 0 if known.abs().max() >= 10 else 1
-    low, high = signed(known.min(), digits), signed(known.max(), digits)
-    return f"{low} %" if low == high else f"{low} to {high} %"

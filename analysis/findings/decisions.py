@@ -12,7 +12,7 @@ from analysis.measures import memory
 from analysis.statistics import planning
 from analysis.statistics.cells import modes_of
 from analysis.statistics.pairs import seed_intervals
-from analysis.text.wording import between, megabytes, plural, signed, span
+from analysis.text.wording import between, megabytes, plural, signed, span, span_of
 from tune_study import schema
 
 TOLERANCES = (0.005, 0.01, 0.02)
@@ -169,13 +169,8 @@ def _size(mode: str, memory: pd.DataFrame) -> str:
     own = memory[memory["quantization"] == mode]
     if own.empty:
         return ""
-    fp32, half = _span(1 - own["of_fp32"]), _span(1 - own["of_16bit"])
+    fp32, half = span_of(1 - own["of_fp32"], 0), span_of(1 - own["of_16bit"], 0)
     return f"; base weights {fp32} smaller than at fp32, {half} than at 16 bit"
-
-
-def _span(values: pd.Series) -> str:
-    low, high = f"{values.min() * 100:.0f}", f"{values.max() * 100:.0f}"
-    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def _sample(row: dict[Any, Any]) -> str:
@@ -231,9 +226,10 @@ def lowest_peak(ledger: pd.DataFrame, baseline: str = "none") -> Decision:
     own = shares[shares["quantization"] == mode]
     saving = 1 - float(by_mode.min())
     activations = own["activation_share"].dropna()
-    evidence = f"{mode}: peak of a training step {_change(own['ratio'])} against {baseline}"
+    change = span_of(own["ratio"] - 1, 1, sign=True)
+    evidence = f"{mode}: peak of a training step {change} against {baseline}"
     if len(activations):
-        evidence += f"; activations are {_span(activations)} of that peak"
+        evidence += f"; activations are {span_of(activations, 0)} of that peak"
     sources = ", ".join(sorted({str(source) for source in own["peak_source"] if source}))
     sample = f"{plural(own['n'].sum(), 'trial')}; measured by: {sources or 'not said'}"
     if saving <= 0:
@@ -243,11 +239,6 @@ def lowest_peak(ledger: pd.DataFrame, baseline: str = "none") -> Decision:
     else:
         answer, chosen = f"Use {mode}", mode
     return Decision(question, answer, evidence, sample, True, chosen)
-
-
-def _change(ratios: pd.Series) -> str:
-    low, high = signed((ratios.min() - 1) * 100, 1), signed((ratios.max() - 1) * 100, 1)
-    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def fastest(speed: pd.DataFrame, baseline: str = "none") -> Decision:

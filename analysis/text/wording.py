@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pandas as pd
+
 from tune_study import schema
 
 MISSING = "–"
@@ -73,6 +75,23 @@ def span(low: Any, high: Any, digits: int = 3) -> str:
         return MISSING
     first, last = number(low, digits), number(high, digits)
     return first if first == last else f"{first} to {last}"
+
+
+def span_of(fractions: pd.Series, digits: int | None = None, *, sign: bool = False) -> str:
+    """Smallest to largest in percent: ``−85 to −83 %``; one number when both read the same.
+
+    ``digits=None`` is none from 10 % on and one below. A dash without a known value.
+    """
+    values = fractions.astype("float64").dropna() * 100
+    if values.empty:
+        return MISSING
+    if digits is None:
+        digits = 0 if values.abs().max() >= 10 else 1
+    low, high = (
+        signed(value, digits) if sign else number(value, digits)
+        for value in (values.min(), values.max())
+    )
+    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def p_value(value: Any) -> str:
