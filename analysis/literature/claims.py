@@ -8,44 +8,136 @@ because they may not be printed as facts.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pandas as pd
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 DEFAULT_PATH = Path(__file__).with_name("literature.yaml")
-GRADES = ("checked", "low", "recalled")
-UNITS = ("percent", "perplexity", "ratio", "bytes", "bits", "range of percentage points")
-_SOURCE = {"authors": str, "title": str, "year": int | None, "arxiv": str | None}
-_TABLE = {
-    "id": str, "domain": str, "group": str | None, "chance": float | int | None, "source": str,
-    "table": str | None, "grade": str, "task": str, "dataset": str | None,
-    "train_images": int | None, "metric": str, "unit": str, "higher_is_better": bool,
-    "models": list, "note": str | None, "rows": list,
-}  # fmt: skip
-_ROW = {
-    "method": str, "quantization": str, "dtype": str, "baseline": str | None, "values": list,
-    "note": str | None,
-}  # fmt: skip
-_EMPTY = {"source": str, "quantization": str, "why": str}
-"""What stands under each key; a key may be left out where ``None`` may stand."""
+_RANGE = "range of percentage points"
+Name = Annotated[str, Field(min_length=1)]
+Number = Annotated[float, Field(ge=0)]
+Range = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 
 class LiteratureError(ValueError):
     """``literature.yaml`` breaks one of its own rules."""
 
 
-class Source(NamedTuple):
-    """A paper or page: ``key`` is its citation key; what is unknown is ``None``."""
+class _Part(BaseModel):
+    """A part of the file: these keys alone, with values of these types."""
 
-    key: str
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Source(_Part):
+    """A paper or page; what is unknown is ``None``."""
+
     authors: str
     title: str
-    year: int | None
-    arxiv: str | None
+    year: int | None = None
+    arxiv: str | None = None
+
+
+class Row(_Part):
+    """A method of a table, and its value for each model: a number, a range, or ``None``."""
+
+    method: str
+    quantization: str
+    dtype: str
+    baseline: str | None = None
+    values: list[Number | Range | None]
+    note: str | None = None
+
+
+class Table(_Part):
+    """A table as its paper prints it. ``baseline`` of a row names another row of it."""
+
+    id: str
+    domain: Literal["language", "vision"]
+    group: str | None = None
+    chance: float | None = None
+    source: Name
+    table: str | None = None
+    grade: Literal["checked", "low", "recalled"]
+    task: Name
+    dataset: str | None = None
+    train_images: int | None = None
+    metric: Name
+    unit: Literal["percent", "perplexity", "ratio", "bytes", "bits", "range of percentage points"]
+    higher_is_better: bool
+    models: Annotated[list[str], Field(min_length=1)]
+    note: str | None = None
+    rows: Annotated[list[Row], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Table:
+        """Raises ``ValueError`` unless the rows fit the models, the unit and each other."""
+        methods = [row.method for row in self.rows]
+        if len(set(methods)) != len(methods):
+            raise ValueError(f"table {self.id!r} prints a method twice")
+        for row in self.rows:
+            if row.baseline not in (None, *methods):
+                raise ValueError(f"table {self.id!r}: no row is named {row.baseline!r}")
+            if row.baseline and self.unit == _RANGE:
+                raise ValueError(f"table {self.id!r}: a range can't be divided by a baseline")
+            if len(row.values) != len(self.models):
+                raise ValueError(
+                    f"table {self.id!r}, row {row.method!r}: {len(row.values)} values "
+                    f"for {len(self.models)} models"
+                )
+            for value in row.values:
+                low, high = _ends(value)
+                if low is not None and (high is not None) != (self.unit == _RANGE):
+                    raise ValueError(f"table {self.id!r}: {value!r} does not fit its unit")
+                if high is not None and low is not None and high < low:
+                    raise ValueError(f"table {self.id!r}: {value!r} is no range")
+                if self.unit == "percent" and low is not None and low > 100:
+                    raise ValueError(f"table {self.id!r}: {value!r} percent is over 100")
+        return self
+
+
+def _ends(value: float | list[float] | None) -> tuple[float | None, float | None]:
+    """The value, or both ends of a range."""
+    return (value[0], value[1]) if isinstance(value, list) else (value, None)
+
+
+class Empty(_Part):
+    """A cell that the source leaves empty, and must stay so."""
+
+    source: str
+    quantization: str
+    why: str
+
+
+class _File(_Part):
+    sources: dict[str, Source]
+    tables: list[Table]
+    empty: list[Empty] | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> _File:
+        """Raises ``ValueError`` for a source that is none, a table named twice, a filled cell."""
+        ids = [table.id for table in self.tables]
+        scores = set()
+        for table in self.tables:
+            if ids.count(table.id) > 1:
+                raise ValueError(f"table id {table.id!r} stands twice; ids must be unique")
+            if table.source not in self.sources:
+                raise ValueError(f"table {table.id!r} cites {table.source!r}, which is no source")
+            if table.unit not in ("bits", "bytes"):
+                filled = [row for row in table.rows if any(v is not None for v in row.values)]
+                scores |= {(table.source, row.quantization) for row in filled}
+        for entry in self.empty or ():
+            if entry.source not in self.sources:
+                raise ValueError(f"an empty cell cites {entry.source!r}, which is no source")
+            if (entry.source, entry.quantization) in scores:
+                raise ValueError(
+                    f"{entry.source} is said to print no {entry.quantization}, but a table does"
+                )
+        return self
 
 
 class Claim(NamedTuple):
@@ -85,38 +177,27 @@ class Literature(NamedTuple):
 
     sources: dict[str, Source]
     claims: tuple[Claim, ...]
-    empty: tuple[dict[str, str], ...]
+    empty: tuple[Empty, ...]
 
 
 def load(path: Path | None = None, *, recalled: bool = False) -> Literature:
     """Read and validate the file; figures graded ``recalled`` only when asked for.
 
     Raises:
-        LiteratureError: a rule is broken, in one sentence that names the table and the value.
+        LiteratureError: a rule is broken, in one sentence that names the place and the value.
     """
-    document = _read(path or DEFAULT_PATH)
-    sources: dict[str, Source] = {}
-    for key, entry in document["sources"].items():
-        _require(f"source {key!r}", entry, _SOURCE)
-        sources[key] = Source(key, *(entry.get(name) for name in _SOURCE))
-    claims: list[Claim] = []
-    seen: set[str] = set()
-    for position, table in enumerate(document["tables"]):
-        _require(f"table {position}", table, _TABLE)
-        name = table["id"]
-        if name in seen:
-            raise LiteratureError(f"table id {name!r} stands twice; ids must be unique")
-        seen.add(name)
-        _check_table(name, table, sources)
-        claims += _claims(name, table)
-    empty = tuple(document.get("empty") or ())
-    _check_empty(empty, sources, claims)
+    path = path or DEFAULT_PATH
+    try:
+        file = _File.model_validate(_read(path))
+    except ValidationError as error:
+        raise LiteratureError(f"{path.name}: {_sentence(error)}") from None
+    claims = [claim for table in file.tables for claim in _claims(table)]
     kept = tuple(claim for claim in claims if recalled or claim.grade != "recalled")
-    return Literature(sources, kept, empty)
+    return Literature(file.sources, kept, tuple(file.empty or ()))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The file, with its three parts in place. Aliases and tags could unfold to gigabytes."""
+def _read(path: Path) -> dict[Any, Any]:
+    """The file as a mapping. Aliases and tags could unfold to gigabytes."""
     try:
         text = path.read_text(encoding="utf-8")
         if any(isinstance(t, yaml.TagToken | yaml.AliasToken) for t in yaml.scan(text)):
@@ -128,123 +209,47 @@ def _read(path: Path) -> dict[str, Any]:
         if isinstance(error, LiteratureError):
             raise
         raise LiteratureError(f"{path.name} is not valid YAML: {str(error)[:500]}") from error
-    _require(path.name, document, {"sources": dict, "tables": list, "empty": list | None})
+    if not isinstance(document, dict):
+        raise LiteratureError(f"{path.name} must be a mapping with sources and tables")
     return document
 
 
-def _require(what: str, entry: Any, kinds: Mapping[str, Any]) -> None:
-    """Raise unless ``entry`` has these keys alone, with values of these kinds."""
-    if not isinstance(entry, dict):
-        raise LiteratureError(f"{what} must be a mapping with the keys {', '.join(kinds)}")
-    unknown = [str(key)[:50] for key in entry if key not in kinds]
-    if unknown:
-        raise LiteratureError(f"{what} has unknown keys {unknown[:5]}")
-    for key, kind in kinds.items():
-        value = entry.get(key)
-        # To Python, true is an integer.
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise LiteratureError(f"{what} lacks {key!r}, or it is {str(value)[:50]!r}")
+def _sentence(error: ValidationError) -> str:
+    """The first thing that is wrong: ``tables.3.grade: input should be 'checked', not 'x'``."""
+    first = error.errors(include_url=False)[0]
+    kind, message, value = first["type"], first["msg"][:200], first["input"]
+    place = ".".join(map(str, first["loc"]))[:100]
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    if kind in ("missing", "extra_forbidden"):
+        return f"{place} is {'missing' if kind == 'missing' else 'an unknown key'}"
+    known = isinstance(value, str | bool | float | None)
+    shown = repr(value)[:50] if known else type(value).__name__
+    return f"{place}: {message[:1].lower()}{message[1:]}, not {shown}"
 
 
-def _check_table(name: str, table: Mapping[str, Any], sources: Mapping[str, Source]) -> None:
-    """Raise unless the table names its source, scope and unit, and its rows fit its models."""
-    for key in ("source", "grade", "task", "metric", "unit", "models", "rows", "domain"):
-        if not table[key]:
-            raise LiteratureError(f"table {name!r} lacks {key!r}")
-    for model in table["models"]:
-        if not isinstance(model, str):
-            raise LiteratureError(f"table {name!r}: model {str(model)[:50]!r} is no name")
-    for row in table["rows"]:
-        _require(f"table {name!r}, a row", row, _ROW)
-    if table["source"] not in sources:
-        raise LiteratureError(f"table {name!r} cites {table['source']!r}, which is not a source")
-    for key, allowed in (("grade", GRADES), ("unit", UNITS), ("domain", ("language", "vision"))):
-        if table[key] not in allowed:
-            raise LiteratureError(f"table {name!r}: {key} {table[key]!r} is none of {allowed}")
-    methods = [row["method"] for row in table["rows"]]
-    if len(set(methods)) != len(methods):
-        raise LiteratureError(f"table {name!r} prints a method twice")
-    for row in table["rows"]:
-        if row.get("baseline") not in (None, *methods):
-            raise LiteratureError(f"table {name!r}: no row is named {row['baseline']!r}")
-        if row.get("baseline") and table["unit"] == "range of percentage points":
-            raise LiteratureError(f"table {name!r}: a range can't be divided by a baseline")
-        if len(row["values"]) != len(table["models"]):
-            raise LiteratureError(
-                f"table {name!r}, row {row['method']!r}: {len(row['values'])} values "
-                f"for {len(table['models'])} models"
-            )
-        for value in row["values"]:
-            _check_value(name, table["unit"], value)
-
-
-def _check_value(name: str, unit: str, value: Any) -> None:
-    if value is None:
-        return
-    ends = value if isinstance(value, list) else [value]
-    if any(isinstance(end, bool) or not isinstance(end, int | float) for end in ends):
-        raise LiteratureError(f"table {name!r}: {value!r} is not a number")
-    if not all(0 <= end < math.inf for end in ends):
-        raise LiteratureError(f"table {name!r}: {value!r} is negative or not finite")
-    if unit == "percent" and any(end > 100 for end in ends):
-        raise LiteratureError(f"table {name!r}: {value!r} percent is over 100")
-    if (unit == "range of percentage points") != (len(ends) == 2) or ends != sorted(ends):
-        raise LiteratureError(f"table {name!r}: {value!r} does not fit the unit {unit!r}")
-
-
-def _check_empty(
-    empty: Iterable[Mapping[str, str]], sources: Mapping[str, Source], claims: Iterable[Claim]
-) -> None:
-    """Raise when a cell that is listed as printed by nobody has a figure after all."""
-    scores = {
-        (claim.source, claim.quantization)
-        for claim in claims
-        if claim.value is not None and claim.unit not in ("bits", "bytes")
-    }
-    for entry in empty:
-        _require("an empty cell", entry, _EMPTY)
-        if entry["source"] not in sources:
-            raise LiteratureError(f"an empty cell cites {entry['source']!r}, which is no source")
-        if (entry["source"], entry["quantization"]) in scores:
-            raise LiteratureError(
-                f"{entry['source']} is said to print no {entry['quantization']}, but a table does"
-            )
-
-
-def _claims(name: str, table: Mapping[str, Any]) -> list[Claim]:
-    """One claim per cell of a validated table."""
-    by_method = {row["method"]: row for row in table["rows"]}
+def _claims(table: Table) -> list[Claim]:
+    """One claim per cell."""
+    by_method = {row.method: row for row in table.rows}
+    shared = table.model_dump(exclude={"id", "models", "note", "rows"})
     claims = []
-    for row in table["rows"]:
-        base = by_method.get(row.get("baseline"))
-        notes = [note for note in (table.get("note"), row.get("note")) if note]
-        for column, (model, value) in enumerate(zip(table["models"], row["values"], strict=True)):
-            low, high = value if isinstance(value, list) else (value, None)
+    for row in table.rows:
+        base = by_method.get(row.baseline or "")
+        named = row.model_dump(include={"method", "quantization", "dtype", "baseline"})
+        notes = "; ".join(note for note in (table.note, row.note) if note)
+        for column, (model, value) in enumerate(zip(table.models, row.values, strict=True)):
+            low, high = _ends(value)
             claims.append(
                 Claim(
-                    table_id=name,
-                    domain=table["domain"],
-                    group=table.get("group"),
-                    source=table["source"],
-                    table=table.get("table"),
-                    grade=table["grade"],
-                    task=table["task"],
-                    dataset=table.get("dataset"),
-                    train_images=table.get("train_images"),
-                    chance=table.get("chance"),
+                    table_id=table.id,
                     model=model,
-                    method=row["method"],
-                    quantization=row["quantization"],
-                    dtype=row["dtype"],
-                    metric=table["metric"],
-                    unit=table["unit"],
-                    higher_is_better=table["higher_is_better"],
-                    value=None if low is None else float(low),
-                    value_high=None if high is None else float(high),
-                    baseline=row.get("baseline"),
-                    baseline_value=None if base is None else base["values"][column],
-                    baseline_dtype=None if base is None else base["dtype"],
-                    note="; ".join(notes),
+                    value=low,
+                    value_high=high,
+                    baseline_value=None if base is None else _ends(base.values[column])[0],
+                    baseline_dtype=None if base is None else base.dtype,
+                    note=notes,
+                    **shared,
+                    **named,
                 )
             )
     return claims

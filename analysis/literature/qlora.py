@@ -60,8 +60,8 @@ def qlora_ratios(
 
 def _why_empty(literature: lit.Literature, mode: str) -> str:
     for entry in literature.empty:
-        if entry["quantization"] == mode:
-            return entry["why"]
+        if entry.quantization == mode:
+            return entry.why
     return f"QLoRA prints no figure for {mode}"
 
 

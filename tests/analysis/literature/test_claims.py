@@ -10,6 +10,8 @@ import yaml
 
 from analysis.literature import claims
 
+RANGE = "range of percentage points"
+
 
 @pytest.fixture(scope="module")
 def loaded() -> claims.Literature:
@@ -65,7 +67,7 @@ def test_no_score_for_nf4_without_double_quantization(loaded: claims.Literature)
         if c.source == "dettmers2023qlora" and c.quantization == "nf4" and c.unit != "bits"
     ]
     assert scores == []
-    assert any(entry["quantization"] == "nf4" for entry in loaded.empty)
+    assert any(entry.quantization == "nf4" for entry in loaded.empty)
 
 
 def test_recalled_figures_are_left_out_unless_asked_for(loaded: claims.Literature) -> None:
@@ -135,6 +137,12 @@ def _set_row(document: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return document
 
 
+def _ranges(values: list[Any], baseline: str | None = None) -> dict[str, Any]:
+    document = _set_row(_set(_document(), unit=RANGE), values=values, baseline=baseline)
+    document["tables"][0]["rows"][0]["values"] = [[1.0, 2.0]]
+    return document
+
+
 @pytest.mark.parametrize(
     ("document", "words"),
     [
@@ -142,13 +150,17 @@ def _set_row(document: dict[str, Any], **changes: Any) -> dict[str, Any]:
         (_set(_document(), grade="guessed"), "guessed"),
         (_set(_document(), unit="bananas"), "bananas"),
         (_set(_document(), task=None), "task"),
-        (_set(_document(), colour="red"), "colour"),
+        (_set(_document(), colour="red"), "colour is an unknown key"),
         (_set_row(_document(), values=[76.0, 77.0]), "2 values"),
-        (_set_row(_document(), values=["76"]), "not a number"),
-        (_set_row(_document(), values=[True]), "not a number"),
+        (_set_row(_document(), values=["76"]), "valid number, not '76'"),
+        (_set_row(_document(), values=[True]), "valid number, not True"),
         (_set_row(_document(), values=[176.0]), "over 100"),
-        (_set_row(_document(), values=[float("nan")]), "not finite"),
+        (_set_row(_document(), values=[float("nan")]), "finite number, not nan"),
+        (_set_row(_document(), values=[-1.0]), "greater than or equal to 0, not -1.0"),
         (_set_row(_document(), values=[[1.0, 2.0]]), "unit"),
+        (_set(_document(), unit=RANGE), "80.0 does not fit its unit"),
+        (_ranges([[1.0, 2.0]], "base"), "can't be divided"),
+        (_ranges([[2.0, 1.0]]), "is no range"),
         (_set_row(_document(), baseline="nothing"), "nothing"),
         (_set_row(_document(), method="base"), "twice"),
         (_document() | {"tables": _document()["tables"] + _document()["tables"]}, "twice"),
@@ -157,7 +169,7 @@ def _set_row(document: dict[str, Any], **changes: Any) -> dict[str, Any]:
             | {"empty": [{"source": "a2020", "quantization": "int8", "why": "none printed"}]},
             "print no int8",
         ),
-        ({"sources": {}}, "tables"),
+        ({"sources": {}}, "tables is missing"),
         ([], "tables"),
     ],
 )
