@@ -4,7 +4,7 @@ statistics and returns a :class:`Drawn`; one with nothing to show says why inste
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,9 @@ from analysis.figures.style import (
 )
 from analysis.statistics.cells import modes_of
 from analysis.text.wording import short, signed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _PARTS = ("#444444", "#E69F00", "#56B4E9", "#009E73", "#CCCCCC")
 _PART_HATCHES = ("", "//", "xx", "..", "")
@@ -40,38 +43,44 @@ def plot_forest(table: pd.DataFrame, pairs: pd.DataFrame, *, title: str, caption
         figure, axes = new_figure(0.9 + 0.62 * len(shown))
         axis = axes[0, 0]
         labels = []
-        for row_number, row in enumerate(shown.to_dict("records")):
-            mode = str(row["quantization"])
-            colour, marker, _, _ = style(mode)
-            own = pairs.loc[pairs["quantization"] == mode, "difference"].to_numpy() * 100
-            offsets = np.linspace(-0.16, 0.16, len(own)) if len(own) > 1 else np.zeros(len(own))
-            axis.plot(own, row_number + 0.26 + offsets * 0.6, ".", color="#9a9a9a", ms=4, zorder=2)
-            mean = row["mean_difference"] * 100
-            low, high = row["ci_low"] * 100, row["ci_high"] * 100
-            label = f"{short(mode)}\n{signed(mean)} pp"
-            if np.isfinite([low, high]).all():
-                axis.plot([low, high], [row_number] * 2, color=colour, lw=2.4, zorder=3)
-                axis.plot([low, high], [row_number] * 2, "|", color=colour, ms=9, mew=1.6, zorder=3)
-                label += f" [{signed(low)}, {signed(high)}]"
-            else:
-                label += " (no interval)"
-            axis.plot(mean, row_number, marker, color=colour, ms=8, mec="white", zorder=4)
-            labels.append(label)
+        for place, row in enumerate(shown.to_dict("records")):
+            own = pairs.loc[pairs["quantization"] == row["quantization"], "difference"]
+            labels.append(_draw_difference(axis, place, row, own.to_numpy() * 100))
         axis.axvline(0, color="black", lw=1)
         axis.margins(x=0.06)
         margin = shown["margin"].dropna()
         if len(margin):
-            edge = float(margin.iloc[0]) * 100
-            axis.axvspan(-edge, edge, color="#0072B2", alpha=0.08, lw=0, zorder=0)
-            for side in (-edge, edge):
-                axis.axvline(side, color="#666666", lw=0.8, ls=(0, (4, 3)))
-            low, high = axis.get_xlim()
-            axis.set_xlim(min(low, -1.15 * edge), max(high, 1.15 * edge))
+            _draw_margin(axis, float(margin.iloc[0]) * 100)
         axis.set_yticks(range(len(shown)), labels)
         axis.set_ylim(len(shown) - 0.4, -0.5)
         axis.grid(axis="y", visible=False)
         axis.set_xlabel("test accuracy minus unquantized, percentage points")
     return Drawn("accuracy_difference", title, caption, figure)
+
+
+def _draw_difference(axis: Axes, place: int, row: dict[Any, Any], own: np.ndarray) -> str:
+    """A mode's difference, its interval and its configurations; returns the label of its row."""
+    mode = str(row["quantization"])
+    colour, marker, _, _ = style(mode)
+    offsets = np.linspace(-0.16, 0.16, len(own)) if len(own) > 1 else np.zeros(len(own))
+    axis.plot(own, place + 0.26 + offsets * 0.6, ".", color="#9a9a9a", ms=4, zorder=2)
+    mean, low, high = (row[name] * 100 for name in ("mean_difference", "ci_low", "ci_high"))
+    interval = " (no interval)"
+    if np.isfinite([low, high]).all():
+        axis.plot([low, high], [place] * 2, color=colour, lw=2.4, zorder=3)
+        axis.plot([low, high], [place] * 2, "|", color=colour, ms=9, mew=1.6, zorder=3)
+        interval = f" [{signed(low)}, {signed(high)}]"
+    axis.plot(mean, place, marker, color=colour, ms=8, mec="white", zorder=4)
+    return f"{short(mode)}\n{signed(mean)} pp{interval}"
+
+
+def _draw_margin(axis: Axes, edge: float) -> None:
+    """The margin of equivalence, shaded and within the limits of the axis."""
+    axis.axvspan(-edge, edge, color="#0072B2", alpha=0.08, lw=0, zorder=0)
+    for side in (-edge, edge):
+        axis.axvline(side, color="#666666", lw=0.8, ls=(0, (4, 3)))
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, -1.15 * edge), max(high, 1.15 * edge))
 
 
 def plot_pareto(
@@ -141,21 +150,8 @@ def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[st
             gridspec_kw={"height_ratios": [len(group) + 1.2 for _, group in panels]},
         )  # fmt: skip
         for axis, (scope_values, group) in zip(axes.flat, panels, strict=True):
-            left = np.zeros(len(group))
-            for number, name in enumerate(parts):
-                width = group[name].astype("float64").fillna(0).to_numpy() / 1e6
-                axis.barh(
-                    range(len(group)), width, left=left, color=_PARTS[number], height=0.62,
-                    hatch=_PART_HATCHES[number], edgecolor="white", lw=0.3,
-                )  # fmt: skip
-                left += width
-            peak = group["peak_train_bytes"].astype("float64").to_numpy() / 1e6
-            axis.plot(peak, range(len(group)), "d", color="black", mec="white", ms=6, zorder=4)
-            axis.set_yticks(range(len(group)), [short(mode) for mode in group["quantization"]])
-            axis.set_ylim(len(group) - 0.4, -0.6)
-            axis.grid(axis="y", visible=False)
+            _draw_bars(axis, group, list(parts))
             axis.set_title(_scope_title(scope, scope_values), loc="left")
-            axis.set_xlim(left=0)
         axes[-1, 0].set_xlabel("MB of one training step")
         handles: list[Any] = [
             Patch(facecolor=_PARTS[i], hatch=_PART_HATCHES[i], edgecolor="white")
@@ -168,6 +164,24 @@ def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[st
             labels.append("measured peak")
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return Drawn(key, title, caption, figure)
+
+
+def _draw_bars(axis: Axes, group: pd.DataFrame, parts: list[str]) -> None:
+    """A bar of stacked parts per row of ``group``, and its measured peak."""
+    left = np.zeros(len(group))
+    for number, name in enumerate(parts):
+        width = group[name].astype("float64").fillna(0).to_numpy() / 1e6
+        axis.barh(
+            range(len(group)), width, left=left, color=_PARTS[number], height=0.62,
+            hatch=_PART_HATCHES[number], edgecolor="white", lw=0.3,
+        )  # fmt: skip
+        left += width
+    peak = group["peak_train_bytes"].astype("float64").to_numpy() / 1e6
+    axis.plot(peak, range(len(group)), "d", color="black", mec="white", ms=6, zorder=4)
+    axis.set_yticks(range(len(group)), [short(mode) for mode in group["quantization"]])
+    axis.set_ylim(len(group) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlim(left=0)
 
 
 def _scope_title(scope: Sequence[str], values: Sequence[str]) -> str:

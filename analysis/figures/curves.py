@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 
@@ -16,6 +18,9 @@ from analysis.figures.style import (
 )
 from analysis.statistics.cells import modes_of
 from analysis.text.wording import short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def plot_curves(
@@ -36,33 +41,15 @@ def plot_curves(
         figure, axes = panel_grid(len(panels), 2.3)
         for axis, ((model, dataset), group) in zip(axes, panels, strict=True):
             for mode, line in group.groupby("quantization", observed=True, sort=False):
-                colour, marker, dashes, _ = style(str(mode))
-                line = line.sort_values("epoch")
-                x, mean = line["epoch"].to_numpy("float64"), line["mean"].to_numpy() * scale
-                sd = line["sd"].fillna(0).to_numpy() * scale
-                low = np.maximum(mean - sd, np.min(mean) * 0.3) if log else mean - sd
-                axis.fill_between(x, low, mean + sd, color=colour, alpha=0.13, lw=0)
-                axis.plot(
-                    x, mean, color=colour, ls=dashes, marker=marker, ms=3.5,
-                    markevery=max(1, len(x) // 5),
-                )  # fmt: skip
+                _draw_mode(axis, str(mode), line.sort_values("epoch"), scale, log)
             axis.set_title(f"{short(model)}\n{short(dataset)}")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             axis.set_xlabel("epoch")
             axis.set_ylabel(label)
             if zero:
                 axis.axhline(0, color="black", lw=0.8, zorder=1)
-            if zero:
-                axis.axhline(0, color="black", lw=0.8, zorder=1)
-            if zero:
-                axis.axhline(0, color="black", lw=0.8, zorder=1)
-            if zero:
-                axis.axhline(0, color="black", lw=0.8, zorder=1)
             if log:
                 axis.set_yscale("log")
-                plain_log(axis.yaxis, *axis.get_ylim())
-                plain_log(axis.yaxis, *axis.get_ylim())
-                plain_log(axis.yaxis, *axis.get_ylim())
                 plain_log(axis.yaxis, *axis.get_ylim())
         modes = modes_of(table["quantization"])
         handles = [
@@ -71,6 +58,18 @@ def plot_curves(
         ]
         legend_below(figure, handles, [short(m) for m in modes])
     return Drawn(key, title, caption, figure)
+
+
+def _draw_mode(axis: Axes, mode: str, line: pd.DataFrame, scale: float, log: bool) -> None:
+    """One mode's mean and its band; a logarithmic axis has no room for a band down to zero."""
+    colour, marker, dashes, _ = style(mode)
+    x, mean = line["epoch"].to_numpy("float64"), line["mean"].to_numpy() * scale
+    sd = line["sd"].fillna(0).to_numpy() * scale
+    low = np.maximum(mean - sd, np.min(mean) * 0.3) if log else mean - sd
+    axis.fill_between(x, low, mean + sd, color=colour, alpha=0.13, lw=0)
+    axis.plot(
+        x, mean, color=colour, ls=dashes, marker=marker, ms=3.5, markevery=max(1, len(x) // 5)
+    )
 
 
 def plot_layers(table: pd.DataFrame, *, title: str, caption: str) -> Drawn:

@@ -76,6 +76,13 @@ def test_differences_in_the_forest_are_those_of_the_statistics(found: findings.F
     pd.testing.assert_series_equal(ours.sort_index(), means.sort_index(), check_dtype=False)
 
 
+def test_the_gap_is_drawn_over_one_line_at_zero(drawn: dict[str, style.Drawn]) -> None:
+    figure = drawn["learning_gap"].figure
+    assert figure is not None
+    for axis in figure.axes:
+        assert sum(list(line.get_ydata()) == [0, 0] for line in axis.lines) == 1
+
+
 def _texts(one: style.Drawn) -> list[tuple[str, matplotlib.transforms.Bbox]]:
     """Every text that is drawn, with its place in pixels."""
     assert one.figure is not None
