@@ -1,7 +1,7 @@
 """How trials converge, one row per trial, and whether quantization shifts it.
 
 All measures come from the epochs table and are computed for all trials at once, so that time grows
-linearly. Inference is that of :func:`analysis.statistics.compare_modes`.
+linearly. Inference is that of ``comparison.compare_modes``.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def compare_convergence(
 ) -> pd.DataFrame:
     """Does quantization shift any measure of :func:`convergence_table`?
 
-    The rows of :func:`analysis.statistics.compare_modes` for every measure, one after another.
+    The rows of ``comparison.compare_modes`` for every measure, one after another.
     ``p_holm`` is adjusted over the modes of one measure, not over the measures.
     """
     rng = np.random.default_rng(0) if rng is None else rng

@@ -1,4 +1,4 @@
-"""How much memory quantization saves: exact bytes of the weights, and measured peaks."""
+"""How much memory quantization saves: exact bytes of the weights, parts of a step, peaks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ BITS = {"int8": 8.0, "nf4": 4.5, "nf4-dq": 4.127, "fp4": 4.5, "fp4-dq": 4.127}
 """Bits per quantized weight: 4 plus 32/64 for one fp32 constant per block of 64, or plus
 8/64 + 32/(64 x 256) after double quantization (QLoRA, section 3). int8 adds one fp32 constant per
 output row, 32/in_features bits, counted where the layers' shapes are known."""
+LEDGER = {
+    "weights_bytes": "base weights",
+    "adapter_bytes": "adapters and head",
+    "gradient_bytes": "gradients",
+    "optimizer_bytes": "optimizer state",
+    "activation_bytes": "activations",
+}
+"""Parts of a training step's memory, in the order they are stacked."""
 
 
 def quantized_parameters(study_path: Path | None, trials: pd.DataFrame) -> pd.DataFrame:
@@ -149,16 +157,6 @@ def peak_ratios(ledger: pd.DataFrame, baseline: str = "none") -> pd.DataFrame:
     table["ratio"] = table["peak_train_bytes"] / table["peak_train_bytes_base"]
     table["activation_share"] = table["activation_bytes"] / table["peak_train_bytes"]
     return table[columns]
-
-
-LEDGER = {
-    "weights_bytes": "base weights",
-    "adapter_bytes": "adapters and head",
-    "gradient_bytes": "gradients",
-    "optimizer_bytes": "optimizer state",
-    "activation_bytes": "activations",
-}
-"""Parts of a training step's memory, in the order they are stacked."""
 
 
 def memory_ledger(trials: pd.DataFrame) -> pd.DataFrame:
