@@ -1,7 +1,7 @@
 """The same cells under two versions, machines or settings: study B against study A.
 
 ``python -m analysis.compare STUDY_A STUDY_B``. Trials are paired on configuration, quantization
-mode and seed; the inference is that of ``statistics.compare_modes``, with A in the role of the
+mode and seed; the inference is that of ``comparison.compare_modes``, with A in the role of the
 baseline, per mode and over all modes together.
 """
 
@@ -15,28 +15,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis import statistics
-from analysis.layout import clean
-from analysis.load import Study, StudyError, read_study
-from analysis.places import near
-from analysis.sections import provenance
-from analysis.summaries import modes_of
-from analysis.wording import between, known, listing, number, p_value, plural, points, signed
+from analysis.chapters.trials import provenance
+from analysis.folder.places import near
+from analysis.load import Study, StudyError, read_study, told
+from analysis.statistics.cells import CONFIGURATION, modes_of
+from analysis.statistics.comparison import compare_modes
+from analysis.statistics.pairs import paired_differences
+from analysis.text.layout import clean
+from analysis.text.wording import between, known, listing, number, p_value, plural, points, signed
 from tune_study.remote import masked
 
 METRICS = (
     "test_accuracy", "val_accuracy", "weights_bytes", "peak_train_bytes", "rss_peak_bytes",
     "images_per_s", "train_time_s",
 )  # fmt: skip
-HARDWARE_BOUND = ("peak_train_bytes", "rss_peak_bytes", "images_per_s", "train_time_s")
-CELL = [*statistics.CONFIGURATION, "quantization", "seed"]
+CELL = [*CONFIGURATION, "quantization", "seed"]
 
 
 class Comparison(NamedTuple):
     """What B changes against A.
 
     ``table`` has a row per metric and mode (``all`` for every mode together): the columns of
-    ``statistics.compare_modes`` with ``quantization`` the mode, ``mean_a``, ``mean_b``,
+    ``comparison.compare_modes`` with ``quantization`` the mode, ``mean_a``, ``mean_b``,
     ``relative`` (mean_b over mean_a - 1) and ``identical``, pairs that agree to the last bit.
     ``differences`` are (what, in A, in B) of command, hardware and versions.
     """
@@ -107,7 +107,7 @@ def _table(a: pd.DataFrame, b: pd.DataFrame, shared: pd.Index) -> pd.DataFrame:
     stacked = stacked[pd.MultiIndex.from_frame(stacked[CELL]).isin(shared)]
     # The pairs are across machines on purpose; compare_modes would refuse them.
     stacked = stacked.drop(columns="machine", errors="ignore")
-    modes = modes_of(stacked)
+    modes = modes_of(stacked["quantization"])
     rows = []
     for metric in METRICS:
         if not stacked[metric].notna().any():
@@ -125,8 +125,8 @@ def _row(own: pd.DataFrame, metric: str, mode: str) -> dict[Any, Any]:
         own = own.assign(seed=seeds)
     renamed = own.assign(quantization=own["_study"].astype("string"))
     rng = np.random.default_rng(0)
-    found = statistics.compare_modes(renamed, metric=metric, baseline="A", rng=rng)
-    pairs = statistics.paired_differences(renamed, metric=metric, baseline="A")
+    found = compare_modes(renamed, metric=metric, baseline="A", rng=rng)
+    pairs = paired_differences(renamed, metric=metric, baseline="A")
     row: dict[Any, Any] = found.to_dict("records")[0]
     mean_a, mean_b = pairs["base"].mean(), pairs["value"].mean()
     identical = int((pairs["difference"] == 0).sum())
@@ -231,6 +231,18 @@ def _cells_of(row: dict[Any, Any]) -> tuple[str, ...]:
     )
 
 
+def _told(study_a: str, study_b: str) -> str:
+    """The comparison in words; what is wrong with the folders goes to stderr."""
+    with near(study_a) as folder_a, near(study_b) as folder_b:
+        a, b = read_study(folder_a), read_study(folder_b)
+    found = compare(a, b)
+    for name, study in (("A", a), ("B", b)):
+        for problem in study.problems:
+            print(clean(f"{name}: {problem}"), file=sys.stderr)
+    words = in_words(found, (masked(study_a), masked(study_b)))
+    return "\n".join(clean(line) for line in words.split("\n"))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 2 and one sentence for a mistake."""
     parser = argparse.ArgumentParser(
@@ -239,22 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("study_a", help="folder or URI of the study to compare with")
     parser.add_argument("study_b", help="folder or URI of the study that changed something")
     options = parser.parse_args(arguments)
-    try:
-        with near(options.study_a) as folder_a, near(options.study_b) as folder_b:
-            a, b = read_study(folder_a), read_study(folder_b)
-        found = compare(a, b)
-    except StudyError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"a study can't be read: {error}", file=sys.stderr)
-        return 2
-    for name, study in (("A", a), ("B", b)):
-        for problem in study.problems:
-            print(clean(f"{name}: {problem}"), file=sys.stderr)
-    told = in_words(found, (masked(options.study_a), masked(options.study_b)))
-    print("\n".join(clean(line) for line in told.split("\n")))
-    return 0
+    return told(lambda: _told(options.study_a, options.study_b), "a study can't be read")
 
 
 if __name__ == "__main__":

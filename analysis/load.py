@@ -6,26 +6,29 @@ as text and numbers. Everything that could not be used is named in ``Study.probl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from analysis import records, tables, tune_results
-from analysis.folder import (
+from analysis.folder import tables, tune_results
+from analysis.folder.contents import (
     Contents,
     StudyError,
     listed,
     machine,
-    mapping,
     open_study,
     read_failure,
     read_results,
     survey,
 )
+from analysis.text.layout import clean
 from tune_study import schema
+from tune_study.files import mapping
+from tune_study.results import AXES, axes, measured
 
 _COLUMNS = (*schema.TRIALS, tables.MACHINE)
 
@@ -87,42 +90,6 @@ def write_tables(study: Study, path: str | Path) -> None:
     tables.write_frame(study.trials, Path(path), "trials")
 
 
-def read_studies(paths: Sequence[str | Path]) -> Study:
-    """Several studies as one, with a column ``study`` in both tables (``machine`` is there).
-
-    A trial_id can occur once per study, so the key is (study, trial_id). Two studies of one name
-    get a running number behind it. ``manifest`` holds ``study``, ``simulated``
-    and ``studies``, the list of manifests. Raises ``StudyError`` without a path, for a folder
-    given twice, and for a mixture of simulated and real studies.
-    """
-    if not paths:
-        raise StudyError("no study to read: name at least one study folder")
-    resolved = [Path(path).resolve() for path in paths]
-    for path in resolved:
-        if resolved.count(path) > 1:
-            raise StudyError(f"study {path} is named twice: name each folder once")
-    studies = [read_study(path) for path in paths]
-    kinds = {bool(study.manifest["simulated"]) for study in studies}
-    if len(kinds) > 1:
-        raise StudyError("simulated and real studies can't be merged: read them apart")
-    names: list[str] = []
-    for study in studies:
-        name = str(study.manifest["study"])
-        names.append(name if name not in names else f"{name} ({len(names) + 1})")
-    merged = [
-        pd.concat([frame.assign(study=pd.array([name] * len(frame), dtype="string"))
-                   for name, frame in zip(names, frames, strict=True)], ignore_index=True)
-        for frames in ([s.trials for s in studies], [s.epochs for s in studies])
-    ]  # fmt: skip
-    manifest = {
-        "study": " + ".join(names),
-        "simulated": kinds.pop(),
-        "studies": [study.manifest for study in studies],
-    }
-    problems = [f"{n}: {p}" for n, s in zip(names, studies, strict=True) for p in s.problems]
-    return Study(merged[0], merged[1], manifest, problems, None)
-
-
 def from_result_grid(grid: Any) -> Study:
     """What ``Tuner.fit()`` returned, or an ``ExperimentAnalysis``, as the same tables.
 
@@ -138,15 +105,15 @@ def from_result_grid(grid: Any) -> Study:
         entry = tune_results.plan_entry(trial)
         results = mapping(trial.metrics, "results")
         if results:
-            row = records.measured(results)
+            row = measured(results)
             row["machine"] = machine(mapping(results, "meta", "hardware"))
             told += 1
-            curves += records.curve(entry["trial_id"], results, problems)
+            curves += tables.curve(entry["trial_id"], results, problems)
         else:
             row = tune_results.trial_record(trial)
             told += "status" in trial.metrics or row["status"] != "interrupted"
             curves += tune_results.epoch_records(trial, entry["trial_id"])
-        rows.append(records.axes(entry) | row)
+        rows.append(axes(entry) | row)
         plan.append(entry)
     if silent := len(rows) - told:
         problems.append(
@@ -155,6 +122,23 @@ def from_result_grid(grid: Any) -> Study:
         )
     manifest: dict[str, Any] = {"study": "in memory", "simulated": None, "plan": plan}
     return _study(rows, curves, manifest, problems, None)
+
+
+def told(action: Callable[[], str], failed: str) -> int:
+    """Prints what a command finds, and returns 0; or 2 after one sentence on a mistake.
+
+    ``failed`` begins that of a file that can't be read or written.
+    """
+    try:
+        found = action()
+    except StudyError as error:
+        print(clean(str(error)), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(clean(f"{failed}: {error}"), file=sys.stderr)
+        return 2
+    print(found)
+    return 0
 
 
 # ---- from the tables
@@ -208,17 +192,16 @@ def _require_plan(trials: pd.DataFrame, plan: list[dict[str, Any]]) -> None:
     if trials["trial_id"].duplicated().any():
         raise tables.TableError("a trial has two rows")
     rows = trials.set_index("trial_id").reindex(planned["trial_id"]).reset_index()
-    for name in records.AXES:
+    for name in AXES:
         # Two missing values count as equal here, unlike with ==.
         if not rows[name].equals(planned[name]):
             raise tables.TableError(f"their {name} differs from the plan in study.json")
 
 
 def _typed_plan(plan: list[dict[str, Any]]) -> pd.DataFrame:
-    axes = tuple(column for column in schema.TRIALS if column.name in records.AXES)
-    return tables.typed(records.frame([records.axes(entry) for entry in plan], axes), axes, "plan")[
-        0
-    ]
+    columns = tuple(column for column in schema.TRIALS if column.name in AXES)
+    entries = tables.frame([axes(entry) for entry in plan], columns)
+    return tables.typed(entries, columns, "plan")[0]
 
 
 def _torn(trials: pd.DataFrame, epochs: pd.DataFrame) -> int:
@@ -237,11 +220,11 @@ def _rebuild(folder: Path, manifest: dict[str, Any], found: Contents, problems: 
     for entry in manifest["plan"]:
         name = entry["trial_id"]
         results, problem = read_results(folder, name, manifest["simulated"], found)
-        row = records.axes(entry) | {"status": "pending", "simulated": manifest["simulated"]}
+        row = axes(entry) | {"status": "pending", "simulated": manifest["simulated"]}
         if results is not None:
-            row |= records.measured(results)
+            row |= measured(results)
             row["machine"] = machine(mapping(results, "meta", "hardware"))
-            curves += records.curve(name, results, problems)
+            curves += tables.curve(name, results, problems)
         elif problem:
             row |= {"status": "interrupted", "error": problem}
             problems.append(f"trial {name!r}: {problem}")
@@ -260,10 +243,8 @@ def _study(
     folder: Path | None,
 ) -> Study:
     """Both tables from one record per trial and one per epoch."""
-    trials, lost = tables.typed(records.frame(rows, _COLUMNS), _COLUMNS, "trials")
-    epochs, lost_epochs = tables.typed(
-        records.frame(curves, schema.EPOCHS), schema.EPOCHS, "epochs"
-    )
+    trials, lost = tables.typed(tables.frame(rows, _COLUMNS), _COLUMNS, "trials")
+    epochs, lost_epochs = tables.typed(tables.frame(curves, schema.EPOCHS), schema.EPOCHS, "epochs")
     problems = [*problems, *lost, *lost_epochs]
     if not epochs.empty:
         most = epochs.groupby("trial_id")["epoch"].nunique()

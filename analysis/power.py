@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.load import StudyError, read_study
-from analysis.pairs import CONFIGURATION
-from analysis.statistics import paired_differences
+from analysis.load import StudyError, read_study, told
+from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.pairs import paired_differences
 
 GRIDS = {"full": 12}
 """Configurations (model x dataset x LoRA) of the named grids."""
@@ -76,39 +76,50 @@ def power_table(
     mc_error (the largest standard error of a share). The same draws serve every row, so power does
     not wobble along the column. Raises ``StudyError`` for values that can't be meant.
     """
-    _require(n_configurations >= 2, "configurations", n_configurations, "a t-test needs two")
-    _require(1 <= modes <= 1000, "modes", modes, "use 1 to 1000")
-    _require(0.5 <= confidence < 1, "confidence", confidence, "use e.g. 0.95")
-    _require(0 < margin <= 1, "margin", margin, "use e.g. 0.01 for 1 pp")
-    _require(0 < abs(effect) <= 1, "effect", effect, "use e.g. 0.01 for 1 pp")
-    _require(0 <= configuration_sd <= 1, "configuration sd", configuration_sd, "use e.g. 0.005")
-    _require(0 <= seed_sd <= 1, "seed sd", seed_sd, "use e.g. 0.004")
-    _require(configuration_sd + seed_sd >= 1e-6, "seed sd", seed_sd, "one sd must be above 1e-6")
-    _require(simulations >= 100, "simulations", simulations, "use 1000 or more")
-    draws = simulations * n_configurations
-    _require(draws <= MAX_DRAWS, "simulations x configurations", draws, f"use up to {MAX_DRAWS:,}")
+    _require_plan(n_configurations, modes, simulations)
+    _require_sizes(effect, margin, configuration_sd, seed_sd, confidence)
     from scipy.special import stdtrit
 
     rng = np.random.default_rng(0) if rng is None else rng
     means, errors = _standard_draws(n_configurations, simulations, rng)
     alpha, freedom = 1 - confidence, n_configurations - 1
-    reach = {level: float(stdtrit(freedom, 1 - level)) for level in (alpha / 2, alpha)}
-    reach_holm = float(stdtrit(freedom, 1 - alpha / 2 / modes))
+    two_sided, one_sided, holm = (
+        float(stdtrit(freedom, 1 - level)) for level in (alpha / 2, alpha, alpha / 2 / modes)
+    )
     rows = []
     for count in seeds:
         sd = float(np.sqrt(configuration_sd**2 + 2 * seed_sd**2 / count))
         t = np.abs(means + effect / sd) / errors
-        above = (means + margin / sd) / errors > reach[alpha]
-        below = (margin / sd - means) / errors > reach[alpha]
+        above = (means + margin / sd) / errors > one_sided
+        below = (margin / sd - means) / errors > one_sided
         shares = {
-            "power_see": np.mean(t > reach[alpha / 2]),
-            "power_see_holm": np.mean(t > reach_holm),
+            "power_see": np.mean(t > two_sided),
+            "power_see_holm": np.mean(t > holm),
             "power_equivalent": np.mean(above & below),
             "power_not_inferior": np.mean(above),
         }
         error = max(np.sqrt(p * (1 - p) / simulations) for p in shares.values())
         rows.append({"seeds": count, "sd": sd, **shares, "mc_error": error})
     return pd.DataFrame(rows)
+
+
+def _require_plan(n_configurations: int, modes: int, simulations: int) -> None:
+    _require(n_configurations >= 2, "configurations", n_configurations, "a t-test needs two")
+    _require(1 <= modes <= 1000, "modes", modes, "use 1 to 1000")
+    _require(simulations >= 100, "simulations", simulations, "use 1000 or more")
+    draws = simulations * n_configurations
+    _require(draws <= MAX_DRAWS, "simulations x configurations", draws, f"use up to {MAX_DRAWS:,}")
+
+
+def _require_sizes(
+    effect: float, margin: float, configuration_sd: float, seed_sd: float, confidence: float
+) -> None:
+    _require(0.5 <= confidence < 1, "confidence", confidence, "use e.g. 0.95")
+    _require(0 < margin <= 1, "margin", margin, "use e.g. 0.01 for 1 pp")
+    _require(0 < abs(effect) <= 1, "effect", effect, "use e.g. 0.01 for 1 pp")
+    _require(0 <= configuration_sd <= 1, "configuration sd", configuration_sd, "use e.g. 0.005")
+    _require(0 <= seed_sd <= 1, "seed sd", seed_sd, "use e.g. 0.004")
+    _require(configuration_sd + seed_sd >= 1e-6, "seed sd", seed_sd, "one sd must be above 1e-6")
 
 
 def _standard_draws(
@@ -246,6 +257,21 @@ def _spread(options: argparse.Namespace) -> Spread:
     return spread
 
 
+def _told(options: argparse.Namespace) -> str:
+    _require(0 < options.power < 1, "--power", options.power, "use e.g. 0.8")
+    spread = _spread(options)
+    table = power_table(
+        spread.n_configurations,
+        effect=options.effect,
+        margin=options.margin,
+        configuration_sd=spread.configuration_sd,
+        seed_sd=spread.seed_sd,
+        modes=options.modes,
+        simulations=options.simulations,
+    )
+    return report(table, spread, options.power, options.effect, options.margin, options.modes)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 2 for the user's mistake."""
     parser = argparse.ArgumentParser(
@@ -265,27 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--power", type=float, default=0.8, help="wanted power (default 0.8)")
     add("--simulations", type=int, default=20_000, help="simulated studies (default 20000)")
     options = parser.parse_args(arguments)
-    try:
-        _require(0 < options.power < 1, "--power", options.power, "use e.g. 0.8")
-        spread = _spread(options)
-        table = power_table(
-            spread.n_configurations,
-            effect=options.effect,
-            margin=options.margin,
-            configuration_sd=spread.configuration_sd,
-            seed_sd=spread.seed_sd,
-            modes=options.modes,
-            simulations=options.simulations,
-        )
-        text = report(table, spread, options.power, options.effect, options.margin, options.modes)
-    except StudyError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"the study can't be read: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 0
+    return told(lambda: _told(options), "the study can't be read")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def load(folder: Path) -> Callable[[], object]:
 
 
 def statistics(folder: Path) -> Callable[[], object]:
-    from analysis.findings import compute
+    from analysis.findings.findings import compute
     from analysis.load import read_study
 
     study = read_study(folder / "study")
@@ -239,7 +239,7 @@ def main() -> None:
 
 
 def ran_on() -> str:
-    from analysis.folder import machine
+    from analysis.folder.contents import machine
     from tune_study import provenance
 
     where, python = machine(provenance.hardware()), platform.python_version()

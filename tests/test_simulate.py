@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from analysis.load import rebuild
-from analysis.statistics import compare_modes
+from analysis.statistics.comparison import compare_modes
 from search_spaces import grids
 from tune_study import manifest, simulate, study
 from tune_study.config import UserError

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,10 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    write_whole(path, lambda temporary: temporary.write_bytes(data))
+
+
 def write_json(path: Path, value: Any) -> None:
     """``value`` as strict JSON: a number that is not finite becomes ``null``."""
     text = json.dumps(_strict(value), indent=1, allow_nan=False) + "\n"
@@ -82,3 +86,10 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def mapping(value: Any, *keys: str) -> Mapping[str, Any]:
+    """``value[key][key]...`` if every step is a mapping, else an empty one."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, Mapping) else {}

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from analysis.folder import mapping
 from tune_study import protocol, provenance
 from tune_study.config import TrialConfig, UserError, parse_trial
-from tune_study.files import read_json, write_json
+from tune_study.files import mapping, read_json, write_json
 from tune_study.space import merged, refuse_other_search
 
 if TYPE_CHECKING:

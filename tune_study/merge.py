@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from analysis.folder import mapping
 from analysis.load import rebuild, write_tables
 from tune_study import protocol, provenance
 from tune_study.config import TrialConfig, UserError
-from tune_study.files import read_json, write_folder_whole, write_json
+from tune_study.files import mapping, read_json, write_folder_whole, write_json
 from tune_study.manifest import FORMAT, changed_inputs, listed_changes, planned, read_manifest
 from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS
 

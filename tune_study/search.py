@@ -22,12 +22,12 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.optuna import OptunaSearch
 from sqlalchemy.exc import DatabaseError
 
-from analysis import records
 from tune_study.asha import Asha
 from tune_study.config import TrialConfig, UserError, first_line
 from tune_study.files import read_json, write_json
 from tune_study.importance import write_importances
 from tune_study.progress import Progress
+from tune_study.results import measured
 from tune_study.schema import FINISHED_STATUSES, GOOD_STATUSES
 from tune_study.space import OBJECTIVES, Settings, probes
 from tune_study.supervise import Gate, Stop
@@ -57,7 +57,7 @@ def outcome(results: Any, objectives: Sequence[str]) -> Ended | None:
         return None
     if status == "pruned":
         return Ended(TrialState.PRUNED)
-    row = records.measured(results)
+    row = measured(results)
     values = [row.get(name) for name in objectives]
     if status not in GOOD_STATUSES or not all(_finite(value) for value in values):
         return Ended(TrialState.FAIL)

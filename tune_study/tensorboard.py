@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.logger import TBXLoggerCallback
 
-from analysis.records import measured
 from tune_study import hparams
 from tune_study.files import read_json
 from tune_study.hparams import Axis
+from tune_study.results import measured
 from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from analysis.records import measured
 from tune_study.callback import Callback
 from tune_study.config import TrialConfig, UserError
 from tune_study.files import read_json
 from tune_study.hparams import flatten
+from tune_study.results import measured
 from tune_study.schema import EPOCHS, FINISHED_STATUSES
 
 if TYPE_CHECKING:

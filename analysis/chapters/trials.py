@@ -1,0 +1,93 @@
+"""The chapters on the trials, on the methods, and on where all comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from analysis.chapters import search
+from analysis.findings.findings import Findings
+from analysis.text.layout import Cell, Section, Table, count, table_of, text
+from analysis.text.wording import MISSING, plural
+from tune_study import schema
+
+
+def trials(found: Findings) -> Section:
+    frame = found.study.trials
+    good = int(frame["status"].isin(schema.GOOD_STATUSES).sum())
+    paragraphs = [f"{good} of {plural(len(frame), 'planned trial')} ended well."]
+    statuses = [name for name in schema.STATUSES if name in found.counts]
+    cells: dict[str, Cell] = {"mode": text("quantization")}
+    for status in statuses:
+        cells[status.replace("_", " ")] = count(status)
+    cells["planned"] = count("planned")
+    per_mode = found.counts.reset_index(names="quantization")
+    tables = [table_of("trials", "What became of the trials", per_mode, cells)]
+    bad = frame[frame["status"].isin(("diverged", "oom", "error"))]
+    if len(bad):
+        tables.append(
+            table_of(
+                "failures",
+                "Trials that failed",
+                bad.head(50),
+                {
+                    "trial": text("trial_id"),
+                    "status": text("status"),
+                    "epochs": lambda r: (
+                        MISSING if pd.isna(r["epochs_completed"]) else str(r["epochs_completed"])
+                    ),
+                    "reason": text("error"),
+                },
+                wide=(0, 3),
+                note="" if len(bad) <= 50 else f"The first 50 of {len(bad)}.",
+            )
+        )
+    if found.problems:
+        paragraphs.append("While reading the study folder, these problems were found:")
+        rows = [[problem] for problem in found.problems[:50]]
+        note = "" if len(found.problems) <= 50 else f"The first 50 of {len(found.problems)}."
+        tables.append(Table("problems", "Problems", ("problem",), rows, note, (0,)))
+    return Section("trials", "Trials", paragraphs, tables)
+
+
+def methods(found: Findings) -> Section:
+    paragraphs = [
+        "Unit of inference: the configuration. Differences are paired on seed, averaged within "
+        "each configuration, and carry a t-interval over configuration means; a bootstrap over "
+        "configurations, sign flips and Wilcoxon's test check it. Seeds of one configuration get "
+        "an interval and no p-value.",
+        "What the intervals do not cover: other model families, other data, other training "
+        "settings, and the sampling of the test images, which all modes share.",
+        "Test images never influenced a choice: the test accuracy is read once, at the epoch "
+        "with the best validation accuracy.",
+    ]
+    if found.search is not None:
+        paragraphs = [search.METHODS, paragraphs[-1]]
+    rows = [[name, value] for name, value in provenance(found.study.manifest)]
+    table = Table("provenance", "Where this comes from", ("what", "value"), rows, "", (1,))
+    return Section("methods", "Methods and provenance", paragraphs, [table])
+
+
+def provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
+    """Command, time, commit, hardware and versions of a study.json, as far as it has them."""
+    recorded = manifest.get("provenance")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    rows = [
+        (name, str(manifest[key]))
+        for key, name in (("command", "command"), ("created", "created"), ("grid", "grid"))
+        if manifest.get(key)
+    ]
+    if recorded.get("commit"):
+        rows.append(("commit", str(recorded["commit"])))
+    for key in ("hardware", "versions"):
+        part = recorded.get(key)
+        if isinstance(part, dict):
+            rows += [(f"{key}: {name}", str(value)) for name, value in part.items() if value]
+    data = recorded.get("data")
+    if isinstance(data, dict):
+        for name, entry in data.items():
+            digest = entry.get("sha256") if isinstance(entry, dict) else None
+            if digest:
+                rows.append((f"data: {name}", f"sha256 {str(digest)[:16]}"))
+    return rows

@@ -1,0 +1,1 @@
+"""What is drawn of the findings, and how every figure looks."""

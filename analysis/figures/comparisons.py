@@ -1,0 +1,261 @@
+"""The report's comparative figures: each takes a table of the measures, the literature or the
+statistics and returns a :class:`Drawn`; one with nothing to show says why instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.figures.style import (
+    Drawn,
+    legend_below,
+    new_figure,
+    panel_grid,
+    panels_of,
+    plain_log,
+    settings,
+    style,
+)
+from analysis.statistics.cells import modes_of
+from analysis.text.wording import short, signed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_PARTS = ("#444444", "#E69F00", "#56B4E9", "#009E73", "#CCCCCC")
+_PART_HATCHES = ("", "//", "xx", "..", "")
+
+
+def plot_forest(table: pd.DataFrame, pairs: pd.DataFrame, *, title: str, caption: str) -> Drawn:
+    """Accuracy difference per mode with its interval, over the configurations it rests on.
+
+    ``table`` is ``comparison.compare_modes``; ``pairs`` has ``quantization`` and ``difference``
+    (fraction), one row per configuration.
+    """
+    shown = table[table["mean_difference"].notna()].reset_index(drop=True)
+    if shown.empty:
+        reason = "no quantized mode has a finished pair with the unquantized baseline"
+        return Drawn("accuracy_difference", title, caption, None, reason)
+    with settings():
+        figure, axes = new_figure(0.9 + 0.62 * len(shown))
+        axis = axes[0, 0]
+        labels = []
+        for place, row in enumerate(shown.to_dict("records")):
+            own = pairs.loc[pairs["quantization"] == row["quantization"], "difference"]
+            labels.append(_draw_difference(axis, place, row, own.to_numpy() * 100))
+        axis.axvline(0, color="black", lw=1)
+        axis.margins(x=0.06)
+        margin = shown["margin"].dropna()
+        if len(margin):
+            _draw_margin(axis, float(margin.iloc[0]) * 100)
+        axis.set_yticks(range(len(shown)), labels)
+        axis.set_ylim(len(shown) - 0.4, -0.5)
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel("test accuracy minus unquantized, percentage points")
+    return Drawn("accuracy_difference", title, caption, figure)
+
+
+def _draw_difference(axis: Axes, place: int, row: dict[Any, Any], own: np.ndarray) -> str:
+    """A mode's difference, its interval and its configurations; returns the label of its row."""
+    mode = str(row["quantization"])
+    colour, marker, _, _ = style(mode)
+    offsets = np.linspace(-0.16, 0.16, len(own)) if len(own) > 1 else np.zeros(len(own))
+    axis.plot(own, place + 0.26 + offsets * 0.6, ".", color="#9a9a9a", ms=4, zorder=2)
+    mean, low, high = (row[name] * 100 for name in ("mean_difference", "ci_low", "ci_high"))
+    interval = " (no interval)"
+    if np.isfinite([low, high]).all():
+        axis.plot([low, high], [place] * 2, color=colour, lw=2.4, zorder=3)
+        axis.plot([low, high], [place] * 2, "|", color=colour, ms=9, mew=1.6, zorder=3)
+        interval = f" [{signed(low)}, {signed(high)}]"
+    axis.plot(mean, place, marker, color=colour, ms=8, mec="white", zorder=4)
+    return f"{short(mode)}\n{signed(mean)} pp{interval}"
+
+
+def _draw_margin(axis: Axes, edge: float) -> None:
+    """The margin of equivalence, shaded and within the limits of the axis."""
+    axis.axvspan(-edge, edge, color="#0072B2", alpha=0.08, lw=0, zorder=0)
+    for side in (-edge, edge):
+        axis.axvline(side, color="#666666", lw=0.8, ls=(0, (4, 3)))
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, -1.15 * edge), max(high, 1.15 * edge))
+
+
+def plot_pareto(
+    table: pd.DataFrame, *, key: str, title: str, caption: str, label: str, empty: str
+) -> Drawn:
+    """Accuracy against bytes; ``table`` is ``pareto.pareto_front``, a panel per data set."""
+    if table.empty:
+        return Drawn(key, title, caption, None, empty)
+    from matplotlib.lines import Line2D
+
+    fills: tuple[Any, ...] = ("full", "none", "left", "top", "right", "bottom")
+    models = list(dict.fromkeys(str(model) for model in table["model"]))
+    panels = panels_of(table, ["dataset"])
+    with settings():
+        figure, axes = panel_grid(len(panels), 2.7)
+        for axis, ((dataset,), group) in zip(axes, panels, strict=True):
+            front = group[group["on_front"]].sort_values("cost")
+            axis.step(
+                front["cost"] / 1e6, front["score"] * 100, where="post", color="#888888", lw=1,
+                zorder=1,
+            )  # fmt: skip
+            for (mode, model), cells in group.groupby(["quantization", "model"], observed=True):
+                colour, marker, _, _ = style(str(mode))
+                fill = fills[models.index(str(model)) % len(fills)]
+                axis.plot(
+                    cells["cost"] / 1e6, cells["score"] * 100, marker, color=colour, ms=6.5,
+                    fillstyle=fill, mec=colour, mew=1.2, ls="", alpha=0.9,
+                )  # fmt: skip
+            axis.set_title(short(dataset))
+            axis.set_xscale("log")
+            low, high = table["cost"].min() / 1e6, table["cost"].max() / 1e6
+            plain_log(axis.xaxis, low, high)
+            pad = max((high / low) ** 0.08, 1.08)
+            axis.set_xlim(low / pad, high * pad)
+            axis.set_xlabel(label)
+            axis.set_ylabel("test accuracy, %")
+        modes = modes_of(table["quantization"])
+        handles = [Line2D([], [], color=style(m)[0], marker=style(m)[1], ls="") for m in modes]
+        handles += [
+            Line2D([], [], color="black", marker="o", ls="", fillstyle=fills[i % len(fills)])
+            for i in range(len(models))
+        ]
+        handles.append(Line2D([], [], color="#888888", lw=1))
+        names = [*map(short, modes), *map(short, models), "front"]
+        legend_below(figure, handles, names)
+    return Drawn(key, title, caption, figure)
+
+
+def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[str, str]) -> Drawn:
+    """Stacked parts of a training step per mode, the measured peak marked; a panel per model.
+
+    ``table`` is ``memory.memory_ledger``. Parts nobody measured are left out of the bars.
+    """
+    key = "memory_ledger"
+    if table.empty:
+        return Drawn(key, title, caption, None, "no trial recorded its memory")
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    scope = [name for name in ("machine", "model", "batch_size") if name in table]
+    panels = panels_of(table, scope)
+    known = [name for name in parts if table[name].notna().any()]
+    rows = sum(len(group) for _, group in panels)
+    with settings():
+        figure, axes = new_figure(
+            0.75 * len(panels) + 0.27 * rows + 0.7, len(panels), 1,
+            gridspec_kw={"height_ratios": [len(group) + 1.2 for _, group in panels]},
+        )  # fmt: skip
+        for axis, (scope_values, group) in zip(axes.flat, panels, strict=True):
+            _draw_bars(axis, group, list(parts))
+            axis.set_title(_scope_title(scope, scope_values), loc="left")
+        axes[-1, 0].set_xlabel("MB of one training step")
+        handles: list[Any] = [
+            Patch(facecolor=_PARTS[i], hatch=_PART_HATCHES[i], edgecolor="white")
+            for i, name in enumerate(parts)
+            if name in known
+        ]
+        labels = [parts[name] for name in known]
+        if table["peak_train_bytes"].notna().any():
+            handles.append(Line2D([], [], marker="d", color="black", ls="", ms=5))
+            labels.append("measured peak")
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return Drawn(key, title, caption, figure)
+
+
+def _draw_bars(axis: Axes, group: pd.DataFrame, parts: list[str]) -> None:
+    """A bar of stacked parts per row of ``group``, and its measured peak."""
+    left = np.zeros(len(group))
+    for number, name in enumerate(parts):
+        width = group[name].astype("float64").fillna(0).to_numpy() / 1e6
+        axis.barh(
+            range(len(group)), width, left=left, color=_PARTS[number], height=0.62,
+            hatch=_PART_HATCHES[number], edgecolor="white", lw=0.3,
+        )  # fmt: skip
+        left += width
+    peak = group["peak_train_bytes"].astype("float64").to_numpy() / 1e6
+    axis.plot(peak, range(len(group)), "d", color="black", mec="white", ms=6, zorder=4)
+    axis.set_yticks(range(len(group)), [short(mode) for mode in group["quantization"]])
+    axis.set_ylim(len(group) - 0.4, -0.6)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlim(left=0)
+
+
+def _scope_title(scope: Sequence[str], values: Sequence[str]) -> str:
+    named = dict(zip(scope, values, strict=True))
+    text = short(named["model"])
+    if named.get("batch_size", "<NA>") not in ("<NA>", "nan"):
+        text += f", batch {named['batch_size']}"
+    return text
+
+
+def plot_qlora(table: pd.DataFrame, *, title: str, caption: str) -> Drawn:
+    """Our score ratios with intervals against QLoRA's ranges; ``table`` is ``qlora_ratios``."""
+    key = "qlora_ratios"
+    shown = table[table["ratio"].notna() & (table["n_reference"] > 0)] if len(table) else table
+    if shown.empty:
+        return Drawn(
+            key, title, caption, None, "no mode has both a ratio of ours and one of theirs"
+        )
+    from matplotlib.lines import Line2D
+
+    with settings():
+        figure, axes = new_figure(1.1 + 0.42 * len(shown))
+        axis = axes[0, 0]
+        for number, row in enumerate(shown.to_dict("records")):
+            colour, marker, _, _ = style(str(row["quantization"]))
+            axis.plot(
+                [row["their_low"], row["their_high"]], [number + 0.16] * 2, color="#bdbdbd", lw=7,
+                solid_capstyle="butt", zorder=1,
+            )  # fmt: skip
+            axis.plot(row["their_mean"], number + 0.16, "|", color="black", ms=9, mew=1.6, zorder=2)
+            axis.plot([row["ci_low"], row["ci_high"]], [number - 0.16] * 2, color=colour, lw=2.2)
+            axis.plot(row["ratio"], number - 0.16, marker, color=colour, ms=5, zorder=4)
+        axis.axvline(1, color="black", lw=1)
+        labels = [
+            f"{short(row['quantization'])}: {short(row['group'], 30)}"
+            for row in shown.to_dict("records")
+        ]
+        axis.set_yticks(range(len(shown)), labels)
+        axis.set_ylim(len(shown) - 0.4, -0.6)
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel("score of quantized over unquantized")
+        handles = [
+            Line2D([], [], color="#444444", marker="o", lw=2.2),
+            Line2D([], [], color="#bdbdbd", lw=7),
+            Line2D([], [], color="black", marker="|", ls="", ms=9, mew=1.6),
+        ]
+        legend_below(figure, handles, ["ours, with interval", "QLoRA's cells, range", "their mean"])
+    return Drawn(key, title, caption, figure)
+
+
+def plot_seeds(table: pd.DataFrame, sds: pd.DataFrame, *, title: str, caption: str) -> Drawn:
+    """Deviation of each trial from the mean of its cell, per mode, with the pooled deviation."""
+    key = "seed_spread"
+    if table.empty:
+        return Drawn(key, title, caption, None, "no cell has two finished seeds")
+    with settings():
+        modes = modes_of(sds["quantization"])
+        sds = sds.set_index("quantization").loc[modes].reset_index()
+        figure, axes = new_figure(0.9 + 0.5 * len(modes))
+        axis = axes[0, 0]
+        labels = []
+        for number, row in enumerate(sds.to_dict("records")):
+            mode = str(row["quantization"])
+            colour, marker, _, _ = style(mode)
+            own = table.loc[table["quantization"] == mode, "deviation"].to_numpy("float64") * 100
+            # A fixed spiral instead of random jitter: the same study draws the same figure.
+            offset = 0.26 * np.sin(np.arange(len(own)) * 2.399963)
+            sd = row["sd"] * 100
+            axis.fill_betweenx([number - 0.34, number + 0.34], -sd, sd, color=colour, alpha=0.13)
+            axis.plot(own, number + offset, marker, color=colour, ms=4.5, alpha=0.75, mew=0, ls="")
+            labels.append(f"{short(mode)}\nsd {sd:.2f} pp")
+        axis.axvline(0, color="black", lw=1)
+        axis.set_yticks(range(len(modes)), labels)
+        axis.set_ylim(len(modes) - 0.4, -0.6)
+        axis.grid(axis="y", visible=False)
+        axis.set_xlabel("test accuracy minus the mean over seeds, percentage points")
+    return Drawn(key, title, caption, figure)

@@ -1,0 +1,150 @@
+"""All figures of a report, drawn from its findings, each with the caption that explains it."""
+
+from __future__ import annotations
+
+from analysis.figures import comparisons, curves, search
+from analysis.figures.style import Drawn, mark_simulated
+from analysis.findings.findings import Findings
+from analysis.measures.curves import curve_bands, curve_gaps
+from analysis.measures.memory import LEDGER
+from analysis.measures.pareto import pareto_front
+from analysis.text.layout import clean
+
+KEYS = (
+    "accuracy_difference",
+    "pareto_weights",
+    "pareto_peak",
+    "learning_curves",
+    "learning_gap",
+    "gradient_norm",
+    "gradient_layers",
+    "memory_ledger",
+    "qlora_ratios",
+    "seed_spread",
+)
+"""Of a grid; a search has ``search.KEYS`` and the ledger."""
+
+
+def draw_all(found: Findings) -> dict[str, Drawn]:
+    """Every figure by its key; empty ones say why. Simulated studies are marked in each.
+
+    A search has its own, and of the others the ledger alone: its trials are no comparison.
+    """
+    if found.search is not None:
+        drawn = [*search.draw(found.search), _ledger(found)]
+    else:
+        drawn = [*_outcomes(found), *_over_epochs(found), *_memory(found), _literature(found)]
+    if found.simulated:
+        drawn = [mark_simulated(figure) for figure in drawn]
+    return {figure.key: figure for figure in drawn}
+
+
+def _outcomes(found: Findings) -> list[Drawn]:
+    margin = found.comparison["margin"].dropna()
+    band = f" Shaded: the margin of ±{float(margin.iloc[0]) * 100:g} pp." if len(margin) else ""
+    return [
+        comparisons.plot_forest(
+            found.comparison,
+            found.differences,
+            title="What each mode costs in accuracy",
+            caption="Difference of test accuracy to the unquantized model, with its 95 % interval "
+            f"over configurations; grey dots are the configurations.{band}",
+        ),
+        comparisons.plot_seeds(
+            found.seed_spread,
+            found.seed_sds,
+            title="How far the seed alone moves a result",
+            caption="Each dot is a trial, set against the mean of its cell (same model, data, LoRA "
+            "and mode). The band is one standard deviation, pooled over the cells.",
+        ),
+    ]
+
+
+def _over_epochs(found: Findings) -> list[Drawn]:
+    trials, epochs = found.study.trials, found.study.epochs
+    layers = found.layers
+    model = f" Model: {clean(str(layers['model'].iloc[0]))}." if len(layers) else ""
+    return [
+        curves.plot_curves(
+            curve_bands(epochs, trials),
+            key="learning_curves",
+            title="Learning curves",
+            caption="Validation accuracy, mean over LoRA settings and seeds; the band is one "
+            "standard deviation. A curve ends where fewer than half of its trials go on.",
+            label="val. accuracy, %",
+            scale=100,
+            empty="no trial has finished an epoch",
+        ),
+        curves.plot_curves(
+            curve_gaps(epochs, trials),
+            key="learning_gap",
+            title="How far each mode runs ahead or behind",
+            caption="Validation accuracy minus that of the unquantized trial of the same "
+            "configuration and seed at the same epoch; the band is one standard deviation.",
+            label="difference, pp",
+            scale=100,
+            zero=True,
+            empty="no pair with an unquantized trial has finished an epoch",
+        ),
+        curves.plot_curves(
+            curve_bands(epochs, trials, metric="grad_norm_mean"),
+            key="gradient_norm",
+            title="Gradient norm",
+            caption="Mean global gradient norm of the trainable parameters before clipping, "
+            "logarithmic; the band is one standard deviation over trials.",
+            label="gradient norm",
+            log=True,
+            empty="no trial recorded its gradient norms",
+        ),
+        curves.plot_layers(
+            layers,
+            title="Gradient norm per layer",
+            caption="Both LoRA matrices of a layer together, mean over trials, logarithmic; the "
+            f"first layer is on top.{model}",
+        ),
+    ]
+
+
+def _memory(found: Findings) -> list[Drawn]:
+    trials = found.study.trials
+    front = "The line joins the cells that no other cell beats in both; differences smaller than "
+    front += "the intervals above are noise."
+    return [
+        comparisons.plot_pareto(
+            pareto_front(trials),
+            key="pareto_weights",
+            title="Accuracy against the size of the base weights",
+            caption=f"Each point is a configuration and mode, mean over its seeds. {front}",
+            label="base weights, MB",
+            empty="no trial that ended well recorded its weights",
+        ),
+        comparisons.plot_pareto(
+            pareto_front(trials, cost="peak_train_bytes"),
+            key="pareto_peak",
+            title="Accuracy against the peak of a training step",
+            caption=f"As before, but against the measured peak of a training step. {front}",
+            label="peak, MB",
+            empty="no trial measured the peak of a training step on this machine",
+        ),
+        _ledger(found),
+    ]
+
+
+def _ledger(found: Findings) -> Drawn:
+    return comparisons.plot_ledger(
+        found.ledger,
+        title="Where the memory of a training step goes",
+        caption="Mean over trials. Parts that nobody measured are left out; the diamond is the "
+        "measured peak, which includes temporary buffers.",
+        parts=LEDGER,
+    )
+
+
+def _literature(found: Findings) -> Drawn:
+    title, caption = "Our ratios and QLoRA's", "Score with quantized base weights over the score "
+    caption += "without, ours with its 95 % interval over configurations, beside the range of the "
+    caption += "cells of QLoRA's tables 3 and 4 (language models)."
+    if found.simulated:
+        reason = "a simulated study is not compared with the literature"
+        return Drawn("qlora_ratios", title, caption, None, reason)
+    return comparisons.plot_qlora(found.qlora, title=title, caption=caption)

@@ -1,0 +1,184 @@
+"""How every figure looks and is saved: styles of the modes, panels, legends, files.
+
+Colour-blind-safe (Okabe and Ito), and every mode has its own marker, line style and hatch, so that
+a grey print still tells them apart. Nothing here touches matplotlib's global state, and matplotlib
+is imported when a figure is made, not before.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pandas as pd
+
+from tune_study.files import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+WIDTH = 5.2
+"""Inches: 9 pt text stays readable when a phone shows the figure 390 px wide."""
+SCREEN_DPI, PRINT_DPI = 150, 300
+_STYLES = {
+    "none": ("#444444", "o", "-", ""),
+    "int8": ("#0072B2", "s", "--", "//"),
+    "nf4": ("#D55E00", "^", "-.", "xx"),
+    "nf4-dq": ("#009E73", "D", ":", ".."),
+    "fp4": ("#CC79A7", "v", (0, (5, 1, 1, 1, 1, 1)), "\\\\"),
+    "fp4-dq": ("#E69F00", "P", (0, (1, 3)), "++"),
+}
+_UNKNOWN = ("#56B4E9", "X", (0, (3, 5)), "oo")
+_MOST_PANELS = 6
+_RC: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "hatch.linewidth": 0.5,
+    "pdf.fonttype": 42,
+    "figure.facecolor": "white",
+    "text.parse_math": False,  # a model called $x$ is a name, not a formula
+    "axes.unicode_minus": True,
+}
+
+
+class Drawn(NamedTuple):
+    """One figure of the report; ``figure`` is ``None`` when ``empty`` says why there is none."""
+
+    key: str
+    title: str
+    caption: str
+    figure: Figure | None
+    empty: str = ""
+    simulated: bool = False
+
+
+def style(mode: str) -> tuple[str, str, Any, str]:
+    """Colour, marker, line style and hatch of a quantization mode."""
+    return _STYLES.get(mode, _UNKNOWN)
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+def new_figure(height: float, rows: int = 1, columns: int = 1, **shared: Any) -> tuple[Figure, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        layout.set(w_pad=0.09, h_pad=0.08)  # type: ignore[call-arg]
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    if handles:
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(4, len(labels)),
+            handlelength=3.2, columnspacing=1.4,
+        )  # fmt: skip
+
+
+def panels_of(
+    table: pd.DataFrame, keys: Sequence[str]
+) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
+    grouped = table.groupby(list(keys), observed=True, sort=False, dropna=False)
+    return [(tuple(str(part) for part in key), group) for key, group in grouped][:_MOST_PANELS]
+
+
+def panel_grid(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels, two in a row."""
+    columns = min(2, count)
+    rows = -(-count // columns)
+    figure, axes = new_figure(height * rows + 0.5, rows, columns)
+    flat = list(axes.flat)
+    for spare in flat[count:]:
+        spare.set_visible(False)
+    return figure, flat[:count]
+
+
+def plain_log(axis: Axis, low: float, high: float) -> None:
+    """Ticks of a logarithmic axis at round numbers, written out: 5, 10, 20, 50."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    steps: tuple[float, ...] = (1, 2, 5) if high / low < 300 else (1,)
+    if high / low < 4:
+        steps = (1, 1.5, 2, 3, 4, 5, 6, 8)
+    narrow = high / low < 1.5  # as good as linear
+    axis.set_major_locator(MaxNLocator(4) if narrow else LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def tick(value: float) -> str:
+    """A tick's number without an exponent: 2,000 and 0.02."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def mark_simulated(drawn: Drawn) -> Drawn:
+    """The same figure with a word across it that no crop or print can miss."""
+    if drawn.figure is not None and not drawn.simulated:
+        drawn.figure.text(
+            0.5, 0.5, "SIMULATED", fontsize=44, color="#D55E00", alpha=0.13, rotation=24,
+            ha="center", va="center", weight="bold", zorder=50, in_layout=False,
+        )  # fmt: skip
+        with settings():
+            drawn.figure.suptitle(
+                "simulated: drawn from a model, not trained",
+                fontsize=8, color="#a33c00", weight="bold",
+            )  # fmt: skip
+    return drawn._replace(simulated=True)
+
+
+def png(drawn: Drawn, *, dpi: int = SCREEN_DPI) -> bytes:
+    """The figure as PNG. Raises ``ValueError`` for an empty one."""
+    return _render(drawn, "png", dpi)
+
+
+def _render(drawn: Drawn, kind: str, dpi: int) -> bytes:
+    if drawn.figure is None:
+        raise ValueError(f"figure {drawn.key} is empty: {drawn.empty}")
+    buffer = io.BytesIO()
+    metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}}[kind]
+    with settings():
+        if drawn.figure.get_layout_engine() is not None:
+            # Laid out once: the engine would repeat it, the slowest part, for every file.
+            drawn.figure.draw_without_rendering()
+            drawn.figure.set_layout_engine("none")
+        drawn.figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
+    return buffer.getvalue()
+
+
+def save(drawn: Drawn, folder: Path) -> list[Path]:
+    """``key.png`` at 300 dpi and ``key.pdf`` under ``folder``, each whole or not at all."""
+    if drawn.figure is None:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{drawn.key}.{kind}" for kind in ("png", "pdf")]
+    for path in paths:
+        write_bytes(path, _render(drawn, path.suffix[1:], PRINT_DPI))
+    return paths

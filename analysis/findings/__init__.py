@@ -1,0 +1,1 @@
+"""Everything the report says, computed once: tables, decisions, the JSON summaries."""

@@ -1,0 +1,292 @@
+"""The decision table: what to use, in plain words, each line with the evidence it stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from analysis.measures import memory
+from analysis.statistics import planning
+from analysis.statistics.cells import modes_of
+from analysis.statistics.pairs import seed_intervals
+from analysis.text.wording import between, megabytes, plural, signed, span, span_of
+from tune_study import schema
+
+TOLERANCES = (0.005, 0.01, 0.02)
+"""Losses of accuracy (fractions) that a reader may be ready to accept."""
+SMALL_PEAK_SAVING = 0.05
+WORDS = {
+    "none": "no quantization",
+    "int8": "8 bits per weight",
+    "nf4": "4 bits per weight",
+    "nf4-dq": "4 bits per weight, constants compressed",
+    "fp4": "4 bits per weight (float)",
+    "fp4-dq": "4 bits per weight (float), constants compressed",
+}
+
+
+class Decision(NamedTuple):
+    """One line. ``decided`` is False when the data can't tell; ``mode`` is what to use, if any."""
+
+    question: str
+    answer: str
+    evidence: str
+    sample: str
+    decided: bool
+    mode: str | None = None
+
+
+def decide(
+    trials: pd.DataFrame,
+    comparison: pd.DataFrame,
+    memory: pd.DataFrame,
+    ledger: pd.DataFrame,
+    speed: pd.DataFrame,
+    *,
+    baseline: str = "none",
+) -> list[Decision]:
+    """The lines of the table, first the tolerances, then memory, speed and stability.
+
+    Args:
+        comparison: ``comparison.compare_modes`` of the test accuracy.
+        memory, ledger, speed: ``memory.memory_ratios``, ``memory.memory_ledger`` and
+            ``ratios.metric_ratios`` of images_per_s.
+    """
+    lines = tolerances(trials, comparison, memory)
+    lines.append(smallest_weights(memory))
+    lines.append(lowest_peak(ledger, baseline))
+    lines.append(fastest(speed, baseline))
+    lines.append(stability(trials))
+    return lines
+
+
+def tolerances(
+    trials: pd.DataFrame, comparison: pd.DataFrame, memory: pd.DataFrame
+) -> list[Decision]:
+    """A line per tolerance; neighbours that say the same become one."""
+    lines: list[tuple[list[float], Decision]] = []
+    for loss in TOLERANCES:
+        line = tolerance(trials, comparison, memory, loss)
+        if lines and lines[-1][1]._replace(question=line.question) == line:
+            lines[-1][0].append(loss)
+        else:
+            lines.append(([loss], line))
+    merged = []
+    for losses, line in lines:
+        amounts = [f"{loss * 100:g}" for loss in losses]
+        several = ", ".join(amounts[:-1]) + (" or " if len(amounts) > 1 else "") + amounts[-1]
+        merged.append(line._replace(question=f"You accept a loss of {several} pp of accuracy"))
+    return merged
+
+
+def tolerance(
+    trials: pd.DataFrame, comparison: pd.DataFrame, memory: pd.DataFrame, loss: float
+) -> Decision:
+    """The smallest mode that loses less than ``loss`` with 95 % confidence, one-sided.
+
+    That is the non-inferiority test of ``comparison.compare_modes`` at this margin.
+    """
+    question = f"You accept a loss of {loss * 100:g} pp of accuracy"
+    rows = {str(row["quantization"]): row for row in comparison.to_dict("records")}
+    modes = _by_size(list(rows), memory)
+    if not modes:
+        return Decision(question, "Not decided: no quantized mode was tried", "", "", False)
+    bounds = {mode: one_sided(rows[mode]) for mode in modes}
+    passing = [m for m in modes if bounds[m][0] > -loss]
+    waiting = [m for m in modes if m not in passing and not bounds[m][1] < -loss]
+    if passing:
+        mode = passing[0]
+        answer = f"Use {mode} ({WORDS.get(mode, mode)})"
+        smaller = [m for m in waiting if modes.index(m) < modes.index(mode)]
+        evidence = f"{mode}: {in_words(trials, rows[mode], loss)}{_size(mode, memory)}"
+        needs = "; ".join(_undecided(trials, rows[m], loss) for m in smaller)
+        evidence += f". Not decided for smaller weights: {needs}" if needs else ""
+        return Decision(question, answer, evidence, _sample(rows[mode]), True, mode)
+    evidence = "; ".join(f"{m}: {in_words(trials, rows[m], loss)}" for m in modes)
+    if waiting:
+        needs = _undecided(trials, rows[waiting[0]], loss)
+        return Decision(
+            question, f"Not decided: {needs}", evidence, _sample(rows[waiting[0]]), False
+        )
+    answer = "Use none: every quantized mode loses more"
+    return Decision(question, answer, evidence, _sample(rows[modes[0]]), True, "none")
+
+
+def one_sided(row: dict[Any, Any]) -> tuple[float, float]:
+    """Lower and upper one-sided bound of a mean difference, at the row's ``confidence`` each.
+
+    Recovered from the two-sided t-interval; NaN without one.
+    """
+    from scipy.special import stdtrit
+
+    freedom = max(int(row["n_configurations"]) - 1, 1)
+    confidence = float(row["confidence"])
+    half = (row["ci_high"] - row["ci_low"]) / 2
+    reach = half * stdtrit(freedom, confidence) / stdtrit(freedom, 0.5 + confidence / 2)
+    return float(row["mean_difference"] - reach), float(row["mean_difference"] + reach)
+
+
+def in_words(trials: pd.DataFrame, row: dict[Any, Any], loss: float) -> str:
+    """``−0.12 pp; with 95 % confidence it loses at most 0.30 pp``, or why that can't be said."""
+    if not np.isfinite(row["mean_difference"]):
+        return "no finished pair with the unquantized baseline"
+    text = f"{signed(row['mean_difference'] * 100)} pp on average"
+    low, high = one_sided(row)
+    if not np.isfinite([low, high]).all():
+        return text + _over_seeds(trials, row)
+    sure = f"with {float(row['confidence']) * 100:g} % confidence it"
+    if high < -loss:
+        return f"{text}; {sure} loses at least {-high * 100:.2f} pp"
+    if low >= 0:
+        return f"{text}; {sure} loses nothing"
+    return f"{text}; {sure} loses at most {-low * 100:.2f} pp"
+
+
+def _over_seeds(trials: pd.DataFrame, row: dict[Any, Any]) -> str:
+    """The interval over the seeds of a lone configuration, which is not about any other."""
+    if row["n_configurations"] != 1:
+        return ", without an interval"
+    own = seed_intervals(trials, baseline=str(row["baseline"]))
+    own = own[own["quantization"] == row["quantization"]]
+    low, high = float(own["ci_low"].iloc[0]), float(own["ci_high"].iloc[0])
+    if not np.isfinite([low, high]).all():
+        return " in this one configuration, without an interval"
+    seeds = plural(own["n_seeds"].iloc[0], "seed")
+    return f" in this one configuration ({between(low, high, scale=100)} over its {seeds})"
+
+
+def _by_size(modes: Sequence[str], memory: pd.DataFrame) -> list[str]:
+    """Modes, fewest base-weight bytes first; the schema's order, reversed, where unknown."""
+    size = memory.groupby("quantization", observed=True)["of_fp32"].mean().to_dict()
+    reverse = {mode: -place for place, mode in enumerate(schema.MODES)}
+    return sorted(modes, key=lambda m: (size.get(m, np.inf), reverse.get(m, 0)))
+
+
+def _size(mode: str, memory: pd.DataFrame) -> str:
+    own = memory[memory["quantization"] == mode]
+    if own.empty:
+        return ""
+    fp32, half = span_of(1 - own["of_fp32"], 0), span_of(1 - own["of_16bit"], 0)
+    return f"; base weights {fp32} smaller than at fp32, {half} than at 16 bit"
+
+
+def _sample(row: dict[Any, Any]) -> str:
+    """``12 configurations, 36 pairs of trials``."""
+    return f"{plural(row['n_configurations'], 'configuration')}, {plural(row['n_pairs'], 'pair')}"
+
+
+def _undecided(trials: pd.DataFrame, row: dict[Any, Any], loss: float) -> str:
+    """``nf4 seems to lose less; about 4 more seeds would tell``, or what else it needs."""
+    mode = row["quantization"]
+    more = planning.more_needed(trials, str(mode), loss, baseline=str(row.get("baseline", "none")))
+    seems = f"{mode} seems to lose {'less' if row['mean_difference'] > -loss else 'more'}; about"
+    if more.seeds is not None:
+        return f"{seems} {plural(more.seeds, 'more seed')} per configuration would tell"
+    if more.configurations is not None:
+        what = plural(more.configurations, "more configuration")
+        return f"{seems} {what} would tell (seeds alone won't)"
+    return f"{mode} {more.note}"
+
+
+def smallest_weights(memory: pd.DataFrame) -> Decision:
+    """The mode with the fewest base-weight bytes: exact, so without an interval."""
+    question = "The base weights must be small (disk, sending, inference)"
+    if memory.empty:
+        return Decision(question, "Not known: no trial recorded its weights", "", "", False)
+    mode = _by_size(modes_of(memory["quantization"]), memory)[0]
+    own = memory[memory["quantization"] == mode].drop_duplicates("model")
+    sizes = "; ".join(_size_in_words(row) for row in own.head(3).to_dict("records"))
+    return Decision(question, f"Use {mode}", sizes, "exact, from the tensors", True, mode)
+
+
+def _size_in_words(row: dict[Any, Any]) -> str:
+    text = f"{row['model']}: {megabytes(row['weights_bytes'])}"
+    if row["of_fp32"] >= 1:
+        return text
+    fp32, half = megabytes(row["weights_bytes_fp32"]), megabytes(row["weights_bytes_16bit"])
+    return (
+        f"{text} instead of {fp32} at fp32 (−{(1 - row['of_fp32']) * 100:.0f} %) or "
+        f"{half} at 16 bit ({signed((row['of_16bit'] - 1) * 100, 0)} %)"
+    )
+
+
+def lowest_peak(ledger: pd.DataFrame, baseline: str = "none") -> Decision:
+    """Whether quantization lowers the peak of a training step, from the measured peaks."""
+    question = "Training must need less memory"
+    shares = memory.peak_ratios(ledger, baseline)
+    if shares.empty:
+        return Decision(
+            question, "Not measured on this machine", memory.why_no_peak(ledger), "", False
+        )
+    by_mode = shares.groupby("quantization", observed=True)["ratio"].mean()
+    mode = str(by_mode.idxmin())
+    own = shares[shares["quantization"] == mode]
+    saving = 1 - float(by_mode.min())
+    activations = own["activation_share"].dropna()
+    change = span_of(own["ratio"] - 1, 1, sign=True)
+    evidence = f"{mode}: peak of a training step {change} against {baseline}"
+    if len(activations):
+        evidence += f"; activations are {span_of(activations, 0)} of that peak"
+    sources = ", ".join(sorted({str(source) for source in own["peak_source"] if source}))
+    sample = f"{plural(own['n'].sum(), 'trial')}; measured by: {sources or 'not said'}"
+    if saving <= 0:
+        answer, chosen = "Quantization does not lower the peak", baseline
+    elif saving < SMALL_PEAK_SAVING:
+        answer, chosen = "Use a smaller batch: quantization hardly lowers the peak", mode
+    else:
+        answer, chosen = f"Use {mode}", mode
+    return Decision(question, answer, evidence, sample, True, chosen)
+
+
+def fastest(speed: pd.DataFrame, baseline: str = "none") -> Decision:
+    """The mode that trains the most images per second."""
+    question = "Training must be fast"
+    known = speed[speed["ratio"].notna()] if len(speed) else speed
+    if known.empty:
+        return Decision(question, "Not known: no finished pair recorded its speed", "", "", False)
+    intervals = known[["ci_low", "ci_high"]].notna().all(axis=1)
+    texts = [
+        f"{row['quantization']} {row['ratio']:.2f}"
+        + (f" ({span(row['ci_low'], row['ci_high'], 2)})" if has else "")
+        for row, has in zip(known.to_dict("records"), intervals, strict=True)
+    ]
+    best = max(known.to_dict("records"), key=lambda row: row["ratio"])
+    sample = _sample(best)
+    evidence = f"images per second, as a multiple of {baseline}: {', '.join(texts)}"
+    if (known["ci_high"] < 1).all():
+        return Decision(question, f"Use {baseline}", evidence, sample, True, baseline)
+    if best["ci_low"] > 1:
+        mode = str(best["quantization"])
+        return Decision(question, f"Use {mode}", evidence, sample, True, mode)
+    answer = "Not decided: the speeds can't be told apart"
+    if not intervals.any():
+        answer = "Not decided: the pairs give no interval"
+    return Decision(question, answer, evidence, sample, False)
+
+
+def stability(trials: pd.DataFrame) -> Decision:
+    """How many trials of each mode diverged, with an exact upper bound on the rate."""
+    question = "Training must not break down"
+    ended = trials[trials["status"].isin((*schema.GOOD_STATUSES, "diverged"))]
+    parts, total = [], 0
+    for mode in modes_of(ended["quantization"]):
+        own = ended[ended["quantization"] == mode]
+        bad = int((own["status"] == "diverged").sum())
+        total += bad
+        bound = diverged_bound(bad, len(own))
+        parts.append(f"{mode}: {bad} of {len(own)} diverged (rate below {bound * 100:.0f} %)")
+    if not parts:
+        return Decision(question, "Not known: no trial has ended", "", "", False)
+    answer = "No trial diverged" if not total else f"{plural(total, 'trial')} diverged"
+    sample = f"{plural(len(ended), 'trial')}; bounds of 95 %, if trials are independent"
+    return Decision(question, answer, "; ".join(parts), sample, not total)
+
+
+def diverged_bound(bad: int, of: int, confidence: float = 0.95) -> float:
+    """One-sided exact (Clopper-Pearson) upper bound of a rate of ``bad`` in ``of`` trials."""
+    from scipy.special import betaincinv
+
+    return 1.0 if bad >= of else float(betaincinv(bad + 1, of - bad, confidence))

@@ -1,0 +1,1 @@
+"""Published figures beside ours: the claims, QLoRA's ratios, vision."""

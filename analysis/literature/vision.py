@@ -1,0 +1,114 @@
+"""Published vision figures beside ours, each with a verdict: is it comparable at all?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.literature import claims as lit
+from analysis.statistics.cells import CONFIGURATION, finished
+from analysis.statistics.pairs import paired_differences
+
+_COLUMNS = (
+    "source", "table", "task", "model", "method", "value", "value_high", "unit", "our_model",
+    "our_value", "our_quantity", "n_configurations", "n_trials", "verdict", "reason",
+)  # fmt: skip
+_RANGE = "range of percentage points"
+_WHOLE = {"cifar10": 50_000, "cifar100": 50_000}
+"""Training images of a claim that names no subset."""
+_ALIKE = 2
+"""Training sets that differ by more than this factor are not compared."""
+
+
+def vision_references(
+    trials: pd.DataFrame, literature: lit.Literature | None = None, *, metric: str = "test_accuracy"
+) -> pd.DataFrame:
+    """Published vision figures beside our trials on the same data set.
+
+    One row per (claim, model of ours) on a shared data set, plus one row per claim that shares
+    none. ``value`` (to ``value_high``) is as printed, in ``unit``; ``our_value`` is a fraction,
+    averaged over configurations: ``our_quantity`` says of what. ``verdict`` and ``reason`` as in
+    ``qlora.qlora_ratios``; simulated trials get no verdict.
+    """
+    literature = literature or lit.load()
+    simulated = bool(trials["simulated"].fillna(False).any())
+    rows = []
+    for claim in literature.claims:
+        if claim.domain != "vision" or claim.value is None:
+            continue
+        row = {
+            "source": claim.source,
+            "table": claim.table or "",
+            "task": claim.task,
+            "model": claim.model,
+            "method": claim.method,
+            "value": claim.value,
+            "value_high": np.nan if claim.value_high is None else claim.value_high,
+            "unit": claim.unit,
+        }
+        ours = _ours(trials, claim, metric)
+        if not ours:
+            verdict = "none given" if simulated else "not comparable"
+            missing = f"this study has no finished trial to set beside {claim.task}"
+            reason = (
+                "the study is simulated"
+                if simulated
+                else "; ".join(part for part in (missing, claim.note) if part)
+            )
+            rows.append(row | {"verdict": verdict, "reason": reason})
+        for own in ours:
+            rows.append(row | own | _verdict(claim, own, simulated))
+    return pd.DataFrame(rows, columns=[*_COLUMNS, "train_images"]).drop(columns="train_images")
+
+
+def _ours(trials: pd.DataFrame, claim: lit.Claim, metric: str) -> list[dict[str, Any]]:
+    """Our value for each model on the claim's data set: an accuracy, or a loss of accuracy."""
+    if claim.dataset is None:
+        return []
+    own = finished(trials[trials["dataset"] == claim.dataset], metric)
+    if claim.unit == _RANGE:
+        pairs = paired_differences(own, metric=metric)
+        pairs = pairs[pairs["quantization"] == claim.quantization]
+        values = pairs.assign(value=-pairs["difference"])
+        quantity = f"loss of accuracy, {claim.quantization} against none"
+    else:
+        base = own[own["quantization"] == "none"]
+        values = base.assign(value=base[metric])
+        quantity = "accuracy, LoRA without quantization"
+    images = own.groupby("model", observed=True)["train_images"].median()
+    rows = []
+    for model, group in values.groupby("model", observed=True):
+        means = group.groupby(list(CONFIGURATION), observed=True)["value"].mean()
+        rows.append(
+            {
+                "our_model": str(model),
+                "our_value": float(means.mean()),
+                "our_quantity": quantity,
+                "n_configurations": len(means),
+                "n_trials": len(group),
+                "train_images": images.get(model, np.nan),
+            }
+        )
+    return rows
+
+
+def _verdict(claim: lit.Claim, own: dict[str, Any], simulated: bool) -> dict[str, str]:
+    if simulated:
+        return {"verdict": "none given", "reason": "the study is simulated"}
+    theirs = claim.train_images or _WHOLE.get(claim.dataset or "")
+    ours = own["train_images"]
+    if theirs is not None and (pd.isna(ours) or not 1 / _ALIKE <= ours / theirs <= _ALIKE):
+        here = "an unknown number" if pd.isna(ours) else f"{ours:,.0f}"
+        reason = f"{theirs:,} training images there, {here} here"
+        return {"verdict": "not comparable", "reason": reason}
+    reservations = [f"{claim.model} there, {own['our_model']} here"]
+    if "LoRA" not in claim.method:
+        reservations.append(f"{claim.method} there, LoRA here")
+    reservations.append("image size, augmentation and length of training differ")
+    if claim.note:
+        reservations.append(claim.note)
+    if claim.grade == "low":
+        reservations.append("the source is weak")
+    return {"verdict": "comparable with reservations", "reason": "; ".join(reservations)}

@@ -1,0 +1,1 @@
+"""What was measured, as tables: memory, curves, convergence, Pareto sets, a search."""

@@ -1,0 +1,181 @@
+"""How much memory quantization saves: exact bytes of the weights, parts of a step, peaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.folder.contents import read_json
+from analysis.statistics.cells import machine_of, modes_of
+
+BITS = {"int8": 8.0, "nf4": 4.5, "nf4-dq": 4.127, "fp4": 4.5, "fp4-dq": 4.127}
+"""Bits per quantized weight: 4 plus 32/64 for one fp32 constant per block of 64, or plus
+8/64 + 32/(64 x 256) after double quantization (QLoRA, section 3). int8 adds one fp32 constant per
+output row, 32/in_features bits, counted where the layers' shapes are known."""
+LEDGER = {
+    "weights_bytes": "base weights",
+    "adapter_bytes": "adapters and head",
+    "gradient_bytes": "gradients",
+    "optimizer_bytes": "optimizer state",
+    "activation_bytes": "activations",
+}
+"""Parts of a training step's memory, in the order they are stacked."""
+
+
+def quantized_parameters(study_path: Path | None, trials: pd.DataFrame) -> pd.DataFrame:
+    """Weights inside quantized layers, per (model, mode), from quantization_analysis.json.
+
+    Columns ``model, quantization, quantized_parameters, row_constants`` (output rows of int8
+    layers). Empty when no file holds the layers' shapes; one trial per model and mode is read.
+    """
+    rows = []
+    if study_path is not None:
+        for (model, mode), group in trials.groupby(["model", "quantization"], observed=True):
+            shapes = _first_shapes(study_path, [str(name) for name in group["trial_id"]])
+            if shapes:
+                count = sum(a * b for a, b in shapes)
+                rows.append((model, mode, count, sum(a for a, _ in shapes)))
+    columns = ["model", "quantization", "quantized_parameters", "row_constants"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _first_shapes(study_path: Path, trial_ids: list[str]) -> list[tuple[int, int]]:
+    """[out, in] of each quantized layer of the first trial whose file has them."""
+    for trial_id in trial_ids:
+        path = study_path / trial_id / "quantization_analysis.json"
+        if Path(trial_id).name != trial_id or not path.is_file():
+            continue
+        try:
+            layers = read_json(path, study_path).get("layers", [])
+            shapes = [tuple(int(side) for side in layer["shape"]) for layer in layers]
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+            continue  # another trial of the same model and mode has the same layers
+        if shapes and all(len(shape) == 2 for shape in shapes):
+            return [(shape[0], shape[1]) for shape in shapes]
+    return []
+
+
+def memory_ratios(trials: pd.DataFrame, layers: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Exact base-weight bytes per model and mode, against fp32, 16 bit and theory.
+
+    ``layers`` is the table of :func:`quantized_parameters`. One row per (model, mode); where data
+    sets differ in bytes (another head) a row per data set. Columns: ``weights_bytes, of_fp32,
+    of_16bit`` (ratios), ``bits_per_parameter`` (8 x bytes over the base's parameters),
+    ``theoretical_bits`` (of the whole base, unquantized layers at fp32, or of the quantized weights
+    alone where the layers are unknown), ``measured_over_theoretical`` and ``note``.
+    """
+    wanted = ["weights_bytes", "weights_bytes_fp32", "weights_bytes_16bit"]
+    whole = trials.dropna(subset=wanted)
+    keys = ["model", "dataset", "quantization"]
+    rows: list[dict[str, Any]] = []
+    for key, group in whole.groupby(keys, observed=True, sort=False):
+        axes = {name: str(value) for name, value in zip(keys, key, strict=True)}
+        sizes = group[wanted].astype("float64")
+        notes = []
+        if (sizes.max() > sizes.min()).any():
+            notes.append("trials of this model and mode differ in bytes; the smallest is shown")
+        rows.append({**axes, **{name: float(sizes[name].min()) for name in wanted}, "_": notes})
+    rows = _merge_datasets(rows)
+    for entry in rows:
+        entry |= _bits(entry, layers)
+    columns = ["model", "dataset", "quantization", *wanted, "of_fp32", "of_16bit"]
+    columns += ["bits_per_parameter", "theoretical_bits", "measured_over_theoretical", "note"]
+    out = pd.DataFrame(rows, columns=columns)
+    return out.sort_values(["model", "dataset"], kind="stable").reset_index(drop=True)
+
+
+def _merge_datasets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for all data sets of a model and mode when their bytes agree."""
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        sizes = tuple(value for name, value in row.items() if name.startswith("weights_bytes"))
+        key = (row["model"], row["quantization"], sizes)
+        if key in merged:
+            merged[key]["dataset"] = "all"
+        merged.setdefault(key, row)
+    return list(merged.values())
+
+
+def _bits(entry: dict[str, Any], layers: pd.DataFrame | None) -> dict[str, Any]:
+    """Measured and theoretical bits per base parameter, and their ratio."""
+    mode, parameters = str(entry["quantization"]), entry["weights_bytes_fp32"] / 4
+    notes = list(entry.pop("_"))
+    measured = 8 * entry["weights_bytes"] / parameters
+    theory = 32.0 if mode == "none" else BITS.get(mode, np.nan)
+    known = None
+    if layers is not None and len(layers):
+        match = (layers["model"] == entry["model"]) & (layers["quantization"] == mode)
+        known = layers[match].iloc[0] if match.any() else None
+    if mode != "none" and known is not None:
+        inside = float(known["quantized_parameters"])
+        constants = 32 * float(known["row_constants"]) if mode == "int8" else 0.0
+        theory = (inside * BITS[mode] + constants + 32 * (parameters - inside)) / parameters
+    elif mode != "none":
+        notes.append(
+            "theory counts every weight as quantized: which ones are is not recorded, "
+            "and the full-precision rest counts against it"
+        )
+    if mode == "none" and measured < 31.5:
+        theory = 16.0
+        notes.append("the unquantized weights are held at 16 bit")
+    return {
+        "of_fp32": entry["weights_bytes"] / entry["weights_bytes_fp32"],
+        "of_16bit": entry["weights_bytes"] / entry["weights_bytes_16bit"],
+        "bits_per_parameter": measured,
+        "theoretical_bits": theory,
+        "measured_over_theoretical": measured / theory,
+        "note": "; ".join(notes),
+    }
+
+
+def why_no_peak(ledger: pd.DataFrame) -> str:
+    """Why no mode's peak can be set against the baseline's."""
+    if ledger.empty:
+        return "no trial recorded its memory"
+    if ledger["peak_train_bytes"].notna().any():
+        return "no unquantized trial measured its peak beside a quantized one"
+    reasons = sorted({str(source) for source in ledger["peak_source"] if source})
+    return "; ".join(reasons) or "no trial recorded a peak"
+
+
+def peak_ratios(ledger: pd.DataFrame, baseline: str = "none") -> pd.DataFrame:
+    """Peak of each mode over that of ``baseline``, per machine, model and batch size.
+
+    Columns: the scope, ``quantization, ratio, activation_share, peak_source, n``.
+    """
+    scope = [n for n in ("machine", "model", "batch_size") if n in ledger]
+    columns = [*scope, "quantization", "ratio", "activation_share", "peak_source", "n"]
+    if ledger.empty:
+        return pd.DataFrame(columns=columns)
+    measured = ledger[ledger["peak_train_bytes"].notna()]
+    base = measured.loc[measured["quantization"] == baseline, [*scope, "peak_train_bytes"]]
+    ours = measured[measured["quantization"] != baseline]
+    table = ours.merge(base, on=scope, suffixes=("", "_base"), how="inner")
+    table["ratio"] = table["peak_train_bytes"] / table["peak_train_bytes_base"]
+    table["activation_share"] = table["activation_bytes"] / table["peak_train_bytes"]
+    return table[columns]
+
+
+def memory_ledger(trials: pd.DataFrame) -> pd.DataFrame:
+    """Mean bytes of each part of a training step, per (machine, model, batch, mode).
+
+    Columns: the parts of ``LEDGER``, ``peak_train_bytes``, ``peak_source``, ``n``. A part that no
+    trial measured is NaN. Averaged over data sets and LoRA settings, never over hardware.
+    """
+    parts = [*LEDGER, "peak_train_bytes"]
+    ran = trials[trials[list(LEDGER)].notna().any(axis=1)]
+    keys = [*machine_of(ran), "model", "batch_size", "quantization"]
+    values = ran.assign(**{name: ran[name].astype("float64") for name in parts})
+    grouped = values.groupby(keys, observed=True, sort=False, dropna=False)
+    table = grouped[parts].mean()
+    table["n"] = grouped.size()
+    table["peak_source"] = grouped["peak_source"].agg(
+        lambda sources: "; ".join(sorted(set(sources.dropna()))[:3])
+    )
+    table = table.reset_index()
+    places = {mode: place for place, mode in enumerate(modes_of(trials["quantization"]))}
+    table["_order"] = table["quantization"].map(places)
+    return table.sort_values(["model", "_order"], kind="stable").drop(columns="_order")

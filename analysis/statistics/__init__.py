@@ -1,0 +1,1 @@
+"""Inference over configurations: pairs, intervals, tests, verdicts, plans."""

@@ -1,0 +1,65 @@
+"""A secondary look at all modes at once: Friedman's test."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from analysis.statistics.cells import modes_of
+from analysis.statistics.pairs import (
+    cell_means,
+    check,
+    machines,
+)
+
+
+def friedman(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.DataFrame:
+    """Friedman's test that all modes rank alike over configurations; ranks 1 = largest value.
+
+    One row per mode: quantization, metric, n_configurations (complete ones only), n_modes,
+    mean_rank, statistic (chi-squared, n_modes - 1 degrees of freedom), p, kendall_w (0..1,
+    agreement of the configurations), method, note. Demsar (2006).
+    """
+    from scipy.stats import friedmanchisquare
+
+    check(trials, metric, None, 0.95)
+    modes, count = modes_of(trials["quantization"]), machines(trials, metric)
+    means = cell_means(trials if count == 1 else trials.iloc[:0], metric=metric)
+    present = [mode for mode in modes if mode in means]
+    values = means[present].to_numpy("float64")
+    values = values[np.isfinite(values).all(axis=1)] if len(present) == len(modes) else values[:0]
+    n, k = values.shape[0], len(modes)
+    note = _why_not_friedman(values, k, count)
+    statistic = p = kendall = float("nan")
+    if not note:
+        statistic, p = (float(x) for x in friedmanchisquare(*values.T))
+        kendall = statistic / (n * (k - 1))
+        if n < 5:
+            note = f"chi-squared is a coarse approximation with {n} configurations."
+    ranks = pd.DataFrame(-values).rank(axis=1).mean().tolist() if n else [float("nan")] * k
+    return pd.DataFrame(
+        {
+            "quantization": modes,
+            "metric": metric,
+            "n_configurations": n,
+            "n_modes": k,
+            "mean_rank": ranks,
+            "statistic": statistic,
+            "p": p,
+            "kendall_w": kendall,
+            "method": "Friedman over configuration means",
+            "note": note,
+        }
+    )
+
+
+def _why_not_friedman(values: np.ndarray, modes: int, machine_count: int) -> str:
+    if machine_count > 1:
+        return "The trials ran on several machines, across which this metric is not comparable."
+    if modes < 3:
+        return f"Friedman's test needs three modes, there are {modes}."
+    if len(values) < 2:
+        return f"{len(values)} configuration(s) have a value in every mode: nothing to test."
+    if (values == values[:, :1]).all():
+        return "Every mode has the same values: no ranks to compare."
+    return ""

@@ -1,0 +1,199 @@
+"""Trials -> matched differences, and the tables of means that need no test."""
+
+from __future__ import annotations
+
+import difflib
+
+import numpy as np
+import pandas as pd
+
+from analysis.folder.contents import StudyError
+from analysis.statistics.cells import CONFIGURATION, finished, modes_of
+from tune_study import schema
+
+PAIR = [*CONFIGURATION, "seed"]
+"""What a quantized trial and the baseline that it is set against share."""
+EXACT = {
+    "total_parameters",
+    "trainable_parameters",
+    "quantized_layers",
+    "weights_bytes",
+    "weights_bytes_fp32",
+    "weights_bytes_16bit",
+    "adapter_bytes",
+    "gradient_bytes",
+    "optimizer_bytes",
+}
+"""Counted from the tensors: the same in every run, so there is nothing to infer about."""
+MACHINE_BOUND = {
+    "activation_bytes",
+    "peak_train_bytes",
+    "rss_peak_bytes",
+    "train_time_s",
+    "eval_time_s",
+    "epoch_time_s",
+    "images_per_s",
+}
+"""Measured on the hardware, so never paired or averaged across different machines."""
+
+
+def check(trials: pd.DataFrame, metric: str, baseline: str | None, confidence: float) -> None:
+    """Raises ``StudyError`` for a metric, baseline or confidence that can't be meant."""
+    for column in [*CONFIGURATION, "quantization", "seed"]:
+        if column not in trials:
+            raise StudyError(f"the table lacks the column {column!r}: pass the trials table")
+    if metric not in trials:
+        close = difflib.get_close_matches(metric, [str(c) for c in trials.columns], n=1)
+        meant = f"did you mean {close[0]}?" if close else "choose a column of the trials table"
+        raise StudyError(f"metric {metric!r} is no column of the trials table: {meant}")
+    if not pd.api.types.is_numeric_dtype(trials[metric].dtype):
+        raise StudyError(f"metric {metric!r} holds no numbers: choose a numeric column")
+    if baseline is not None and baseline not in {*schema.MODES, *modes_of(trials["quantization"])}:
+        raise StudyError(
+            f"baseline {baseline!r} is no quantization mode: choose of {', '.join(schema.MODES)}"
+        )
+    if not 0.5 <= confidence < 1:
+        raise StudyError(f"confidence {confidence} is not within 0.5 to 1: use e.g. 0.95")
+
+
+def modes_beside(trials: pd.DataFrame, baseline: str) -> list[str]:
+    """The modes that are planned, in the schema's order, without ``baseline``."""
+    return [mode for mode in modes_of(trials["quantization"]) if mode != baseline]
+
+
+def machines(trials: pd.DataFrame, metric: str) -> int:
+    """Different machines among the trials that ``metric`` would be compared over, 1 if unbound."""
+    if metric not in MACHINE_BOUND or "machine" not in trials:
+        return 1
+    return int(finished(trials, metric)["machine"].nunique(dropna=False))
+
+
+def _require_one_machine(trials: pd.DataFrame, metric: str) -> None:
+    if (count := machines(trials, metric)) > 1:
+        raise StudyError(
+            f"metric {metric!r} was measured on {count} machines, across which it is not "
+            "comparable: select the trials of one machine"
+        )
+
+
+def cell_values(trials: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
+    """``metric`` with a row per value of ``keys``, such as ``PAIR``, a column per mode.
+
+    Trials that agree on all of these (they differ in another setting) are averaged.
+    """
+    good = finished(trials, metric)
+    by_mode = [*keys, "quantization"]
+    grouped = good.groupby(by_mode, observed=True, dropna=False, sort=False)[metric].mean()
+    return grouped.unstack("quantization").sort_index(axis=0)
+
+
+def duplicates(trials: pd.DataFrame, metric: str) -> int:
+    """Trials beyond the first in a cell, which no axis of the table tells apart."""
+    good = finished(trials, metric)
+    return int(good.duplicated([*PAIR, "quantization"]).sum())
+
+
+def paired_differences(
+    trials: pd.DataFrame,
+    *,
+    metric: str = "test_accuracy",
+    baseline: str = "none",
+    same_machine: bool = False,
+) -> pd.DataFrame:
+    """Each mode against ``baseline``, matched on configuration and seed.
+
+    One row per matched pair of trials that ended well: the configuration's columns, ``seed``,
+    ``quantization``, ``base`` and ``value`` (the metric of the two) and ``difference``, value
+    minus base, in the metric's unit. ``same_machine`` pairs within one machine only. Raises
+    ``StudyError``, also for a measure of the hardware that would be paired across machines.
+    """
+    check(trials, metric, baseline, 0.95)
+    keys = list(PAIR)
+    if not same_machine:
+        _require_one_machine(trials, metric)
+    elif "machine" in trials:
+        keys.append("machine")
+    wide = cell_values(trials, metric, keys)
+    frames = []
+    for mode in modes_beside(trials, baseline):
+        if baseline not in wide or mode not in wide:
+            continue
+        pair = wide[[baseline, mode]].dropna()
+        pair.columns = pd.Index(["base", "value"])
+        frames.append(pair.reset_index().assign(quantization=mode))
+    columns = [*keys, "quantization", "base", "value"]
+    pairs = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+    pairs = pairs[columns].astype({"base": "float64", "value": "float64"})
+    difference = (pairs["value"] - pairs["base"]).to_numpy()
+    # Rounding alone must not look like a spread, from which a test would then infer.
+    rounding = 1e-12 * pairs[["base", "value"]].abs().max(axis=1).to_numpy()
+    return pairs.assign(difference=np.where(np.abs(difference) <= rounding, 0.0, difference))
+
+
+def planned_pairs(trials: pd.DataFrame, mode: str, baseline: str) -> int:
+    """Pairs that the plan holds, whatever became of their trials."""
+    ours, theirs = (
+        pd.MultiIndex.from_frame(trials.loc[trials["quantization"] == name, PAIR]).unique()
+        for name in (mode, baseline)
+    )
+    return int(ours.isin(theirs).sum()) if len(ours) and len(theirs) else 0
+
+
+def cell_means(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.DataFrame:
+    """Mean of ``metric`` over the seeds: a row per configuration, a column per mode.
+
+    Raises ``StudyError`` like :func:`paired_differences`.
+    """
+    check(trials, metric, None, 0.95)
+    _require_one_machine(trials, metric)
+    means = cell_values(trials, metric, PAIR).groupby(CONFIGURATION, dropna=False).mean()
+    known = [mode for mode in modes_of(trials["quantization"]) if mode in means]
+    return means[known].reset_index().rename_axis(columns=None)
+
+
+def seed_intervals(
+    trials: pd.DataFrame,
+    *,
+    metric: str = "test_accuracy",
+    baseline: str | None = None,
+    confidence: float = 0.95,
+) -> pd.DataFrame:
+    """Per configuration and mode: mean, sd and t-interval over its seeds. No p-value.
+
+    The interval is about seeds of this very configuration and says nothing of others. With
+    ``baseline`` it is of the difference to that mode, matched on seed. Columns: configuration,
+    quantization, metric, baseline, n_seeds, mean, sd, ci_low, ci_high, confidence, method, note.
+    """
+    from scipy.special import stdtrit
+
+    check(trials, metric, baseline, confidence)
+    _require_one_machine(trials, metric)
+    if baseline is None:
+        wide = cell_values(trials, metric, PAIR)
+        long = wide.melt(ignore_index=False, value_name="x").reset_index()
+    else:
+        pairs = paired_differences(trials, metric=metric, baseline=baseline)
+        long = pairs.rename(columns={"difference": "x"})
+    grouped = long.dropna(subset="x").groupby([*CONFIGURATION, "quantization"], dropna=False)["x"]
+    table = grouped.agg(n_seeds="size", mean="mean", sd="std").reset_index()
+    n = table["n_seeds"].to_numpy("float64")
+    reach = stdtrit(np.maximum(n - 1, 1), 0.5 + confidence / 2) * table["sd"] / np.sqrt(n)
+    constant = (table["sd"] <= 1e-12 * table["mean"].abs()) | (table["sd"] == 0)
+    reach = reach.where(~constant)
+    notes = np.where(constant, "the seeds agree exactly: no spread to make an interval of", "")
+    return table.assign(
+        metric=metric,
+        baseline=baseline or "",
+        ci_low=table["mean"] - reach,
+        ci_high=table["mean"] + reach,
+        confidence=confidence,
+        method="t over seeds of one configuration",
+        note=np.where(n < 2, "one seed: nothing tells how much another would differ", notes),
+    )
+
+
+def margin_of(trials: pd.DataFrame, metric: str) -> float | None:
+    """The margin of DESIGN.md: 1 pp of accuracy, 0.5 pp when all data are CIFAR-10, else none."""
+    if not metric.endswith("accuracy"):
+        return None
+    return 0.005 if set(trials["dataset"].dropna().unique()) == {"cifar10"} else 0.01

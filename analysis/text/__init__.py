@@ -1,0 +1,1 @@
+"""How a number, a table and a chapter are written: words, layout, LaTeX."""
