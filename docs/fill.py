@@ -94,24 +94,21 @@ def fields() -> str:
         if "$ref" in field:
             record = schema["$defs"][field["$ref"].rpartition("/")[2]]
             rows = [_field(record, f"{name}.", inner) for inner in record["properties"]]
-            head = f"### {name}\n\n{_cell(record['description'])}\n\n"
-            tables.append(head + _table("field | values | default | meaning", rows))
+            head = f"### {name}\n\n{_as_yaml(record['description'])}\n\n"
+            tables.append(head + _table("field | values | default", rows))
         else:
             own.append(_field(schema, "", name))
-    return "\n\n".join([_table("field | values | default | meaning", own), *tables])
+    return "\n\n".join([_table("field | values | default", own), *tables])
 
 
 def _field(record: dict[str, Any], prefix: str, name: str) -> str:
     field = record["properties"][name]
-    words = {"None": "null", "True": "true", "False": "false"}
-    default = str(field.get("default", {}))  # an empty mapping has none in the schema
-    default = f"`{words.get(default, default)}`"
+    default = _as_yaml(f"`{field.get('default', {})}`")  # an empty mapping is not in the schema
     if name in record.get("required", ()):
         default = "must be named"
-    meaning = _cell(_docstrings().get((record["title"], name), ""))
-    for python, yaml in words.items():
-        meaning = meaning.replace(f"`{python}`", f"`{yaml}`")
-    return f"| `{prefix}{name}` | {_values(field)} | {_cell(default)} | {meaning} |"
+    meaning = _docstrings().get((record["title"], name))
+    values = _values(field) + (f". {_as_yaml(meaning)}" if meaning else "")
+    return f"| `{prefix}{name}` | {values} | {default} |"
 
 
 def _values(field: dict[str, Any]) -> str:
@@ -121,7 +118,8 @@ def _values(field: dict[str, Any]) -> str:
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     limits = [f"{sign} {field[key]}" for key, sign in LIMITS.items() if key in field]
-    words = {"null": "`null`", "boolean": "`true` or `false`", "string": "text", "array": "list"}
+    words = {"null": "`null`", "boolean": "`true` or `false`", "string": "text"}
+    words |= {"array": "list of patterns", "object": "pattern: mode"}
     kind = words.get(field["type"], field["type"])
     return f"{kind} {', '.join(limits)}".strip()
 
@@ -155,6 +153,12 @@ def _caption(text: str | None) -> str:
 
 def _table(head: str, rows: Iterable[str]) -> str:
     return "\n".join([f"| {head} |", "|---" * (head.count("|") + 1) + "|", *rows])
+
+
+def _as_yaml(text: str) -> str:
+    """A cell in which a value is written as ``--set`` wants it."""
+    words = {"`None`": "`null`", "`True`": "`true`", "`False`": "`false`"}
+    return re.sub("|".join(words), lambda found: words[found[0]], _cell(text))
 
 
 def _cell(text: str) -> str:
