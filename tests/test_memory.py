@@ -63,6 +63,23 @@ def test_measuring_does_not_change_the_training(tiny):
     assert rows[0] == rows[1]
 
 
+def test_measuring_in_the_middle_of_a_training_does_not_change_it(tiny):
+    """As when a trial resumes with a smaller micro-batch: its optimizer has state already."""
+
+    def trained(measured):
+        training = started(tiny, "nf4")
+        training.model.train()
+        images, labels = (tensor[:20] for tensor in training.data.train)
+        for step in range(2):
+            if step and measured:
+                train.measure_memory(training)
+            train.train_step(training, images, labels)
+        states = training.optimizer.state_dict()["state"].values()
+        return [v for state in states for v in state.values()] + list(training.parameters.values())
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(True), trained(False), strict=True))
+
+
 def test_adapter_gradient_and_optimizer_bytes_are_those_of_a_real_step(tiny):
     training = started(tiny, "nf4")
     measured = train.measure_memory(training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import gc
 import re
@@ -117,7 +118,7 @@ def measure_step(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     saved = [parameter.detach().clone() for parameter in parameters]
-    before = optimizer.state_dict()
+    before = copy.deepcopy(optimizer.state_dict())  # the steps change the state itself
     gradient_bytes = 0
     with kept_random_states(device):
         for images in [1] if device.type == "cpu" else [None, None]:

@@ -1,6 +1,6 @@
 """Kills the smoke study at random moments until it completes, again and again, and compares.
 
-    python -m tests.e2e.crash --kills 25 --seed 1
+    python -m tests.e2e.crash --kills 25 --seed 1 [--device cuda]
 
 Each run starts the study, kills a part of it (``harness.TARGETS``) at a seeded moment, starts the
 same command again, and may be killed again. When the study has completed, its tables and adapters
@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import pandas as pd
+
 from tests.e2e import harness
 
 ANOTHER_KILL = 0.25
@@ -25,23 +27,30 @@ ANOTHER_KILL = 0.25
 PATIENCE_S = 900
 
 
-def uninterrupted(folder: Path) -> float:
-    """Seconds that the whole study takes."""
+def uninterrupted(folder: Path, *arguments: str) -> float:
+    """Seconds that the whole study takes, its command with ``arguments``."""
     begun = time.monotonic()
-    code, output = harness.finish(harness.start(folder), folder, PATIENCE_S)
+    code, output = harness.finish(harness.start(folder, *arguments), folder, PATIENCE_S)
     if code != 0:
         raise SystemExit(f"the uninterrupted study failed:\n{output}")
     return time.monotonic() - begun
 
 
-def crash(folder: Path, expected: Path, duration_s: float, rng: random.Random) -> str:
+def device_of(study: Path) -> str:
+    """What its trials ran on, as they say themselves."""
+    return ", ".join(sorted(set(pd.read_parquet(study / "trials.parquet")["device"])))
+
+
+def crash(
+    folder: Path, expected: Path, duration_s: float, rng: random.Random, *arguments: str
+) -> str:
     """One study, killed until it completes: what was done to it. Raises ``AssertionError``."""
     done = []
     kills = 1
     while rng.random() < ANOTHER_KILL:
         kills += 1
     while True:
-        process = harness.start(folder)
+        process = harness.start(folder, *arguments)
         if kills:
             kills -= 1
             done.append(_one_kill(process, folder, duration_s, rng))
@@ -87,18 +96,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=5, help="studies to kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=1, help="number of the first study")
+    parser.add_argument("--device", help="of the studies; default: the command's own choice")
     options = parser.parse_args(arguments)
+    given = ("--device", options.device) if options.device else ()
     failed = 0
     with tempfile.TemporaryDirectory() as temporary:
         whole = Path(temporary) / "whole"
-        duration_s = uninterrupted(whole)
-        print(f"uninterrupted: {duration_s:.0f} s", flush=True)
+        duration_s = uninterrupted(whole, *given)
+        device = device_of(whole / "smoke")
+        print(f"uninterrupted: {duration_s:.0f} s on {device}", flush=True)
         for number in range(options.first, options.first + options.kills):
             folder = Path(temporary) / str(number)
             rng = random.Random(f"{options.seed}/{number}")
             begun = time.monotonic()
             try:
-                words = crash(folder, whole / "smoke", duration_s, rng)
+                words = crash(folder, whole / "smoke", duration_s, rng, *given)
                 verdict = "equal"
             except AssertionError as error:
                 failed += 1
@@ -106,7 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
             took = time.monotonic() - begun
             print(f"{number}: {verdict} after {took:.0f} s: {words}", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
-    print(f"{options.kills - failed} of {options.kills} equal (seed {options.seed})")
+    equal = options.kills - failed
+    print(f"{equal} of {options.kills} equal on {device} (seed {options.seed})")
     return 1 if failed else 0
 
 
