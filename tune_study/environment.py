@@ -38,7 +38,7 @@ SETTINGS = {
     "MALLOC_ARENA_MAX": "2",
     # Threads that wait for work by turning are fast on an idle machine, and slow beside a busy
     # process; sleeping ones are the other way round. GNU's OpenMP, torch's on Linux, turns (its own
-    # count), others sleep; a user's OMP_WAIT_POLICY decides for both (measured: CHANGELOG.md).
+    # count), others sleep; a user's OMP_WAIT_POLICY decides for both (measured: docs/log.md).
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "300000",
 }

@@ -280,7 +280,7 @@ def spare_imports_from_collection() -> None:
 def release_memory() -> None:
     """Gives back what is no longer used: to the device, and with glibc to the system.
 
-    glibc alone kept 4.3 GB after the measured steps of a ViT-S (CHANGELOG.md).
+    glibc alone kept 4.3 GB after the measured steps of a ViT-S (docs/log.md).
     """
     gc.collect()
     if torch.cuda.is_available():

@@ -121,7 +121,7 @@ def build_model(
 
 
 def choose_attention(model: nn.Module, config: TrialConfig, device: torch.device) -> None:
-    """On the CPU in bf16, plain attention trains faster than the fused one (CHANGELOG.md)."""
+    """On the CPU in bf16, plain attention trains faster than the fused one (docs/log.md)."""
     if device.type == "cpu" and config.training.compute_dtype == "bf16":
         for module in model.modules():
             if hasattr(module, "fused_attn"):

@@ -1,0 +1,172 @@
+"""Fills what the pages take from the code, between their ``begin`` and ``end`` marks.
+
+``python docs/fill.py`` after an option, a field, a grid or a folder has changed;
+tests/docs/test_pages.py holds that the pages say what the code says.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import itertools
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import typer.main
+
+from search_spaces import grids, optuna_spaces
+from tune_study import config, run
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("docs/options.md", "docs/architecture.md")
+MORE = {
+    "--grid": "your-own.md#a-grid-of-your-own",
+    "--data-dir": "your-own.md#your-images",
+    "--weights": "your-own.md#your-weights",
+    "--device": "reliability.md#determinism",
+    "--storage": "cluster.md#a-study-in-a-bucket",
+    "--address": "cluster.md#on-a-cluster",
+    "--batch": "memory.md#the-micro-batch",
+    "--search": "search.md",
+    "--scheduler": "search.md#pruning",
+    "--space": "search.md#a-space-of-your-own",
+    "--log": "tensorboard.md#mlflow-and-weights--biases",
+}
+"""The page that says more of an option."""
+LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+"""JSON schema's words."""
+
+
+def filled(text: str) -> str:
+    """A page's text with every marked part as the code has it today."""
+    parts = {
+        "options": options,
+        "grids": lambda: functions(grids),
+        "spaces": lambda: functions(optuna_spaces),
+        "fields": fields,
+        "tune_study": lambda: package("tune_study"),
+        "search_spaces": lambda: package("search_spaces"),
+        "analysis": lambda: package("analysis"),
+    }
+    marks = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return marks.sub(lambda found: f"{found[1]}{parts[found[2]]()}\n{found[3]}", text)
+
+
+def options() -> str:
+    """The options of ``tune_study.run``: a table, or one per panel of its help."""
+    panels: dict[str, list[str]] = {}
+    for option in typer.main.get_command(run.app).params:
+        name = option.opts[0]
+        if name == "--help":
+            continue
+        meaning = _cell(option.help)
+        if option.default and not isinstance(option.default, bool):
+            meaning += f"; default `{option.default}`"
+        if name in MORE:
+            meaning += f" ([{MORE[name].partition('#')[0]}]({MORE[name]}))"
+        shown = f"{name} {option.metavar}" if option.metavar else name
+        rows = panels.setdefault(option.rich_help_panel or "", [])
+        rows.append(f"| `{shown}` | {meaning} |")
+    heads = {panel: f"### {panel}\n\n" if panel else "" for panel in panels}
+    return "\n\n".join(heads[panel] + _table("option | meaning", panels[panel]) for panel in panels)
+
+
+def functions(module: ModuleType) -> str:
+    """A module's public functions, each with the first line of what it says."""
+    found = {
+        name: function
+        for name, function in vars(module).items()
+        if inspect.isfunction(function) and function.__module__ == module.__name__
+    }
+    rows = [f"| `{name}` | {_caption(f.__doc__)} |" for name, f in found.items() if name[0] != "_"]
+    return _table("name | what it is", rows)
+
+
+def fields() -> str:
+    """The fields of ``config.TrialConfig``, a table per record."""
+    schema = config.TrialConfig.model_json_schema()
+    tables, own = [], []
+    for name, field in schema["properties"].items():
+        if "$ref" in field:
+            record = schema["$defs"][field["$ref"].rpartition("/")[2]]
+            rows = [_field(record, f"{name}.", inner) for inner in record["properties"]]
+            head = f"### {name}\n\n{_as_yaml(record['description'])}\n\n"
+            tables.append(head + _table("field | values | default", rows))
+        else:
+            own.append(_field(schema, "", name))
+    return "\n\n".join([_table("field | values | default", own), *tables])
+
+
+def _field(record: dict[str, Any], prefix: str, name: str) -> str:
+    field = record["properties"][name]
+    default = _as_yaml(f"`{field.get('default', {})}`")  # an empty mapping is not in the schema
+    if name in record.get("required", ()):
+        default = "must be named"
+    meaning = _docstrings().get((record["title"], name))
+    values = _values(field) + (f". {_as_yaml(meaning)}" if meaning else "")
+    return f"| `{prefix}{name}` | {values} | {default} |"
+
+
+def _values(field: dict[str, Any]) -> str:
+    """What a field may hold, in words."""
+    if "anyOf" in field:
+        return " or ".join(_values(part) for part in field["anyOf"])
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    limits = [f"{sign} {field[key]}" for key, sign in LIMITS.items() if key in field]
+    words = {"null": "`null`", "boolean": "`true` or `false`", "string": "text"}
+    words |= {"array": "list of patterns", "object": "pattern: mode"}
+    kind = words.get(field["type"], field["type"])
+    return f"{kind} {', '.join(limits)}".strip()
+
+
+@functools.cache
+def _docstrings() -> dict[tuple[str, str], str]:
+    """(class, field) -> the string that stands below the field in config.py."""
+    found = {}
+    for record in ast.parse(inspect.getsource(config)).body:
+        for field, below in itertools.pairwise(getattr(record, "body", ())):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                found[record.name, field.target.id] = below.value.value
+    return found
+
+
+def package(name: str) -> str:
+    """The files at a package's top and its folders, each with what its docstring begins with."""
+    rows = []
+    for path in sorted((ROOT / name).iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        source = path / "__init__.py" if path.is_dir() else path
+        if source.suffix == ".py" and source.is_file() and path.name != "__init__.py":
+            caption = _caption(ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))))
+            link = f"../{name}/{path.name}"
+            rows.append(f"| [{path.name}{'/' * path.is_dir()}]({link}) | {caption} |")
+    return _table("where | what", rows)
+
+
+def _caption(text: str | None) -> str:
+    return _cell((text or "").partition("\n\n")[0])
+
+
+def _table(head: str, rows: Iterable[str]) -> str:
+    return "\n".join([f"| {head} |", "|---" * (head.count("|") + 1) + "|", *rows])
+
+
+def _as_yaml(text: str) -> str:
+    """A cell in which a value is written as ``--set`` wants it."""
+    words = {"`None`": "`null`", "`True`": "`true`", "`False`": "`false`"}
+    return re.sub("|".join(words), lambda found: words[found[0]], _cell(text))
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a Markdown table, on one line."""
+    return " ".join(text.replace("``", "`").split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
