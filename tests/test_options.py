@@ -58,6 +58,7 @@ def test_what_must_be_there_is_looked_for(tmp_path) -> None:
         ["--keep-checkpoints", "some"],
         ["--epoch-s", "3"],
         ["--simulate", "--validate-only"],
+        ["--address", "ray://head:10001"],
     ],
     ids=" ".join,
 )

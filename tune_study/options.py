@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +16,7 @@ from typer import Option
 
 from search_spaces.lookup import refuse_unknown_function
 from tune_study.config import UserError, parse_assignment
+from tune_study.remote import masked
 
 LONGEST_NAME = 200
 """Bytes of a study's name; file systems allow 255, and trials' files add to it."""
@@ -178,6 +182,31 @@ def checked(given: Options) -> Options:
     if given.simulate and given.validate_only:
         raise UserError("--simulate trains nothing: leave out --validate-only")
     return replace(given, data_dir=data, weights=weights)
+
+
+def refuse_client(address: str, arguments: Sequence[str]) -> None:
+    """Raises ``UserError`` for ``ray://HOST:PORT``, with the job to submit in its place."""
+    if not address.startswith("ray://"):
+        return
+    host = re.sub(r":\d*$", "", address.removeprefix("ray://")) or "HOST"
+    submit = ["ray", "job", "submit", "--address", f"http://{host}:8265", "--working-dir", "."]
+    study = ["python", "-m", "tune_study.run", "--address", "auto", *without_address(arguments)]
+    raise UserError(
+        f"--address {address}: on a cluster that is elsewhere a study runs as a job of Ray's: "
+        + masked(shlex.join([*submit, "--", *study]))
+    )
+
+
+def without_address(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` but ``--address``, however it is written."""
+    given, rest = [*arguments], []
+    while given:
+        part = given.pop(0)
+        if part == "--address":
+            del given[:1]
+        elif not part.startswith("--address="):
+            rest.append(part)
+    return rest
 
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:

@@ -16,7 +16,7 @@ import typer
 
 from tune_study import local_ray
 from tune_study.config import UserError
-from tune_study.options import EXIT_STOPPED, EXIT_USER, Options, checked
+from tune_study.options import EXIT_STOPPED, EXIT_USER, Options, checked, refuse_client
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -24,8 +24,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def study(**given: Any) -> None:
     """Run a study of quantized LoRA fine-tuning; the same command continues an interrupted one."""
     options = Options(**given)
-    if options.address.startswith("ray://"):
-        raise typer.Exit(_on_head(options))
+    refuse_client(options.address, sys.argv[1:])
     options = checked(options)
     if options.address == "local" and options.works:
         local_ray.start_during_imports(options.max_concurrent or 1, dashboard=options.dashboard)
@@ -36,14 +35,6 @@ def study(**given: Any) -> None:
 
 study.__signature__ = inspect.signature(Options, eval_str=True)  # type: ignore[attr-defined]
 app.command()(study)
-
-
-def _on_head(given: Options) -> int:
-    from tune_study.client import run_on_head
-    from tune_study.cluster import check_options
-
-    check_options(given.address, given.storage, given.search)
-    return run_on_head(given.address, sys.argv[1:])
 
 
 def main() -> None:
