@@ -12,6 +12,7 @@ from tune_study.config import (
     UserError,
     assign,
     field_names,
+    first_line,
     parse_assignment,
     parse_trial,
 )
@@ -123,6 +124,19 @@ def test_assign_reaches_into_the_short_form_of_quantization():
     assert parse_trial(values).quantization == QuantizationConfig(
         mode="nf4", skip_layers=("blocks.0.*",)
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n  one\ntwo"), "one"),
+        (ValueError(" \n"), "ValueError"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_what_an_error_says_is_its_first_line_or_its_name(error, line):
+    assert first_line(error) == line
 
 
 @given(st.text(max_size=60))

@@ -41,7 +41,7 @@ class UserError(Exception):
 
 def first_line(error: BaseException) -> str:
     """Of what ``error`` says; its type's name where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class _Record(BaseModel):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tune_study.config import TrialConfig, UserError
+from tune_study.config import TrialConfig, UserError, first_line
 from tune_study.files import read_json, write_json
 from tune_study.limits import out_of_memory_events
 from tune_study.memory import rss_peak_bytes
@@ -128,9 +128,7 @@ class Record:
         """Writes ``results.json`` whole, and ``gradients.json``, and ``error.json`` if need be."""
         history = self._history()
         settings = self.effective.training
-        sentence = None if error is None else f"{type(error).__name__}: {_first_line(error)}"
-        if isinstance(error, UserError):
-            sentence = _first_line(error)
+        sentence = None if error is None else _sentence(error)
         if status == "diverged":
             sentence = f"the loss was not finite in epoch {len(history)}"
         self.content = {
@@ -246,6 +244,11 @@ def write_failure(
     write_json(folder / "error.json", content)
 
 
+def _sentence(error: Exception) -> str:
+    name, said = type(error).__name__, first_line(error)[:500]
+    return said if said == name or isinstance(error, UserError) else f"{name}: {said}"
+
+
 def log_tail(folder: Path) -> list[str]:
     """The last lines of a trial's log."""
     try:
@@ -253,9 +256,3 @@ def log_tail(folder: Path) -> list[str]:
     except OSError:
         return []
     return text.splitlines()[-LOG_TAIL_LINES:]
-
-
-def _first_line(error: Exception) -> str:
-    with contextlib.suppress(IndexError):
-        return str(error).splitlines()[0][:500]
-    return ""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from analysis.records import measured
 from tune_study.callback import Callback
-from tune_study.config import TrialConfig, UserError
+from tune_study.config import TrialConfig, UserError, first_line
 from tune_study.files import read_json
 from tune_study.hparams import flatten
 from tune_study.schema import EPOCHS, FINISHED_STATUSES
@@ -80,8 +80,7 @@ def opened(
 
 def plainly(error: Exception) -> str:
     """An error's first line, without the password of an address."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"//[^/@\s]*@", "//", lines[0])[:300]
+    return re.sub(r"//[^/@\s]*@", "//", first_line(error))[:300]
 
 
 class Trackers(Callback):
