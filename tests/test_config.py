@@ -15,6 +15,7 @@ from tune_study.config import (
     first_line,
     parse_assignment,
     parse_trial,
+    printed,
 )
 
 GOOD = {"model": "deit_tiny_patch16_224", "dataset": "cifar10"}
@@ -137,6 +138,10 @@ def test_assign_reaches_into_the_short_form_of_quantization():
 )
 def test_what_an_error_says_is_its_first_line_or_its_name(error, line):
     assert first_line(error) == line
+
+
+def test_a_mistake_is_printed_as_one_plain_line():
+    assert printed(UserError("--name \x1b[2Jé\nx")) == "error: --name  [2Jé x"
 
 
 @given(st.text(max_size=60))

@@ -44,6 +44,11 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def printed(error: UserError) -> str:
+    """The line for stderr, without control characters, which could hide what stands beside them."""
+    return "error: " + "".join(letter if letter.isprintable() else " " for letter in str(error))
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from analysis.folder import mapping
 from analysis.load import rebuild, write_tables
 from tune_study import protocol, provenance
-from tune_study.config import TrialConfig, UserError
+from tune_study.config import TrialConfig, UserError, printed
 from tune_study.files import read_json, write_folder_whole, write_json
 from tune_study.manifest import FORMAT, changed_inputs, listed_changes, planned, read_manifest
 from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS
@@ -266,8 +266,7 @@ def main() -> None:
     try:
         folder, notes = merge(options.studies, options.output, command)
     except UserError as error:
-        line = "".join(letter if letter.isprintable() else " " for letter in str(error))
-        print(f"error: {line}", file=sys.stderr)
+        print(printed(error), file=sys.stderr)
         sys.exit(2)
     from analysis.report import write_report
 

@@ -15,7 +15,7 @@ import ray
 import typer
 
 from tune_study import local_ray
-from tune_study.config import UserError
+from tune_study.config import UserError, printed
 from tune_study.options import EXIT_STOPPED, EXIT_USER, Options, checked, refuse_client
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -42,8 +42,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        line = "".join(letter if letter.isprintable() else " " for letter in str(error))
-        print(f"error: {line}", file=sys.stderr)
+        print(printed(error), file=sys.stderr)
         sys.exit(getattr(error, "exit_code", EXIT_USER))
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
