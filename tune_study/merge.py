@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from analysis.folder import mapping
 from analysis.load import rebuild, write_tables
 from tune_study import protocol, provenance
 from tune_study.config import TrialConfig, UserError, printed
-from tune_study.files import read_json, write_folder_whole, write_json
+from tune_study.files import mapping, write_folder_whole, write_json
 from tune_study.manifest import FORMAT, changed_inputs, listed_changes, planned, read_manifest
+from tune_study.results import read_results
 from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS
 
 LEARNED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
@@ -41,7 +41,7 @@ class Source(NamedTuple):
 
     def results(self, trial_id: str) -> Mapping[str, Any]:
         """The trial's results.json; empty when there is none."""
-        return mapping(read_json(self.folder / trial_id / "results.json"))
+        return read_results(self.folder, trial_id)
 
 
 def read_sources(folders: Sequence[Path]) -> list[Source]:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tune_study.config import TrialConfig, UserError, first_line
-from tune_study.files import read_json, write_json
+from tune_study.files import write_json
 from tune_study.limits import out_of_memory_events
 from tune_study.memory import rss_peak_bytes
 from tune_study.model import BuiltModel
 from tune_study.provenance import commit, hardware, now, versions
+from tune_study.results import read_results
 from tune_study.train import Row, Training
 
 FIDELITY_AT_START = ("gradient_cosine_start", "feature_cosine")
@@ -40,8 +41,7 @@ class Record:
     def __init__(self, config: TrialConfig, folder: Path, device: str, num_threads: int) -> None:
         self.config, self.folder = config, folder
         self._device, self._num_threads = device, num_threads
-        before = read_json(folder / "results.json")
-        said = before.get("warnings") if isinstance(before, dict) else None
+        said = read_results(folder.parent, folder.name).get("warnings")
         self.warnings: list[str] = said if isinstance(said, list) else []
         """Sentences for the user: what went wrong and was mended."""
         self.effective = config
