@@ -12,8 +12,10 @@ from tune_study.config import (
     UserError,
     assign,
     field_names,
+    first_line,
     parse_assignment,
     parse_trial,
+    printed,
 )
 
 GOOD = {"model": "deit_tiny_patch16_224", "dataset": "cifar10"}
@@ -123,6 +125,23 @@ def test_assign_reaches_into_the_short_form_of_quantization():
     assert parse_trial(values).quantization == QuantizationConfig(
         mode="nf4", skip_layers=("blocks.0.*",)
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n  one\ntwo"), "one"),
+        (ValueError(" \n"), "ValueError"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_what_an_error_says_is_its_first_line_or_its_name(error, line):
+    assert first_line(error) == line
+
+
+def test_a_mistake_is_printed_as_one_plain_line():
+    assert printed(UserError("--name \x1b[2Jé\nx")) == "error: --name  [2Jé x"
 
 
 @given(st.text(max_size=60))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import typer.main
+from ray.dashboard.modules.job.cli import job_cli_group
 
 from analysis import compare, report
 from tests.e2e import s3
@@ -16,7 +17,10 @@ from tune_study.worker import at_work
 
 PAGE = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-COMMANDS = [shlex.split(line) for block in BLOCKS for line in block.splitlines()]
+LINES = [shlex.split(line) for block in BLOCKS for line in block.splitlines()]
+JOBS = [line[2:] for line in LINES if line[:2] == ["ray", "job"]]
+COMMANDS = [line for line in LINES if line[0] != "ray"]
+COMMANDS += [job[job.index("--") + 1 :] for job in JOBS if job[0] == "submit"]
 MODULES = {"tune_study.run": run, "analysis.report": report, "analysis.compare": compare}
 
 
@@ -40,10 +44,29 @@ def bucket(tmp_path, monkeypatch):
 
 def test_every_option_on_the_page_exists():
     known = {name for p in typer.main.get_command(run.app).params for name in p.opts}
-    elsewhere = {"--to", "--head"}
-    assert len(COMMANDS) == 6
+    elsewhere = {"--to", "--head", "--submission-id", "--working-dir", "--no-wait", "--follow"}
+    assert len(COMMANDS) == 7
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE):
         assert option in known | elsewhere, option
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job[0])
+def test_ray_takes_what_the_page_says_of_jobs(job):
+    verb = job_cli_group.commands[job[0]]
+    assert verb.make_context(job[0], job[1:]).params["address"] == "http://localhost:8265"
+
+
+def test_the_refusal_of_rays_client_can_be_pasted(monkeypatch, capsys):
+    given = ["--grid", "my grid.py:f", "--address=ray://head:10001", "--name", "it's"]
+    line = refusal(monkeypatch, capsys, *given, "--storage", "s3://KEY:SECRET@bucket/path")
+    said, submit = line.split("a job of Ray's: ")
+    assert said.startswith("error: --address ray://head:10001: ")
+    assert "SECRET" not in line
+    assert shlex.split(submit) == [
+        *("ray", "job", "submit", "--address", "http://head:8265", "--working-dir", ".", "--"),
+        *("python", "-m", "tune_study.run", "--address", "auto", "--grid", "my grid.py:f"),
+        *("--name", "it's", "--storage", "s3://***@bucket/path"),
+    ]
 
 
 def test_the_commands_run(bucket, tmp_path, monkeypatch, capsys):
@@ -66,7 +89,7 @@ def test_the_commands_run(bucket, tmp_path, monkeypatch, capsys):
         if "another_folder" in command:
             assert "nothing to do: all 12 trials" in said.out
     there = remote.listing(bucket)
-    for name in ("demo", "on_cluster"):
+    for name in ("demo", "on_cluster", "as_job"):
         assert f"{name}/report/report.html" in there
         assert sum(bool(re.match(f"{name}/[^/]+/results.json", key)) for key in there) == 12
     for folder in ("ray_results/demo", "another_folder/demo", "demo_report"):
@@ -85,8 +108,9 @@ def refusal(monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--address", "ray://head:10001"], ["ray://head:10001", "--storage"]),
-        (["--address", "ray://head", "--storage", "file:///x"], ["ray://head", "ray://HOST:PORT"]),
+        (["--address", "ray://head:10001"], ["ray job submit --address http://head:8265"]),
+        (["--address", "ray://[::1]:1"], ["'http://[::1]:8265'"]),
+        (["--address", "ray://", "--search", "optuna"], ["http://HOST:8265", "--search optuna"]),
         (["--address", "somewhere"], ["somewhere", "HOST:PORT"]),
         (["--address", "auto"], ["--address auto", "--storage"]),
         (["--address", "auto", "--storage", "file:///x", "--search", "optuna"], ["--search"]),

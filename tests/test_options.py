@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from search_spaces.lookup import refuse_unknown_function
+from tune_study import run
 from tune_study.config import UserError
-from tune_study.options import resolved
+from tune_study.options import Options, resolved
 
 MODULES = {"--grid": "search_spaces.grids", "--space": "search_spaces.optuna_spaces"}
 
@@ -54,6 +58,7 @@ def test_what_must_be_there_is_looked_for(tmp_path) -> None:
         ["--keep-checkpoints", "some"],
         ["--epoch-s", "3"],
         ["--simulate", "--validate-only"],
+        ["--address", "ray://head:10001"],
     ],
     ids=" ".join,
 )
@@ -69,3 +74,67 @@ def test_a_mistake_is_refused_before_torch_is_imported(mistake: list[str]) -> No
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {mistake[0]}")
     assert done.stderr.count("\n") == 1
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Options:
+    """What the command line makes of them, before it is looked at."""
+    came: list[Options] = []
+
+    def look(given: Options) -> Options:
+        came.append(given)
+        raise UserError("seen")
+
+    monkeypatch.setattr(run, "checked", look)
+    with pytest.raises(UserError, match="seen"):
+        run.app(arguments)
+    return came[0]
+
+
+def test_the_command_line_is_the_fields_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert typed(monkeypatch) == Options()
+    given = ["--set", "lora.r=8", "--set", "seed=1", "--output-dir", "x", "--resume"]
+    given += ["--gpus-per-trial", "0.5", "--objective", "val_accuracy", "--keep-checkpoints", "all"]
+    assert typed(monkeypatch, *given) == Options(
+        set_=["lora.r=8", "seed=1"],
+        output_dir=Path("x"),
+        resume=True,
+        gpus_per_trial=0.5,
+        objective=["val_accuracy"],
+        keep_checkpoints="all",
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--max-hours", "-1"], ["--max-concurrent", "1025"], ["--no-resume"], ["--num-samples"]],
+)
+def test_what_no_option_takes_is_refused(wrong: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run.app(wrong)
+    assert exit_.value.code == 2
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_the_help_fits_a_screen_and_is_grouped() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tune_study.run", "--help"],
+        env={**os.environ, "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 53
+    assert max(map(len, lines)) <= 100
+    shown = [line.split()[1] for line in lines if line.startswith("│ --")]
+    names = [field.name.strip("_").replace("_", "-") for field in fields(Options)]
+    assert sorted(shown) == sorted([*(f"--{name}" for name in names), "--help"])
+    titles = [line.strip("╭─╮ ") for line in lines if line.startswith("╭")]
+    assert titles == [
+        "Options",
+        "The study's folder",
+        "The machine",
+        "Without training",
+        "A search instead of a grid",
+    ]
+    assert "…" not in done.stdout

@@ -224,7 +224,7 @@ BOTH = ("val_accuracy", "weights_bytes")
 @pytest.mark.parametrize("status", ["interrupted", "pending", None])
 def test_a_trial_that_is_to_be_continued_is_not_told(status):
     assert outcome(results(status), BOTH) is None
-    assert outcome(None, BOTH) is None
+    assert outcome({}, BOTH) is None
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])

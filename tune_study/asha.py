@@ -10,7 +10,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from tune_study import simulate
 from tune_study.config import TrialConfig
-from tune_study.files import read_json, write_json
+from tune_study.files import mapping, write_json
+from tune_study.results import read_results
 from tune_study.supervise import Gate
 from tune_study.trainable import RunContext
 
@@ -42,8 +43,8 @@ class Asha(Gate, AsyncHyperBandScheduler):
             self._remember(trial)
 
     def _remember(self, trial: TrialConfig) -> None:
-        results = read_json(self._context.study_dir / trial.trial_id / "results.json")
-        rows = results["train"]["epochs"] if isinstance(results, dict) else []
+        results = read_results(self._context.study_dir, trial.trial_id)
+        rows = mapping(results, "train").get("epochs", [])
         earlier: Any = SimpleNamespace(trial_id=trial.trial_id)
         controller: Any = None
         self.on_trial_add(controller, earlier)
@@ -68,9 +69,9 @@ class Asha(Gate, AsyncHyperBandScheduler):
 
 def mark_pruned(config: TrialConfig, context: RunContext, epoch: int) -> None:
     """In the trial's results.json, while its worker waits for Tune's answer to that epoch."""
-    path = context.study_dir / config.trial_id / "results.json"
-    results = read_json(path) or {}
+    results = read_results(context.study_dir, config.trial_id)
     if context.simulation is not None:
         results = simulate.results_of(config, context.simulation, epochs=epoch)
     sentence = f"stopped by ASHA after epoch {epoch}: other trials did better at that epoch"
+    path = context.study_dir / config.trial_id / "results.json"
     write_json(path, {**results, "status": "pruned", "error": sentence})

@@ -42,10 +42,9 @@ class Slots(NamedTuple):
 
 
 def parse_address(address: str) -> str:
-    """``local``, ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``. Raises ``UserError``."""
-    named = address.removeprefix("ray://")
-    if address not in ("local", "auto") and not re.fullmatch(r"[^\s/]+:\d{1,5}", named):
-        raise UserError(f"--address {address}: write local, auto, HOST:PORT or ray://HOST:PORT")
+    """``local``, ``auto`` or ``HOST:PORT``. Raises ``UserError``."""
+    if address not in ("local", "auto") and not re.fullmatch(r"[^\s/]+:\d{1,5}", address):
+        raise UserError(f"--address {address}: write local, auto or HOST:PORT")
     return address
 
 
@@ -87,15 +86,14 @@ def connect(
         class_cache.DEFAULT_ENV_VARS.clear()
         return Slots({"CPU": 0, "GPU": gpus, local_ray.TRIAL_SLOT: 1}, count)
     resources: dict[str, float] = {"CPU": context.num_threads, "GPU": gpus}
-    join(address)
+    _join(address)
     fits = _look_at_nodes(address, context, resources)
     if max_concurrent is None or max_concurrent >= fits:
         return Slots(resources, fits)
     return Slots(resources, max_concurrent, limit=max_concurrent)
 
 
-def join(address: str) -> None:
-    """Connects to the Ray at ``address``, ``ray://`` or not. Raises ``UserError``."""
+def _join(address: str) -> None:
     try:
         ray.init(address=address, **local_ray.QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:

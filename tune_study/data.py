@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from tune_study.config import SPLIT_SEED, DataConfig, UserError
+from tune_study.config import SPLIT_SEED, DataConfig, UserError, first_line
 
 DEFAULT_DATA_DIR = Path("~/.cache/tune-study/data").expanduser()
 FOLDER_SIDE = 256
@@ -196,8 +196,8 @@ def _torchvision_cifar(
             "give --data-dir with a folder in torchvision's or the Hugging Face parquet layout"
         ) from None
     except RuntimeError as error:
-        first_line = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"{dataset} in {root}: {first_line}; fetch the files again") from None
+        said = first_line(error).rstrip(".")
+        raise UserError(f"{dataset} in {root}: {said}; fetch the files again") from None
     splits = [
         Split(
             torch.as_tensor(np.asarray(part.data)).permute(0, 3, 1, 2).contiguous(),
@@ -229,7 +229,7 @@ def _parquet_files(folder: Path, dataset: str) -> dict[str, list[Path]] | None:
 
 def _corrupt(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{path} cannot be read ({str(error).splitlines()[0]}); replace the file by a whole copy"
+        f"{path} cannot be read ({first_line(error)}); replace the file by a whole copy"
     )
 
 

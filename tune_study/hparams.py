@@ -25,6 +25,8 @@ from tensorboardX.proto.plugin_hparams_pb2 import (
 )
 from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
+from tune_study.results import flatten
+
 METRICS = {
     "compare/test_accuracy": "test accuracy",
     "compare/best_val_accuracy": "best val. accuracy",
@@ -97,17 +99,6 @@ def _order(value: float | str) -> tuple[float, str]:
         return float(value), ""
     except ValueError:
         return math.inf, str(value)
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested records as one with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def experiment(axes: Sequence[Axis]) -> Summary:

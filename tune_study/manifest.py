@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from tune_study import protocol, provenance
 from tune_study.config import TrialConfig, UserError, parse_trial
 from tune_study.files import mapping, read_json, write_json
+from tune_study.results import read_results
 from tune_study.space import merged, refuse_other_search
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _refuse_other_data(
 ) -> None:
     """Against what the trials saw. Raises ``UserError``."""
     for trial in trials:
-        results = read_json(folder / trial.trial_id / "results.json")
+        results = read_results(folder, trial.trial_id)
         then = mapping(results, "train", "model_metrics").get("data_sha256")
         now = checksums["data"].get(trial.dataset, {})
         if then is not None and now and then != now["sha256"]:

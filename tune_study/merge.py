@@ -19,9 +19,10 @@ from filelock import FileLock, Timeout
 
 from analysis.load import rebuild, write_tables
 from tune_study import protocol, provenance
-from tune_study.config import TrialConfig, UserError
-from tune_study.files import mapping, read_json, write_folder_whole, write_json
+from tune_study.config import TrialConfig, UserError, printed
+from tune_study.files import mapping, write_folder_whole, write_json
 from tune_study.manifest import FORMAT, changed_inputs, listed_changes, planned, read_manifest
+from tune_study.results import read_results
 from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS
 
 LEARNED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
@@ -40,7 +41,7 @@ class Source(NamedTuple):
 
     def results(self, trial_id: str) -> Mapping[str, Any]:
         """The trial's results.json; empty when there is none."""
-        return mapping(read_json(self.folder / trial_id / "results.json"))
+        return read_results(self.folder, trial_id)
 
 
 def read_sources(folders: Sequence[Path]) -> list[Source]:
@@ -265,8 +266,7 @@ def main() -> None:
     try:
         folder, notes = merge(options.studies, options.output, command)
     except UserError as error:
-        line = "".join(letter if letter.isprintable() else " " for letter in str(error))
-        print(f"error: {line}", file=sys.stderr)
+        print(printed(error), file=sys.stderr)
         sys.exit(2)
     from analysis.report import write_report
 

@@ -22,8 +22,8 @@ from tensorboardX.summary import custom_scalars
 
 from tune_study.callback import Callback
 from tune_study.event_files import RunFile, replace_run, scalar
-from tune_study.files import read_json
-from tune_study.hparams import Axis, axes_of, experiment, flatten
+from tune_study.hparams import Axis, axes_of, experiment
+from tune_study.results import flatten, read_results
 from tune_study.schema import GOOD_STATUSES
 
 if TYPE_CHECKING:
@@ -120,8 +120,8 @@ class ModeCurves(Callback):
         self._write()
 
     def _read(self, trial_id: str) -> None:
-        results = read_json(self._study_dir / trial_id / "results.json")
-        if isinstance(results, dict) and results.get("status") in GOOD_STATUSES:
+        results = read_results(self._study_dir, trial_id)
+        if results.get("status") in GOOD_STATUSES:
             rows = results["train"]["epochs"]
             drawn: list[Row] = [{column: row.get(column) for column in CHARTS} for row in rows]
             self._cells[trial_id].ended[trial_id] = drawn

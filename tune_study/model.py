@@ -21,7 +21,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from tune_study import backbone  # noqa: F401  (registers the demo's backbone with timm)
-from tune_study.config import TrialConfig, UserError
+from tune_study.config import TrialConfig, UserError, first_line
 from tune_study.data import Preprocessing
 from tune_study.first_half import watch
 from tune_study.lora import speed_up
@@ -237,10 +237,10 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         # weights_only: a checkpoint from a stranger must not run code.
         return load_state_dict(str(path), device="cpu", weights_only=True)
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"--weights {path}: not a readable safetensors file or weights_only checkpoint "
-            f"({detail[:200]}); save it with safetensors.torch.save_file(model.state_dict(), FILE)"
+            f"({first_line(error)[:200]}); save it with "
+            "safetensors.torch.save_file(model.state_dict(), FILE)"
         ) from None
 
 

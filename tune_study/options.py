@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
+
+from typer import Option
 
 from search_spaces.lookup import refuse_unknown_function
 from tune_study.config import UserError, parse_assignment
+from tune_study.remote import masked
 
 LONGEST_NAME = 200
 """Bytes of a study's name; file systems allow 255, and trials' files add to it."""
@@ -27,46 +34,116 @@ EXIT_STOPPED = {
 }
 """By the reason why a study stopped early: the shell's own codes for time and signals."""
 
+in_folder = partial(Option, rich_help_panel="The study's folder")
+on_machine = partial(Option, rich_help_panel="The machine")
+untrained = partial(Option, rich_help_panel="Without training")
+in_search = partial(Option, rich_help_panel="A search instead of a grid")
+
 
 @dataclass(frozen=True)
 class Options:
-    """The command line of ``tune_study.run``, which says what each one means."""
+    """The command line of ``tune_study.run``: its options, in the order of ``--help``."""
 
-    grid: str | None
-    name: str | None
-    output_dir: Path
-    set_: list[str] | None
-    data_dir: Path | None
-    weights: Path | None
-    device: str
-    train_size: int | None
-    val_size: int | None
-    test_size: int | None
-    max_experiments: int | None
-    storage: str | None
-    address: str
-    batch: str | None
-    max_concurrent: int | None
-    cpus_per_trial: int | None
-    gpus_per_trial: float | None
-    dry_run: bool
-    validate_only: bool
-    resume: bool
-    retry_failed: bool
-    max_hours: float | None
-    keep_checkpoints: Keep
-    simulate: bool
-    effect: list[str] | None
-    seed_sd: float | None
-    epoch_s: float | None
-    search: str | None
-    space: str | None
-    num_samples: int | None
-    objective: list[str] | None
-    scheduler: str | None
-    search_seed: int | None
-    log: list[str] | None
-    dashboard: bool
+    grid: Annotated[
+        str | None, Option(metavar="NAME", help="demo (default), full, smoke, or FILE.py:FUNCTION")
+    ] = None
+    set_: Annotated[
+        list[str] | None,
+        Option("--set", metavar="FIELD=VALUE", help="such as training.num_train_epochs=3"),
+    ] = None
+    max_experiments: Annotated[
+        int | None, Option(min=1, metavar="N", help="only the first N trials")
+    ] = None
+    data_dir: Annotated[
+        Path | None, Option(metavar="DIR", help="CIFAR, by torchvision or as parquet files")
+    ] = None
+    weights: Annotated[
+        Path | None,
+        Option(metavar="PATH", help="file, or folder with MODEL.safetensors; default: the hub"),
+    ] = None
+    train_size: Annotated[int | None, Option(metavar="IMAGES", help="stratified subset")] = None
+    val_size: Annotated[int | None, Option(metavar="IMAGES", help="for validation")] = None
+    test_size: Annotated[int | None, Option(metavar="IMAGES", help="stratified subset")] = None
+
+    name: Annotated[str | None, in_folder(metavar="NAME", help="default: the grid's name")] = None
+    output_dir: Annotated[Path, in_folder(metavar="DIR", help="where study folders lie")] = Path(
+        "ray_results"
+    )
+    storage: Annotated[
+        str | None, in_folder(metavar="URI", help="where studies are kept: s3://bucket/path")
+    ] = None
+    resume: Annotated[bool, in_folder("--resume", help="refuse to begin a new study")] = False
+    retry_failed: Annotated[bool, in_folder("--retry-failed", help="repeat failed trials")] = False
+    max_hours: Annotated[
+        float | None, in_folder(min=0, metavar="H", help="then stop, at an epoch's end")
+    ] = None
+    # Read as any word: checked() refuses the wrong ones in the same words as of other options.
+    keep_checkpoints: Annotated[
+        Keep,
+        in_folder(parser=str, metavar="WHICH", help="of ended trials: all, best (adapter), none"),
+    ] = "best"
+    log: Annotated[
+        list[str] | None,
+        in_folder(metavar="TRACKER", help="mlflow or wandb follows the trials, too"),
+    ] = None
+
+    device: Annotated[str, on_machine(metavar="NAME", help="auto, cpu, mps or cuda")] = "auto"
+    address: Annotated[
+        str, on_machine(metavar="WHERE", help="or a Ray cluster: auto, HOST:PORT")
+    ] = "local"
+    batch: Annotated[
+        str | None, on_machine(metavar="auto", help="the fastest micro-batch that fits all modes")
+    ] = None
+    max_concurrent: Annotated[
+        int | None,
+        on_machine(
+            min=1, max=1024, metavar="N", help="trials at a time; default 1, on a cluster all"
+        ),
+    ] = None
+    cpus_per_trial: Annotated[
+        int | None, on_machine(min=1, max=1024, metavar="N", help="cores and threads of a trial")
+    ] = None
+    gpus_per_trial: Annotated[
+        float | None, on_machine(min=0, metavar="SHARE", help="of a GPU, such as 0.5")
+    ] = None
+    dashboard: Annotated[bool, on_machine("--dashboard", help="start Ray's dashboard")] = False
+
+    dry_run: Annotated[bool, untrained("--dry-run", help="show the plan and exit")] = False
+    validate_only: Annotated[
+        bool, untrained("--validate-only", help="build and check every model")
+    ] = False
+    simulate: Annotated[bool, untrained("--simulate", help="draw the trials from a model")] = False
+    effect: Annotated[
+        list[str] | None,
+        untrained(metavar="MODE=DIFFERENCE", help="planted by --simulate, e.g. nf4=-0.01"),
+    ] = None
+    seed_sd: Annotated[
+        float | None, untrained(min=0, max=1, metavar="SD", help="of --simulate; default 0.004")
+    ] = None
+    epoch_s: Annotated[
+        float | None, untrained(min=0, metavar="S", help="of --simulate: how long an epoch lasts")
+    ] = None
+
+    search: Annotated[
+        str | None, in_search(metavar="optuna", help="search a space instead of running a grid")
+    ] = None
+    space: Annotated[
+        str | None, in_search(metavar="NAME", help="qlora (default), demo, or FILE.py:FUNCTION")
+    ] = None
+    num_samples: Annotated[int | None, in_search(min=1, metavar="TRIALS", help="default 40")] = None
+    objective: Annotated[
+        list[str] | None,
+        in_search(
+            metavar="COLUMN",
+            help="one or two: val_accuracy, weights_bytes, peak_train_bytes, train_time_s",
+        ),
+    ] = None
+    scheduler: Annotated[
+        str | None, in_search(metavar="NAME", help="asha prunes for one objective; default fifo")
+    ] = None
+    search_seed: Annotated[
+        int | None, in_search(min=0, metavar="N", help="of the suggestions; default 0")
+    ] = None
 
     @property
     def works(self) -> bool:
@@ -105,6 +182,31 @@ def checked(given: Options) -> Options:
     if given.simulate and given.validate_only:
         raise UserError("--simulate trains nothing: leave out --validate-only")
     return replace(given, data_dir=data, weights=weights)
+
+
+def refuse_client(address: str, arguments: Sequence[str]) -> None:
+    """Raises ``UserError`` for ``ray://HOST:PORT``, with the job to submit in its place."""
+    if not address.startswith("ray://"):
+        return
+    host = re.sub(r":\d*$", "", address.removeprefix("ray://")) or "HOST"
+    submit = ["ray", "job", "submit", "--address", f"http://{host}:8265", "--working-dir", "."]
+    study = ["python", "-m", "tune_study.run", "--address", "auto", *without_address(arguments)]
+    raise UserError(
+        f"--address {address}: on a cluster that is elsewhere a study runs as a job of Ray's: "
+        + masked(shlex.join([*submit, "--", *study]))
+    )
+
+
+def without_address(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` but ``--address``, however it is written."""
+    given, rest = [*arguments], []
+    while given:
+        part = given.pop(0)
+        if part == "--address":
+            del given[:1]
+        elif not part.startswith("--address="):
+            rest.append(part)
+    return rest
 
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:

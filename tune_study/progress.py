@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_study.callback import Callback
-from tune_study.files import read_json
+from tune_study.results import read_results
 from tune_study.schema import GOOD_STATUSES
 
 
@@ -95,7 +95,7 @@ class Progress(Callback):
 
     def _end(self, trial_id: str) -> None:
         state = self._running.pop(trial_id, {"epoch": 0})
-        results = read_json(self._study_dir / trial_id / "results.json") or {}
+        results = read_results(self._study_dir, trial_id)
         status = results.get("status", "pending")  # its worker died before it wrote anything
         for sentence in results.get("warnings", []):
             if (trial_id, sentence) not in self._said:

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tune_study.config import TrialConfig, UserError
-from tune_study.files import read_json, write_json
+from tune_study.config import TrialConfig, UserError, first_line
+from tune_study.files import write_json
 from tune_study.limits import out_of_memory_events
 from tune_study.memory import rss_peak_bytes
 from tune_study.model import BuiltModel
 from tune_study.provenance import commit, hardware, now, versions
+from tune_study.results import read_results
 from tune_study.train import Row, Training
 
 FIDELITY_AT_START = ("gradient_cosine_start", "feature_cosine")
@@ -40,8 +41,7 @@ class Record:
     def __init__(self, config: TrialConfig, folder: Path, device: str, num_threads: int) -> None:
         self.config, self.folder = config, folder
         self._device, self._num_threads = device, num_threads
-        before = read_json(folder / "results.json")
-        said = before.get("warnings") if isinstance(before, dict) else None
+        said = read_results(folder.parent, folder.name).get("warnings")
         self.warnings: list[str] = said if isinstance(said, list) else []
         """Sentences for the user: what went wrong and was mended."""
         self.effective = config
@@ -165,9 +165,7 @@ class Record:
         """What went wrong, in one line."""
         if status == "diverged":
             return f"the loss was not finite in epoch {len(self._history())}"
-        if error is None or isinstance(error, UserError):
-            return None if error is None else _first_line(error)
-        return f"{type(error).__name__}: {_first_line(error)}"
+        return None if error is None else _sentence(error)
 
     def _resources(self) -> dict[str, Any]:
         settings = self.effective.training
@@ -253,6 +251,11 @@ def write_failure(
     write_json(folder / "error.json", content)
 
 
+def _sentence(error: Exception) -> str:
+    name, said = type(error).__name__, first_line(error)[:500]
+    return said if said == name or isinstance(error, UserError) else f"{name}: {said}"
+
+
 def log_tail(folder: Path) -> list[str]:
     """The last lines of a trial's log."""
     try:
@@ -260,9 +263,3 @@ def log_tail(folder: Path) -> list[str]:
     except OSError:
         return []
     return text.splitlines()[-LOG_TAIL_LINES:]
-
-
-def _first_line(error: Exception) -> str:
-    with contextlib.suppress(IndexError):
-        return str(error).splitlines()[0][:500]
-    return ""

@@ -1,16 +1,40 @@
-"""results.json of a trial as columns of the trials table. Standard library only."""
+"""results.json of a trial: read, and as columns of the trials table. Standard library only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tune_study import schema
-from tune_study.files import mapping
+from tune_study.files import mapping, read_json
 
 _METRIC_PARTS = ("training_results", "test_metrics", "model_metrics", "resource_metrics")
 AXES = ("trial_id", "model", "dataset", "lora_r", "lora_alpha", "quantization", "seed")
 _MEASURED = {c.name for c in schema.TRIALS} - {*AXES, "status", "simulated", "error"}
+
+
+def read_results(study_dir: Path, trial_id: str) -> dict[str, Any]:
+    """The trial's results.json; empty when there is none."""
+    found = read_json(study_dir / trial_id / "results.json")
+    return found if isinstance(found, dict) else {}
+
+
+def status_of(study_dir: Path, trial_id: str) -> str:
+    """Of the schema's words; ``pending`` when the trial's results.json says none of them."""
+    status = read_results(study_dir, trial_id).get("status")
+    return status if status in schema.STATUSES else "pending"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested records as one with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def axes(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ trial at a time, a search that was killed suggests what the uninterrupted one wo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +24,10 @@ from sqlalchemy.exc import DatabaseError
 
 from tune_study.asha import Asha
 from tune_study.config import TrialConfig, UserError, first_line
-from tune_study.files import read_json, write_json
+from tune_study.files import mapping, read_json, write_json
 from tune_study.importance import write_importances
 from tune_study.progress import Progress
-from tune_study.results import measured
+from tune_study.results import measured, read_results
 from tune_study.schema import FINISHED_STATUSES, GOOD_STATUSES
 from tune_study.space import OBJECTIVES, Settings, probes
 from tune_study.supervise import Gate, Stop
@@ -47,12 +47,12 @@ class Ended(NamedTuple):
     values: list[float] | None = None
 
 
-def outcome(results: Any, objectives: Sequence[str]) -> Ended | None:
+def outcome(results: Mapping[str, Any], objectives: Sequence[str]) -> Ended | None:
     """What a results.json tells Optuna; ``None`` while the trial is still to be continued.
 
     An objective that is missing or NaN makes it a failed trial: Optuna accepts no NaN.
     """
-    status = results.get("status") if isinstance(results, dict) else None
+    status = results.get("status")
     if status not in FINISHED_STATUSES:
         return None
     if status == "pruned":
@@ -116,7 +116,7 @@ class Search:
         return max(self.settings.num_samples, len(self.trials))
 
     def ended(self, trial: TrialConfig) -> Ended | None:
-        results = read_json(self.context.study_dir / trial.trial_id / "results.json")
+        results = read_results(self.context.study_dir, trial.trial_id)
         return outcome(results, self.settings.objectives)
 
     def begin(self, progress: Progress) -> None:
@@ -233,9 +233,9 @@ class Suggestions(OptunaSearch):
             )
 
     def _epochs(self, trial: TrialConfig) -> dict[int, float]:
-        path = self._search.context.study_dir / trial.trial_id / "results.json"
-        results = read_json(path) or {"train": {"epochs": []}}
-        return {row["epoch"]: row["val_accuracy"] for row in results["train"]["epochs"]}
+        results = read_results(self._search.context.study_dir, trial.trial_id)
+        epochs = mapping(results, "train").get("epochs", [])
+        return {row["epoch"]: row["val_accuracy"] for row in epochs}
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial for Tune, whose own name for it is ``trial_id``."""

@@ -14,9 +14,9 @@ from typing import Any
 
 from tune_study import remote
 from tune_study.callback import Callback
-from tune_study.files import read_json
 from tune_study.lease import lease
 from tune_study.remote import RemoteError
+from tune_study.results import status_of
 from tune_study.schema import FINISHED_STATUSES, GOOD_STATUSES
 from tune_study.store import Store, open_store, plainly
 from tune_study.supervise import Stop
@@ -108,8 +108,7 @@ def push_end(store: Store, trial_ids: Sequence[str]) -> None:
     """At a run's end: tables, report, and what was said of trials that ended badly."""
     with plainly():
         for trial_id in trial_ids:
-            results = read_json(store.folder / trial_id / "results.json")
-            status = results.get("status") if isinstance(results, dict) else None
+            status = status_of(store.folder, trial_id)
             if status in FINISHED_STATUSES and status not in GOOD_STATUSES:
                 store.push(trial_id)
         store.push("report", "tensorboard", "")

@@ -17,6 +17,7 @@ from tune_study import remote
 from tune_study.config import UserError
 from tune_study.files import read_json
 from tune_study.remote import Remote, RemoteError
+from tune_study.results import status_of
 from tune_study.schema import FINISHED_STATUSES
 
 _WRITTEN_LAST = ("state.json", "results.json", "study.json")
@@ -110,8 +111,7 @@ class Store:
         path = PurePosixPath(name)
         if len(path.parts) != 2 or path.name != "results.json":
             return False
-        here = read_json(self.folder / name)
-        if not isinstance(here, dict) or here.get("status") not in FINISHED_STATUSES:
+        if status_of(self.folder, path.parts[0]) not in FINISHED_STATUSES:
             return False
         return remote.read(self.remote, name) == (self.folder / name).read_bytes()
 

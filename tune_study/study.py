@@ -22,12 +22,12 @@ from search_spaces import grids
 from search_spaces.lookup import function_of
 from tune_study import cluster
 from tune_study.config import TrialConfig, UserError, assign, parse_trial
-from tune_study.files import read_json
 from tune_study.hparams import axes_of
 from tune_study.inputs import ship
 from tune_study.mode_curves import ModeCurves, write_study_run
 from tune_study.progress import Progress
-from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS, STATUSES
+from tune_study.results import status_of
+from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS
 from tune_study.storage import Pull, Push
 from tune_study.store import Store
 from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop, graceful_signals
@@ -135,12 +135,7 @@ def _is_alone(space: Any, key: str) -> bool:
 
 def statuses(trials: Iterable[TrialConfig], study_dir: Path) -> dict[str, str]:
     """{trial_id: status}, by our own files alone."""
-    found = {}
-    for trial in trials:
-        result = read_json(study_dir / trial.trial_id / "results.json")
-        status = result.get("status") if isinstance(result, dict) else None
-        found[trial.trial_id] = status if status in STATUSES else "pending"
-    return found
+    return {trial.trial_id: status_of(study_dir, trial.trial_id) for trial in trials}
 
 
 def todo(

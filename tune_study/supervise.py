@@ -24,6 +24,7 @@ from tune_study.files import read_json, write_json
 from tune_study.limits import has_room, note_out_of_memory, within_memory
 from tune_study.provenance import now
 from tune_study.record import write_failure
+from tune_study.results import read_results, status_of
 from tune_study.schema import FINISHED_STATUSES
 
 RETRIES = 2
@@ -159,9 +160,7 @@ class Deaths(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         Stop.running.discard(trial.trial_id)
         trial_id = trial.config["trial_id"]
-        results = read_json(self._study_dir / trial_id / "results.json")
-        status = results.get("status") if isinstance(results, dict) else None
-        if status in FINISHED_STATUSES:
+        if status_of(self._study_dir, trial_id) in FINISHED_STATUSES:
             return  # the trial itself has told why
         detail = str(trial.get_error())
         # On a full disk Tune could not write the detail either.
@@ -209,15 +208,13 @@ def _in_full(trial: Any) -> str:
 
 def _give_up(trial: TrialConfig, folder: Path, deaths: int) -> None:
     sentence = f"WorkerDied: its worker process was killed {deaths} times in one run"
-    results = read_json(folder / "results.json")
-    if not isinstance(results, dict):
-        results = {
-            "trial_id": trial.trial_id,
-            "simulated": False,
-            "run": {"config": trial.model_dump(mode="json")},
-            "train": {"epochs": []},
-            "meta": {},
-        }
+    results = read_results(folder.parent, folder.name) or {
+        "trial_id": trial.trial_id,
+        "simulated": False,
+        "run": {"config": trial.model_dump(mode="json")},
+        "train": {"epochs": []},
+        "meta": {},
+    }
     epochs = results["train"].get("epochs") or []
     write_failure(folder, trial, "WorkerDied", sentence, len(epochs))
     write_json(folder / "results.json", {**results, "status": "error", "error": sentence})

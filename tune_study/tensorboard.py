@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ray.tune.logger import TBXLoggerCallback
 
 from tune_study import hparams
-from tune_study.files import read_json
 from tune_study.hparams import Axis
-from tune_study.results import measured
+from tune_study.results import measured, read_results
 from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS
 
 if TYPE_CHECKING:
@@ -101,8 +100,7 @@ class TensorBoardCallback(TBXLoggerCallback):
     def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
         if trial not in self._trial_writer:
             return
-        results = read_json(self._study_dir / trial.config["trial_id"] / "results.json")
-        row = measured(results) if isinstance(results, dict) else {}
+        row = measured(read_results(self._study_dir, trial.config["trial_id"]))
         epoch = self._last_epoch.pop(trial)
         rest = {name: tag for name, tag in FINAL.items() if tag not in self._shown[trial]}
         self._add_scalars(trial, rest, row, epoch)

@@ -17,10 +17,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tune_study.callback import Callback
-from tune_study.config import TrialConfig, UserError
+from tune_study.config import TrialConfig, UserError, first_line
 from tune_study.files import read_json
-from tune_study.hparams import flatten
-from tune_study.results import measured
+from tune_study.results import flatten, measured, read_results
 from tune_study.schema import EPOCHS, FINISHED_STATUSES
 
 if TYPE_CHECKING:
@@ -80,8 +79,7 @@ def opened(
 
 def plainly(error: Exception) -> str:
     """An error's first line, without the password of an address."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"//[^/@\s]*@", "//", lines[0])[:300]
+    return re.sub(r"//[^/@\s]*@", "//", first_line(error))[:300]
 
 
 class Trackers(Callback):
@@ -122,7 +120,7 @@ class Trackers(Callback):
     def catch_up(self, trials: Sequence[TrialConfig]) -> None:
         """What has ended and is not recorded, after a kill, a lost connection, a late --log."""
         for trial in trials:
-            results = _results(self._study_dir, trial.trial_id)
+            results = read_results(self._study_dir, trial.trial_id)
             if results.get("status") in FINISHED_STATUSES:
                 self._each(partial(self._complete, trial, results))
 
@@ -165,7 +163,7 @@ class Trackers(Callback):
     def _end(self, tracker: Tracker, trial_id: str) -> None:
         if self._held.pop((tracker.name, trial_id), None) is None:
             return
-        results = _results(self._study_dir, trial_id)
+        results = read_results(self._study_dir, trial_id)
         status = results.get("status")
         if status not in FINISHED_STATUSES:
             tracker.end(trial_id, "interrupted", {}, "")
@@ -176,11 +174,6 @@ class Trackers(Callback):
 
 def _named(trial: Trial) -> tuple[str, dict[str, Any]]:
     return trial.config["trial_id"], trial.config["trial"]
-
-
-def _results(study_dir: Path, trial_id: str) -> dict[str, Any]:
-    found = read_json(study_dir / trial_id / "results.json")
-    return found if isinstance(found, dict) else {}
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float]:

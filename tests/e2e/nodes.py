@@ -8,6 +8,7 @@ raylet. It ends the nodes when its standard input ends, whatever became of who s
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,14 @@ PATIENCE_S = 600
 """A machine that is busy needs minutes to start a few raylets."""
 
 
-def serve(nodes: int, cpus: int, client_port: int = 0) -> None:
-    """The head is one of the nodes; with a port it listens to Ray's client there."""
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def serve(nodes: int, cpus: int, jobs_port: int = 0) -> None:
+    """The head is one of the nodes; with a port it takes jobs there, in Ray's dashboard."""
     from tune_study import environment
 
     environment.prepare()
@@ -27,8 +34,9 @@ def serve(nodes: int, cpus: int, client_port: int = 0) -> None:
 
     sizes = {"num_cpus": cpus, "object_store_memory": 150 * 2**20}
     head = {**sizes, "include_dashboard": False}
-    if client_port:
-        head["ray_client_server_port"] = client_port
+    if jobs_port:
+        head |= {"include_dashboard": True, "dashboard_port": jobs_port}
+        head["dashboard_agent_listen_port"] = free_port()
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(nodes - 1):
@@ -44,9 +52,9 @@ def serve(nodes: int, cpus: int, client_port: int = 0) -> None:
 
 
 @contextmanager
-def cluster(nodes: int, cpus: int = 1, client_port: int = 0) -> Iterator[dict[str, Any]]:
+def cluster(nodes: int, cpus: int = 1, jobs_port: int = 0) -> Iterator[dict[str, Any]]:
     """``address`` and ``raylets``, the head's first. All its processes end with the context."""
-    command = [sys.executable, "-m", "tests.e2e.nodes", *map(str, (nodes, cpus, client_port))]
+    command = [sys.executable, "-m", "tests.e2e.nodes", *map(str, (nodes, cpus, jobs_port))]
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import signal
-import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -34,12 +35,6 @@ def until(process, folder, enough):
             return
         assert process.poll() is None, said
         time.sleep(0.2)
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def object_stores(pid):
@@ -102,23 +97,59 @@ def test_real_trials_survive_a_node_and_equal_those_of_one(tmp_path):
     assert sum("continues after epoch" in log for log in logs) >= 1
 
 
+GRID = """
+from ray import tune
+def two():
+    modes = tune.grid_search(["none", "nf4"])
+    return {"model": "vit_glyphs_patch4_32", "dataset": "digits", "quantization": modes}
+"""
+
+
 @pytest.mark.slow
-def test_through_rays_client_the_command_runs_on_the_head(tmp_path):
-    """It is interrupted there, and continued."""
-    port = free_port()
-    with nodes.cluster(1, client_port=port):
-        places = ("--address", f"ray://127.0.0.1:{port}", "--cpus-per-trial", 1)
-        places += ("--storage", (tmp_path / "store").as_uri())
-        arguments = (*places, *SIMULATED, "--epoch-s", 2)
-        process = harness.start_anywhere(tmp_path, *arguments)
-        until(process, tmp_path, lambda said: ": epoch 1/4" in said)
-        harness.interrupt(process)
-        code, output = harness.finish(process, tmp_path)
-        assert code == 130, output
-        assert "interrupted; continue with" in output
-        code, output = harness.finish(harness.start_anywhere(tmp_path, *arguments), tmp_path)
-    assert code == 0, output
-    assert "all 4 trials ended well" in output
-    there = tmp_path / "store" / "smoke-simulated"
-    assert len(pd.read_parquet(there / "epochs.parquet")) == 16
-    assert not (tmp_path / "ray_results").exists()
+def test_a_study_submitted_as_a_job_is_stopped_and_continued(tmp_path):
+    """The file of its grid goes along; stopped, it is killed in the middle of an epoch."""
+    port, work, store = nodes.free_port(), tmp_path / "work", tmp_path / "store"
+    work.mkdir()
+    (work / "my_grid.py").write_text(GRID)
+    job = [sys.executable, "-m", "ray.scripts.scripts", "job"]
+    there = ["--address", f"http://127.0.0.1:{port}"]
+    study = ["python", "-m", "tune_study.run", "--address", "auto", "--storage", store.as_uri()]
+    study += ["--cpus-per-trial", "1", "--simulate", "--set", "training.num_train_epochs=3"]
+
+    def submit(name, *arguments):
+        folder = tmp_path / name
+        folder.mkdir()
+        command = [*job, "submit", *there, "--submission-id", name, "--working-dir", work, "--"]
+        with (folder / "output.txt").open("w") as output:
+            return subprocess.Popen(
+                [*command, *study, *arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=harness.ENVIRONMENT,
+            )
+
+    def told(verb, name):
+        done = subprocess.run([*job, verb, *there, name], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    with nodes.cluster(1, cpus=2, jobs_port=port):
+        mine = ["--grid", "my_grid.py:two", "--epoch-s"]
+        process = submit("first", *mine, "5")
+        until(process, tmp_path / "first", lambda said: said.count(": epoch 1/3") == 2)
+        told("stop", "first")  # after three seconds it is killed
+        _, output = harness.finish(process, tmp_path / "first")
+        assert "Job 'first' was stopped" in output
+        assert ": epoch 2/3" not in output
+        assert ": epoch 1/3" in told("logs", "first")
+        assert "STOPPED" in told("status", "first")
+        code, output = harness.finish(submit("second", *mine, "0"), tmp_path / "second")
+        assert code == 0, output
+        assert ": epoch 1/3" not in output
+        assert output.count(": epoch 2/3") == 2
+        assert "all 2 trials ended well" in output
+        code, output = harness.finish(submit("third", "--grid", "nowhere"), tmp_path / "third")
+        assert code == 1
+        assert "error: --grid nowhere: choose one of demo" in output
+        assert "FAILED" in told("status", "third")
+    assert len(pd.read_parquet(store / "two-simulated" / "epochs.parquet")) == 6
