@@ -51,7 +51,7 @@ def started(config: TrialConfig, device: str, images: int) -> train.Training:
 
 def bare_step(training: train.Training) -> Callable[[], None]:
     """Forward, backward and optimizer on one fixed batch: no data, no monitor, no clipping."""
-    size = train.images_per_step(training.config)
+    size = training.config.images_per_step
     images, labels = (part[:size] for part in training.data.train)
     pixels = preprocess(images, training.preprocessing)
 

@@ -26,13 +26,7 @@ from tune_study.config import TrialConfig, UserError
 from tune_study.data import load
 from tune_study.estimate import free_bytes
 from tune_study.files import write_json
-from tune_study.limits import (
-    CHOICE_FILE,
-    chosen,
-    images_per_step,
-    is_out_of_memory,
-    with_micro_batch,
-)
+from tune_study.limits import CHOICE_FILE, chosen, is_out_of_memory
 from tune_study.manifest import planned, read_manifest
 from tune_study.memory import release_memory
 from tune_study.model import build_model
@@ -108,7 +102,7 @@ def comparable(trial: TrialConfig) -> tuple[Any, ...]:
     return (
         trial.model,
         trial.data.image_size,
-        images_per_step(trial),
+        trial.images_per_step,
         settings.compute_dtype,
         settings.gradient_checkpointing,
     )
@@ -187,7 +181,7 @@ def measure(
     The models that take the steps are dropped; nothing of a trial is touched.
     """
     first = trials[0]
-    images = images_per_step(first)
+    images = first.images_per_step
     candidates = [size for size in range(1, min(images, LARGEST) + 1) if images % size == 0]
     kinds = {}
     for trial in sorted(trials, key=lambda trial: trial.lora.r):
@@ -245,14 +239,14 @@ def _attempts(trial: TrialConfig, context: RunContext, sizes: Sequence[int]) -> 
     free = free_bytes(device)
     room = math.inf if free is None else free * (CPU_SHARE if device.type == "cpu" else 1)
     peaks = {
-        size: predict(with_micro_batch(trial, size), classes, device).peak_train_bytes
+        size: predict(trial.with_micro_batch(size), classes, device).peak_train_bytes
         for size in sorted(sizes, reverse=True)
     }
     built = build_model(trial, classes, weights=context.weights, device=device)
     training = train.start(trial, built, data, device)
     fits = False
     for size, peak in peaks.items():
-        training.config = with_micro_batch(trial, size)
+        training.config = trial.with_micro_batch(size)
         speed = None
         if peak is None or peak <= room:
             try:
@@ -271,7 +265,7 @@ def _attempts(trial: TrialConfig, context: RunContext, sizes: Sequence[int]) -> 
 def _images_per_s(training: Training) -> float:
     """Of the fastest of ``TIMED_STEPS`` optimizer steps on the first images, after a warm-up."""
     training.model.train()
-    count = images_per_step(training.config)
+    count = training.config.images_per_step
     images, labels = training.data.train
     first = torch.arange(count, device=training.device) % len(labels)
     images, labels = images[first], labels[first]

@@ -22,7 +22,7 @@ from tune_study.config import TrialConfig, UserError
 from tune_study.dry_run import print_plan
 from tune_study.estimate import settle_compute_dtype
 from tune_study.extension import NEW, Extension, held_against
-from tune_study.limits import disk_full, images_per_step, refuse_full_disk
+from tune_study.limits import disk_full, refuse_full_disk
 from tune_study.options import EXIT_FAILED, EXIT_STOPPED, Options, resolved, safe_name
 from tune_study.preflight import Checked
 from tune_study.progress import Progress
@@ -331,7 +331,7 @@ def say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: C
         training = trial.training
         if trial.trial_id in checked.data:
             images = len(checked.data[trial.trial_id].train.labels)
-            per_epoch = math.ceil(images / images_per_step(trial))
+            per_epoch = math.ceil(images / trial.images_per_step)
             steps = per_epoch * training.num_train_epochs
             if training.warmup_steps >= steps:
                 console.print(

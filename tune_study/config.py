@@ -165,6 +165,20 @@ class TrialConfig(_Record):
         return self.model, self.dataset, self.lora.r, self.lora.lora_alpha
 
     @property
+    def images_per_step(self) -> int:
+        """Images of one optimizer step, however many micro-batches they come in."""
+        settings = self.training
+        return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+
+    def with_micro_batch(self, micro: int) -> TrialConfig:
+        """The same with micro-batches of ``micro`` images, a divisor of ``images_per_step``."""
+        update = {
+            "per_device_train_batch_size": micro,
+            "gradient_accumulation_steps": self.images_per_step // micro,
+        }
+        return self.model_copy(update={"training": self.training.model_copy(update=update)})
+
+    @property
     def trial_id(self) -> str:
         """The axes in words, then 8 hex digits of a hash over the whole configuration."""
         values = self.model_dump(mode="json")

@@ -76,21 +76,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def images_per_step(config: TrialConfig) -> int:
-    """Images of one optimizer step, however many micro-batches they come in."""
-    settings = config.training
-    return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-
-
-def with_micro_batch(config: TrialConfig, micro: int) -> TrialConfig:
-    """``config`` with micro-batches of ``micro`` images, a divisor of ``images_per_step``."""
-    update = {
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": images_per_step(config) // micro,
-    }
-    return config.model_copy(update={"training": config.training.model_copy(update=update)})
-
-
 def chosen(config: TrialConfig, trial_folder: Path) -> dict[str, Any] | None:
     """What ``--batch auto`` chose for the trial (``batch.choose``); ``None`` without a whole one.
 
@@ -98,7 +83,7 @@ def chosen(config: TrialConfig, trial_folder: Path) -> dict[str, Any] | None:
     """
     choice = read_json(trial_folder / CHOICE_FILE)
     micro = choice.get("micro_batch") if isinstance(choice, dict) else None
-    fits = type(micro) is int and micro > 0 and images_per_step(config) % micro == 0
+    fits = type(micro) is int and micro > 0 and config.images_per_step % micro == 0
     return choice if fits else None
 
 
@@ -110,12 +95,12 @@ def within_memory(config: TrialConfig, trial_folder: Path) -> TrialConfig:
     divisor. Evaluation batches shrink by the same factor.
     """
     if choice := chosen(config, trial_folder):
-        config = with_micro_batch(config, choice["micro_batch"])
+        config = config.with_micro_batch(choice["micro_batch"])
     whole = config.training.per_device_train_batch_size
     micro = whole
     for event in out_of_memory_events(trial_folder):
         micro = _next_smaller(whole, min(micro, int(event["micro_batch"])))
-    config = with_micro_batch(config, micro)
+    config = config.with_micro_batch(micro)
     evaluation = max(1, config.training.per_device_eval_batch_size * micro // whole)
     training = config.training.model_copy(update={"per_device_eval_batch_size": evaluation})
     return config.model_copy(update={"training": training})

@@ -13,7 +13,7 @@ from tune_study.config import TrialConfig, UserError
 from tune_study.data import Dataset, load
 from tune_study.device import available, refuse_wrong_products
 from tune_study.estimate import refuse_any_that_cannot_fit
-from tune_study.limits import with_micro_batch, within_memory
+from tune_study.limits import within_memory
 from tune_study.model import (
     build_model,
     file_sha256,
@@ -86,7 +86,7 @@ def check(
     planned = []
     for trial in trials:
         folder = context.study_dir / trial.trial_id
-        least = with_micro_batch(trial, 1) if auto_batch else within_memory(trial, folder)
+        least = trial.with_micro_batch(1) if auto_batch else within_memory(trial, folder)
         planned.append((least, len(data[trial.trial_id].class_names)))
     refuse_any_that_cannot_fit(planned, torch.device(context.device))
     return Checked(data, sha256)

@@ -27,7 +27,6 @@ from tune_study.data import (
 from tune_study.device import random_states, set_random_states
 from tune_study.first_half import gradients_of_first_half
 from tune_study.gradients import GradientFlowMonitor, NoiseScale
-from tune_study.limits import images_per_step
 from tune_study.memory import StepMemory, measure_step
 from tune_study.model import COMPUTE_DTYPES, BuiltModel, trainable
 
@@ -103,7 +102,7 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
     """A trial before its first epoch. The images move to ``device``, as uint8."""
     settings = config.training
     parameters = trainable(built.model)
-    steps_per_epoch = math.ceil(len(data.train.labels) / images_per_step(config))
+    steps_per_epoch = math.ceil(len(data.train.labels) / config.images_per_step)
     # Weight decay is for matrices: biases are exempt, as in transformers' Trainer.
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters.values() if p.ndim >= 2]},
@@ -185,7 +184,7 @@ def _train_epoch(training: Training) -> tuple[Row, list[float]]:
     training.model.train()
     losses: list[Tensor] = []
     correct: list[Tensor] = []
-    size = images_per_step(training.config)
+    size = training.config.images_per_step
     policy = augmentation(training.config.dataset, training.config.data)
     batches = train_batches(training.data.train, size, policy, training.generator)
     learning_rate = math.nan
