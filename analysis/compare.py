@@ -23,7 +23,7 @@ from analysis.statistics.comparison import compare_modes
 from analysis.statistics.pairs import paired_differences
 from analysis.text.layout import clean
 from analysis.text.wording import between, known, listing, number, p_value, plural, points, signed
-from tune_study.remote import masked
+from tune_study.folder.remote import masked
 
 METRICS = (
     "test_accuracy", "val_accuracy", "weights_bytes", "peak_train_bytes", "rss_peak_bytes",

@@ -26,9 +26,9 @@ from analysis.folder.contents import (
     survey,
 )
 from analysis.text.layout import clean
-from tune_study import schema
-from tune_study.files import mapping
-from tune_study.results import AXES, axes, measured
+from tune_study.folder import schema
+from tune_study.folder.files import mapping
+from tune_study.folder.results import AXES, axes, measured
 
 _COLUMNS = (*schema.TRIALS, tables.MACHINE)
 

@@ -21,8 +21,8 @@ from analysis.findings.findings import compute
 from analysis.folder import places
 from analysis.load import StudyError, read_study, told
 from analysis.text import latex
-from tune_study import remote
-from tune_study.files import write_bytes
+from tune_study.folder import remote
+from tune_study.folder.files import write_bytes
 
 
 def write_report(study_path: str | Path) -> Path:

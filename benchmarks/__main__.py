@@ -18,7 +18,7 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
-from tune_study import environment
+from tune_study.machine import environment
 
 environment.prepare()
 
@@ -56,7 +56,8 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import machine as limits
     from benchmarks import peers, steps, whole_study
     from benchmarks.timing import Comparison
-    from tune_study import provenance
+    from tune_study.folder.files import now
+    from tune_study.machine import provenance
 
     shape = (options.steps, options.rounds, options.device)
     comparisons: list[Comparison] = []
@@ -99,7 +100,7 @@ def collect(options: argparse.Namespace) -> dict[str, Any]:
         run(whole_study.study_overhead, options.trials, options.images, options.device)
     return {
         "settings": vars(options),
-        "at": provenance.now(),
+        "at": now(),
         "commit": provenance.commit(),
         "versions": provenance.versions(),
         "hardware": provenance.hardware(),

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.__main__ import RESULTS, machine
 from benchmarks.processes import Row, run
-from tune_study.files import write_json, write_whole
+from tune_study.folder.files import write_json, write_whole
 
 MINUTES = 6.0
 FULL: dict[str, Any] = {

@@ -20,14 +20,19 @@ import torch
 
 from benchmarks.processes import Row, attempt
 from benchmarks.steps import MODES, config_of, started
-from tune_study import doctor, provenance, train
-from tune_study.config import UserError
-from tune_study.memory import Ledger, release_memory
-from tune_study.model import build_model
-from tune_study.predict import expected_weights_bytes, predict
-from tune_study.preflight import choose_device
-from tune_study.schema import MODES as ALL_MODES
-from tune_study.targets import skeleton_of
+from tune_study import doctor
+from tune_study.errors import UserError
+from tune_study.folder.files import now
+from tune_study.folder.schema import MODES as ALL_MODES
+from tune_study.machine import provenance
+from tune_study.machine.device import choose_device
+from tune_study.machine.resources import release_memory
+from tune_study.memory.predict import predict
+from tune_study.memory.step import Ledger
+from tune_study.model.build import build_model
+from tune_study.model.footprint import expected_weights_bytes
+from tune_study.model.layers import skeleton_of
+from tune_study.trial import train
 
 CLASSES = 10
 EXACT = Ledger._fields[:5]
@@ -46,7 +51,7 @@ def this_machine(settings: dict[str, Any]) -> Iterator[Row]:
     hardware = provenance.hardware()
     figures = {
         "device": device,
-        "at": provenance.now(),
+        "at": now(),
         "commit": provenance.commit(),
         "versions": provenance.versions(),
         "hardware": hardware,

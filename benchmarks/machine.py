@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.steps import bare_step, synchronised
-from tune_study import train
+from tune_study.trial import train
 
 SIDE = 2048
 

@@ -45,11 +45,11 @@ def cells() -> list[tuple[str, str, int, str]]:
 def measure_cell(model: str, mode: str, batch: int, variant: str) -> dict[str, Any]:
     import torch
 
-    from tune_study import train
     from tune_study.config import parse_trial
-    from tune_study.data import load
-    from tune_study.model import build_model
-    from tune_study.predict import predict
+    from tune_study.data.splits import load
+    from tune_study.memory.predict import predict
+    from tune_study.model.build import build_model
+    from tune_study.trial import train
 
     changes = VARIANTS[variant]
     config = parse_trial(

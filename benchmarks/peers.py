@@ -3,7 +3,7 @@
 Nothing here is tuned: default arguments, PIL images through torchvision's transforms, and
 transformers' ``Trainer`` with two worker processes, in fp32, and once more under bf16 autocast
 where our trials compute in bf16. It runs in a process of its own, without the settings that ours
-gives to torch's threads (tune_study/environment.py).
+gives to torch's threads (tune_study/machine/environment.py).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.steps import bare_step, config_of, started, synchronised
 from benchmarks.timing import Comparison, alternate, compare, rate
-from tune_study import environment, train
-from tune_study.data import load
+from tune_study.data.splits import load
+from tune_study.machine import environment
+from tune_study.trial import train
 
 WORKERS = 2
 LONGER = 5

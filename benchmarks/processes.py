@@ -130,7 +130,7 @@ def serve(function: str, settings: dict[str, Any]) -> None:
     """The other end of :func:`run`."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print
-    from tune_study import environment
+    from tune_study.machine import environment
 
     environment.prepare()
     module, _, name = function.partition(":")

@@ -14,12 +14,13 @@ from typing import Any
 from safetensors.torch import load_file
 
 from benchmarks.processes import Row, attempt
-from tune_study import provenance, resources
 from tune_study.config import TrialConfig, parse_trial
-from tune_study.estimate import settle_compute_dtype
-from tune_study.files import read_json
-from tune_study.schema import MODES
-from tune_study.trainable import RunContext, execute
+from tune_study.folder.files import read_json
+from tune_study.folder.schema import MODES
+from tune_study.machine import provenance, resources
+from tune_study.study.compute_dtype import settle_compute_dtype
+from tune_study.trial.context import RunContext
+from tune_study.trial.execution import execute
 
 TIMES = (
     "epoch_time_s",

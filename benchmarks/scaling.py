@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import psutil
 
-from tune_study.environment import spared_from_collection
+from tune_study.machine.environment import spared_from_collection
 
 PER_SEED = 48
 GRID = """
@@ -62,13 +62,13 @@ class Cost(NamedTuple):
 def plan(folder: Path) -> Callable[[], object]:
     """What is timed of this phase; the imports and inputs that it needs are there."""
     with spared_from_collection():  # as in the command
-        from tune_study import study
+        from tune_study.study import plan as plans
 
-    return lambda: study.plan(study.load_grid(f"{folder / 'grid.py'}:seeds")[1])
+    return lambda: plans.plan(plans.load_grid(f"{folder / 'grid.py'}:seeds")[1])
 
 
 def collect(folder: Path) -> Callable[[], object]:
-    """As ``study.collect``, without its imports of Ray and torch."""
+    """As ``session.collect``, without its imports of Ray and torch."""
     from analysis import load
 
     return lambda: load.write_tables(load.rebuild(folder / "study"), folder / "study")
@@ -240,11 +240,12 @@ def main() -> None:
 
 def ran_on() -> str:
     from analysis.folder.contents import machine
-    from tune_study import provenance
+    from tune_study.folder.files import now
+    from tune_study.machine import provenance
 
     where, python = machine(provenance.hardware()), platform.python_version()
     software = ", ".join(f"{name} {metadata.version(name)}" for name in ("ray", "pandas"))
-    return f"{where}; Python {python}, {software}; {provenance.now()}, {provenance.commit()}."
+    return f"{where}; Python {python}, {software}; {now()}, {provenance.commit()}."
 
 
 if __name__ == "__main__":

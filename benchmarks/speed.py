@@ -16,8 +16,8 @@ from torch.autograd import DeviceType
 
 from benchmarks.processes import Row, attempt
 from benchmarks.steps import MODES, bare_step, config_of, started, synchronised
-from tune_study import train
-from tune_study.memory import release_memory
+from tune_study.machine.resources import release_memory
+from tune_study.trial import train
 
 ROUNDS = 9
 ROUNDS_ON_CPU = 5

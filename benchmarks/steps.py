@@ -8,14 +8,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.timing import Comparison, alternate, compare, rate
-from tune_study import train
 from tune_study.config import TrialConfig, parse_trial
-from tune_study.data import load, preprocess
-from tune_study.device import settle
-from tune_study.estimate import settle_compute_dtype
-from tune_study.gradients import NoiseScale
-from tune_study.model import build_model
-from tune_study.resources import INTERVAL_S, ResourceMonitor
+from tune_study.data.batches import preprocess
+from tune_study.data.splits import load
+from tune_study.machine.device import settle
+from tune_study.machine.resources import INTERVAL_S, ResourceMonitor
+from tune_study.model.build import build_model
+from tune_study.model.noise_scale import NoiseScale
+from tune_study.study.compute_dtype import settle_compute_dtype
+from tune_study.trial import train
 
 OFTEN = 20
 CALLS = 20

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tune_study.config import UserError
+from tune_study.errors import UserError
 
 
 def function_of(option: str, value: str, module: ModuleType) -> tuple[str, Callable[..., Any]]:

@@ -27,7 +27,7 @@ def cifar_dir() -> Path:
 def settled():
     """``settled(values)``: the trial as the command line would plan it on this machine."""
     from tune_study.config import parse_trial
-    from tune_study.estimate import settle_compute_dtype
+    from tune_study.study.compute_dtype import settle_compute_dtype
 
     return lambda values: settle_compute_dtype([parse_trial(values)], "cpu")[0][0]
 

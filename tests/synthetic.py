@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tune_study import schema
+from tune_study.folder import schema
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224")
 DATASETS = ("cifar10", "cifar100")

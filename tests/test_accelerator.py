@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from benchmarks import accelerator, checks, processes, repeats, speed
 from benchmarks.accelerator import Part
 from benchmarks.processes import ROOT, Row
-from tune_study.doctor import Verdict
+from tune_study.checks.modes import Verdict
 
 from . import planted_parts
 

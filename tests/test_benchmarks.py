@@ -12,7 +12,7 @@ from benchmarks import peers
 from benchmarks.__main__ import line
 from benchmarks.scaling import PHASES, Cost, growth, table
 from benchmarks.timing import Comparison, alternate, compare
-from tune_study import environment
+from tune_study.machine import environment
 
 
 def test_sides_take_turns_after_one_unmeasured_run():

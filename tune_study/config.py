@@ -27,21 +27,13 @@ from pydantic import (
     model_validator,
 )
 
-from tune_study.schema import MODES
+from tune_study.errors import UserError
+from tune_study.folder.schema import MODES
 
 Mode = Literal["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
 BUILT_IN_DATASETS = ("digits", "cifar10", "cifar100")
 SPLIT_SEED = 2024
 """The one seed of the train / validation / test split, the same for every trial of a data set."""
-
-
-class UserError(Exception):
-    """The user's mistake, as one sentence that names the option, the value and the remedy."""
-
-
-def first_line(error: BaseException) -> str:
-    """Of what ``error`` says; its type's name where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def printed(error: UserError) -> str:

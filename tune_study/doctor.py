@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from tune_study import environment
+from tune_study.machine import environment
 
 environment.prepare()
 
@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tune_study import checks, products, provenance
-from tune_study.checks import Verdict, Wrong, check
-from tune_study.device import available, settle
-from tune_study.estimate import bf16_slowness, free_bytes, without_bf16
-from tune_study.schema import MODES
+from tune_study.checks import modes, products
+from tune_study.checks.modes import Verdict, Wrong, check
+from tune_study.folder.schema import MODES
+from tune_study.machine import provenance
+from tune_study.machine.device import available, bf16_slowness, free_bytes, settle, without_bf16
 
 QUANTIZED = MODES[1:]
 NEEDED_DISK_BYTES = 2 * 10**9
@@ -42,9 +42,9 @@ def examine(device: torch.device) -> Iterator[Verdict]:
     yield disk(Path.cwd())
     yield compute_dtype(device)
     for of_a_layer in (
-        checks.dequantization,
-        checks.train_eval_train,
-        checks.kernels,
+        modes.dequantization,
+        modes.train_eval_train,
+        modes.kernels,
         products.block_layers,
     ):
         for mode in QUANTIZED:
@@ -54,7 +54,7 @@ def examine(device: torch.device) -> Iterator[Verdict]:
     yield products.head_and_loss(device)
     yield products.resize(device)
     yield products.whole_gradient(device)
-    for of_a_trial in (checks.epoch, checks.checkpoint_round_trip, checks.peak):
+    for of_a_trial in (modes.epoch, modes.checkpoint_round_trip, modes.peak):
         for mode in MODES:
             yield of_a_trial(mode, device)
 

@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from analysis.load import rebuild, write_tables
-from tune_study import protocol, provenance
-from tune_study.config import TrialConfig, UserError, printed
-from tune_study.files import mapping, write_folder_whole, write_json
-from tune_study.manifest import FORMAT, changed_inputs, listed_changes, planned, read_manifest
-from tune_study.results import read_results
-from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS
+from tune_study.config import TrialConfig, printed
+from tune_study.errors import UserError
+from tune_study.folder.files import mapping, now, write_folder_whole, write_json
+from tune_study.folder.results import read_results
+from tune_study.folder.schema import FINISHED_STATUSES, PLANNED_ENDS
+from tune_study.study import protocol
+from tune_study.study.manifest import FORMAT, changed_inputs, listed_changes, planned, read_manifest
 
 LEARNED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 """What an epoch of a trial repeats to the last bit; times and memory do not."""
@@ -171,8 +172,8 @@ def merged_manifest(
         **first,
         "format": FORMAT,
         "study": name,
-        "created": provenance.now(),
-        "written": provenance.now(),
+        "created": now(),
+        "written": now(),
         "command": command,
         "grid": ", ".join(dict.fromkeys(str(s.manifest.get("grid")) for s in sources)),
         "plan": [cells[trial_id] for trial_id in chosen],

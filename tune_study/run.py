@@ -3,7 +3,7 @@
 # ruff: noqa: E402  (Ray and torch read the environment while they are imported)
 from __future__ import annotations
 
-from tune_study import environment
+from tune_study.machine import environment
 
 environment.prepare()
 
@@ -14,9 +14,10 @@ from typing import Any
 import ray
 import typer
 
-from tune_study import local_ray
-from tune_study.config import UserError, printed
-from tune_study.options import EXIT_STOPPED, EXIT_USER, Options, checked, refuse_client
+from tune_study.cluster import local
+from tune_study.config import printed
+from tune_study.errors import UserError
+from tune_study.study.options import EXIT_STOPPED, EXIT_USER, Options, checked, refuse_client
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -27,10 +28,10 @@ def study(**given: Any) -> None:
     refuse_client(options.address, sys.argv[1:])
     options = checked(options)
     if options.address == "local" and options.works:
-        local_ray.start_during_imports(options.max_concurrent or 1, dashboard=options.dashboard)
-    from tune_study import command
+        local.start_during_imports(options.max_concurrent or 1, dashboard=options.dashboard)
+    from tune_study.study import session
 
-    raise typer.Exit(command.execute(options))
+    raise typer.Exit(session.execute(options))
 
 
 study.__signature__ = inspect.signature(Options, eval_str=True)  # type: ignore[attr-defined]

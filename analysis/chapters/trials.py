@@ -10,7 +10,7 @@ from analysis.chapters import search
 from analysis.findings.findings import Findings
 from analysis.text.layout import Cell, Section, Table, count, table_of, text
 from analysis.text.wording import MISSING, plural
-from tune_study import schema
+from tune_study.folder import schema
 
 
 def trials(found: Findings) -> Section:

@@ -8,7 +8,7 @@ from analysis.figures.style import Drawn, legend_below, new_figure, plain_log, s
 from analysis.measures.search import Searched
 from analysis.statistics.cells import modes_of
 from analysis.text.wording import name_of, parameter_of
-from tune_study import schema
+from tune_study.folder import schema
 
 KEYS = ("search_front", "search_progress", "search_importance")
 _SCALES = {"fraction": (100.0, "%"), "bytes": (1e-6, "MB")}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
-from tune_study.files import write_bytes
+from tune_study.folder.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from analysis.statistics import planning
 from analysis.statistics.cells import modes_of
 from analysis.statistics.pairs import seed_intervals
 from analysis.text.wording import between, megabytes, plural, signed, span, span_of
-from tune_study import schema
+from tune_study.folder import schema
 
 TOLERANCES = (0.005, 0.01, 0.02)
 """Losses of accuracy (fractions) that a reader may be ready to accept."""

@@ -25,7 +25,7 @@ from analysis.statistics.cells import (
 from analysis.statistics.comparison import compare_modes, leave_one_out
 from analysis.statistics.exploration import friedman
 from analysis.statistics.pairs import paired_differences
-from tune_study import schema
+from tune_study.folder import schema
 
 GRADIENT_METRICS = (
     "grad_norm_mean",

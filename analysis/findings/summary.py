@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis.findings.findings import Findings
 from analysis.measures.memory import why_no_peak
-from tune_study import schema
+from tune_study.folder import schema
 
 SUMMARY_FILE = "quantization_experiments_summary.json"
 DETAILS_FILE = "quantization_detailed_analysis.json"

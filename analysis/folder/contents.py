@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tune_study.files import mapping
+from tune_study.folder.files import mapping
 
 FORMAT = 1
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}")

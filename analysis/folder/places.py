@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from analysis.folder.contents import StudyError
-from tune_study import remote
-from tune_study.remote import RemoteError
+from tune_study.folder import remote
+from tune_study.folder.remote import RemoteError
 
 _LEFT_THERE = ("checkpoints", "adapter", "tensorboard", "report")
 """What no analysis reads."""

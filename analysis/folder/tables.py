@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from tune_study import schema
-from tune_study.files import mapping, write_whole
+from tune_study.folder import schema
+from tune_study.folder.files import mapping, write_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from analysis.folder.contents import StudyError
-from tune_study import schema
-from tune_study.files import mapping
+from tune_study.folder import schema
+from tune_study.folder.files import mapping
 
 _SHARED = {c.name for c in schema.TRIALS} & {c.name for c in schema.EPOCHS} - {"trial_id"}
 _TRIAL_ONLY = {c.name for c in schema.TRIALS} - _SHARED - {"trial_id", "error"}

@@ -12,7 +12,7 @@ import pandas as pd
 
 from analysis.statistics.cells import CONFIGURATION, modes_of
 from analysis.statistics.comparison import compare_modes
-from tune_study import schema
+from tune_study.folder import schema
 
 Floats = npt.NDArray[np.float64]
 PLATEAU_TOLERANCE = 0.005

@@ -16,8 +16,8 @@ from analysis.folder.contents import read_json
 from analysis.load import Study
 from analysis.measures.pareto import costs_of, hypervolume, pareto
 from analysis.statistics.cells import finished
-from tune_study import schema
-from tune_study.files import mapping
+from tune_study.folder import schema
+from tune_study.folder.files import mapping
 
 DIRECTIONS = ("maximize", "minimize")
 _NUMBERS = {column.name for column in schema.TRIALS if column.kind in ("int", "float")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from tune_study import schema
+from tune_study.folder import schema
 
 CONFIGURATION = ["model", "dataset", "lora_r", "lora_alpha"]
 """The unit of inference: every axis but quantization and seed."""

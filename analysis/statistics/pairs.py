@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.folder.contents import StudyError
 from analysis.statistics.cells import CONFIGURATION, finished, modes_of
-from tune_study import schema
+from tune_study.folder import schema
 
 PAIR = [*CONFIGURATION, "seed"]
 """What a quantized trial and the baseline that it is set against share."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from tune_study import schema
+from tune_study.folder import schema
 
 MISSING = "–"
 NAMES = {

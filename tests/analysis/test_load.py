@@ -29,7 +29,7 @@ from tests.analysis.studies import (
     without_tables,
     without_trials,
 )
-from tune_study import schema
+from tune_study.folder import schema
 
 # ---- the same study from its tables and from its JSON
 

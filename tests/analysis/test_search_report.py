@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,11 +17,10 @@ from analysis.measures import pareto, search
 from tests.analysis.figures.test_figures import (
     test_no_text_is_cut_off_or_covers_another as check_texts,
 )
-from tests.test_search import drive, opened, settings
-from tune_study import manifest, study
-from tune_study.importance import importances
-from tune_study.search import finish
-from tune_study.trainable import RunContext
+from tests.tune_study.search.test_suggestions import drive, opened, settings
+from tune_study.search.suggestions import finish
+from tune_study.study import manifest, session
+from tune_study.trial.context import RunContext
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
 
@@ -67,7 +65,7 @@ def folder(tmp_path_factory):
     wanted = opened(folder, settings(num_samples=14))
     drive(wanted)
     finish(wanted)
-    study.collect(folder)
+    session.collect(folder)
     return folder
 
 
@@ -143,7 +141,7 @@ def test_trials_of_one_rank_and_seed_are_no_pairs(tmp_path):
 
 def test_an_unfinished_search_says_what_is_missing(tmp_path):
     drive(opened(tmp_path, settings(num_samples=9)), stop_after=4, kill=True)
-    study.collect(tmp_path)
+    session.collect(tmp_path)
     html = report.write_report(tmp_path).read_text()
     assert "UNFINISHED. 3 of 9 trials have ended, 6 are still to run" in html
     assert "is not known: the search has not ended yet" in html
@@ -151,7 +149,7 @@ def test_an_unfinished_search_says_what_is_missing(tmp_path):
 
 def test_a_search_without_a_finished_trial_has_a_report(tmp_path):
     opened(tmp_path, settings(num_samples=2))
-    study.collect(tmp_path)
+    session.collect(tmp_path)
     html = report.write_report(tmp_path).read_text()
     assert "no trial ended well" in html
 
@@ -190,23 +188,3 @@ def test_a_broken_search_json_is_named(folder, tmp_path):
         assert found is not None
         assert found.importances.empty
         assert set(found.unavailable) == set(found.objectives)
-
-
-def test_importances_find_what_was_planted():
-    """Optuna's own trials, in which the learning rate decides and the seed does nothing."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    asked = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    for _ in range(40):
-        trial = asked.ask()
-        rate = trial.suggest_float("training.learning_rate", 1e-4, 1e-2, log=True)
-        trial.suggest_int("seed", 0, 9)
-        asked.tell(trial, np.log(rate))
-    rows = importances(asked, asked.trials, 0, seed=0)
-    assert isinstance(rows, list)
-    table = pd.DataFrame(rows).set_index("parameter")["importance"]
-    assert table["training.learning_rate"] > 0.9
-    assert table["seed"] < 0.1
-    few = importances(asked, asked.trials[:3], 0, seed=0)
-    assert few == {"unavailable": "3 complete trials are too few, 8 are needed"}

@@ -12,10 +12,13 @@ from ray.dashboard.modules.job.cli import job_cli_group
 
 from analysis import compare, report
 from tests.e2e import s3
-from tune_study import remote, run, simulate, study
-from tune_study.worker import at_work
+from tune_study import run
+from tune_study.cluster.trainable import at_work
+from tune_study.folder import remote
+from tune_study.study import schedule
+from tune_study.trial import simulate
 
-PAGE = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 LINES = [shlex.split(line) for block in BLOCKS for line in block.splitlines()]
 JOBS = [line[2:] for line in LINES if line[:2] == ["ray", "job"]]
@@ -25,7 +28,7 @@ MODULES = {"tune_study.run": run, "analysis.report": report, "analysis.compare":
 
 
 def without_ray(waiting, context, progress, **options):
-    """The trials one by one in this process, in place of ``study.run``."""
+    """The trials one by one in this process, in place of ``schedule.run``."""
     here = context.model_copy(update={"on_cluster": False})
     for trial in waiting:
         with at_work(trial, here, None, lambda row: None) as (where, told):
@@ -73,7 +76,7 @@ def test_the_commands_run(bucket, tmp_path, monkeypatch, capsys):
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    monkeypatch.setattr(study, "run", without_ray)
+    monkeypatch.setattr(schedule, "run", without_ray)
     for command in COMMANDS:
         module, arguments = MODULES[command[2]], command[3:]
         if module is not run:

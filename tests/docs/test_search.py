@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 import typer.main
 
-from tests.test_search import drive
-from tune_study import run, study
-from tune_study.search import finish
+from tests.tune_study.search.test_suggestions import drive
+from tune_study import run
+from tune_study.search.suggestions import finish
+from tune_study.study import schedule
 
-PAGE = (Path(__file__).parents[1] / "docs" / "search.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
 COMMANDS = [
     shlex.split(block)[3:]
     for block in re.findall(r"```bash\n(python -m tune_study\.run .*?)\n```", PAGE)
@@ -28,7 +29,7 @@ def test_every_option_on_the_page_exists():
 
 
 def without_ray(waiting, context, progress, *, search, **options):
-    """The suggested trials one by one in this process, in place of ``study.run``."""
+    """The suggested trials one by one in this process, in place of ``schedule.run``."""
     search.begin(progress)
     drive(search)
     finish(search)
@@ -40,7 +41,7 @@ def without_ray(waiting, context, progress, *, search, **options):
 def test_the_simulated_commands_run(tmp_path, monkeypatch, capsys, in_this_process):
     monkeypatch.chdir(tmp_path)
     if in_this_process:
-        monkeypatch.setattr(study, "run", without_ray)
+        monkeypatch.setattr(schedule, "run", without_ray)
     space = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert space is not None
     (tmp_path / "my_space.py").write_text(space[1])

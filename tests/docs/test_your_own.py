@@ -11,9 +11,11 @@ import pytest
 import typer.main
 from PIL import Image
 
-from tune_study import merge, run, simulate, study, trainable
+from tune_study import merge, run
+from tune_study.study import schedule
+from tune_study.trial import execution, simulate
 
-PAGE = (Path(__file__).parents[1] / "docs" / "your-own.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "your-own.md").read_text()
 COMMANDS = [
     shlex.split(line)
     for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
@@ -46,12 +48,12 @@ def folder(tmp_path, monkeypatch):
 
 
 def without_ray(waiting, context, progress, **options):
-    """The trials one by one in this process, in place of ``study.run``."""
+    """The trials one by one in this process, in place of ``schedule.run``."""
     for trial in waiting:
         if context.simulation:
             simulate.execute(trial, context.simulation, context.study_dir, lambda row: None)
         else:
-            trainable.execute(trial, context, lambda row: None)
+            execution.execute(trial, context, lambda row: None)
 
 
 def outputs(commands, monkeypatch, capsys):
@@ -72,7 +74,7 @@ def outputs(commands, monkeypatch, capsys):
 
 
 def test_the_commands_run(folder, monkeypatch, capsys):
-    monkeypatch.setattr(study, "run", without_ray)
+    monkeypatch.setattr(schedule, "run", without_ray)
     monkeypatch.setattr("analysis.report.write_report", lambda folder: folder / "report")
     found = outputs(COMMANDS, monkeypatch, capsys)
     assert "2 planned trials" in found[0]

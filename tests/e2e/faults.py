@@ -153,7 +153,7 @@ def _corrupt_checkpoint(study: Study) -> None:
 def _refused(study: Study) -> None:
     """Another plan, other weights, other versions."""
     study.row("another learning rate", study.start("--set", "training.learning_rate=0.1"))
-    from tune_study import backbone
+    from tune_study.model import backbone
 
     shipped = next(Path(backbone.__file__).parent.glob("*.safetensors"))
     weights = load_file(shipped)

@@ -13,7 +13,7 @@ import pandas as pd
 import psutil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tune_study import resources
+from tune_study.machine import resources
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TIMES = ["train_time_s", "eval_time_s", "images_per_s", "epoch_time_s", "rss_peak_bytes"]

@@ -27,7 +27,7 @@ def free_port() -> int:
 
 def serve(nodes: int, cpus: int, jobs_port: int = 0) -> None:
     """The head is one of the nodes; with a port it takes jobs there, in Ray's dashboard."""
-    from tune_study import environment
+    from tune_study.machine import environment
 
     environment.prepare()
     from ray.cluster_utils import Cluster

@@ -7,11 +7,14 @@ import pandas as pd
 import pytest
 
 from analysis.load import read_study, rebuild
-from tune_study import manifest, merge, simulate, study
-from tune_study.config import UserError, parse_trial
-from tune_study.files import read_json, write_json
-from tune_study.simulate import Simulation
-from tune_study.trainable import RunContext
+from tune_study import merge
+from tune_study.config import parse_trial
+from tune_study.errors import UserError
+from tune_study.folder.files import read_json, write_json
+from tune_study.study import manifest, status
+from tune_study.study.session import collect
+from tune_study.trial import simulate
+from tune_study.trial.context import RunContext, Simulation
 
 NOTHING = Simulation()
 CHECKSUMS = {"data": {"cifar10": {"sha256": "d"}}, "weights": {"m": {"sha256": "w"}}}
@@ -46,7 +49,7 @@ def make(tmp_path):
             events = folder / "tensorboard" / trial.trial_id
             events.mkdir(parents=True)
             (events / "events.out").write_text(place)
-        study.collect(folder)
+        collect(folder)
         return folder
 
     return build
@@ -107,7 +110,7 @@ def test_two_machines_become_one_study_that_goes_on(make, tmp_path, monkeypatch,
     # It is a study like any other: one more seed joins it.
     where = RunContext(study_dir=output, simulation=NOTHING)
     manifest.open_study(trials([4]), where, CHECKSUMS, grid="g", command="c")
-    assert len(study.todo(trials([1, 2, 3, 4]), output)) == 2
+    assert len(status.todo(trials([1, 2, 3, 4]), output)) == 2
     assert len(rebuild(output).trials) == 8
     assert json.loads((output / "study.json").read_text())["merged"] == found["merged"]
 

@@ -7,7 +7,7 @@ import signal
 import pandas as pd
 import pytest
 
-from tune_study import schema
+from tune_study.folder import schema
 
 from . import crash, harness
 from .harness import compare, finish, start, wait_for

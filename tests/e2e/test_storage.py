@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tune_study import remote
+from tune_study.folder import remote
 
 from . import harness, s3
 from .test_exposure import holding

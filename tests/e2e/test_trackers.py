@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from .. import board
+from tests.tune_study.loggers import board
+
 from . import harness
 
 

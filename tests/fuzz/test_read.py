@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 
 from analysis import compare, load, power, report
 from tests import synthetic
-from tests.hostile import TEXT, TRIAL, damaged, files_like, fuzz, in_place_of, outcome
-from tune_study import checkpoint, manifest, provenance, schema, study
-from tune_study.config import UserError, parse_trial
-from tune_study.simulate import Simulation
-from tune_study.trainable import RunContext
+from tests.fuzz.hostile import TEXT, TRIAL, damaged, files_like, fuzz, in_place_of, outcome
+from tune_study.config import parse_trial
+from tune_study.errors import UserError
+from tune_study.folder import schema
+from tune_study.machine import provenance
+from tune_study.study import manifest, status
+from tune_study.trial import checkpoint
+from tune_study.trial.context import RunContext, Simulation
 
 # ---- a study folder, as the run reads it
 
@@ -64,9 +67,9 @@ def test_a_result_has_a_status_that_we_know(tmp_path, data):
     file = tmp_path / PLANNED[0].trial_id / "results.json"
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(data.draw(files_like(result)))
-    found = study.statuses(PLANNED, tmp_path)
+    found = status.statuses(PLANNED, tmp_path)
     assert set(found.values()) <= set(schema.STATUSES)
-    waiting = study.todo(PLANNED, tmp_path)
+    waiting = status.todo(PLANNED, tmp_path)
     assert (PLANNED[0] in waiting) == (found[PLANNED[0].trial_id] not in schema.FINISHED_STATUSES)
 
 
@@ -76,7 +79,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, study_json, kind):
     (tmp_path / name).mkdir()
     list(in_place_of(tmp_path / name / "results.json"))[kind]()
     (tmp_path / "study.json").write_text(json.dumps(study_json))
-    assert study.statuses(PLANNED, tmp_path)[name] == "pending"
+    assert status.statuses(PLANNED, tmp_path)[name] == "pending"
     assert load.read_study(tmp_path).trials["status"][0] in ("pending", "interrupted")
     (tmp_path / "study.json").unlink()
     list(in_place_of(tmp_path / "study.json"))[kind]()

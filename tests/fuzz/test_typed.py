@@ -16,8 +16,8 @@ from ray import tune
 
 from analysis import power
 from analysis.literature import claims
-from tests import hostile
-from tests.hostile import (
+from tests.fuzz import hostile
+from tests.fuzz.hostile import (
     ARGUMENT,
     SCALARS,
     TEXT,
@@ -29,9 +29,11 @@ from tests.hostile import (
     mutated,
     outcome,
 )
-from tune_study import options, run, study
-from tune_study.config import UserError, assign, field_names, parse_assignment, parse_trial
-from tune_study.simulate import parse_effect
+from tune_study import run
+from tune_study.config import assign, field_names, parse_assignment, parse_trial
+from tune_study.errors import UserError
+from tune_study.study import options, plan
+from tune_study.trial.context import parse_effect
 
 # ---- a trial
 
@@ -103,7 +105,7 @@ AXES = st.recursive(
 @fuzz(200)
 @given(mutated(TRIAL, AXES) | st.dictionaries(TEXT | st.sampled_from(list(TRIAL)), AXES))
 def test_a_grid_is_a_plan_or_refused(space):
-    trials = outcome(lambda: study.plan(space), UserError)
+    trials = outcome(lambda: plan.plan(space), UserError)
     if trials is not None:
         assert len({trial.trial_id for trial in trials}) == len(trials) >= 1
         assert "Categorical" not in repr(space)  # what is drawn can't be planned
@@ -114,7 +116,7 @@ def test_a_grid_of_a_billion_cells_is_refused_before_it_is_made():
     space = {**TRIAL, "data": {k.split(".")[1]: tune.grid_search(v) for k, v in axes.items()}}
     space["seed"] = tune.grid_search(list(range(1000)))
     with pytest.raises(UserError, match="--grid"):
-        study.plan(space)
+        plan.plan(space)
 
 
 SOURCES = [
@@ -136,14 +138,14 @@ def test_a_grid_file_is_a_space_or_refused(tmp_path, source, file, function):
     if file != "folder.py":
         (tmp_path / file).write_bytes(source)
     grid = f"{tmp_path / file}:{function}"
-    found = outcome(lambda: study.load_grid(grid), UserError)
+    found = outcome(lambda: plan.load_grid(grid), UserError)
     assert found is None or isinstance(found[1], dict)
 
 
 @fuzz(100)
 @given(TEXT | st.builds("{}:{}".format, TEXT, TEXT))
 def test_the_name_of_a_grid_is_found_or_refused(name):
-    outcome(lambda: study.load_grid(name), UserError)
+    outcome(lambda: plan.load_grid(name), UserError)
 
 
 # ---- the literature

@@ -1,7 +1,6 @@
 from search_spaces import grids
-from tune_study.quantize import plan_layers
-from tune_study.study import plan
-from tune_study.targets import skeleton_of
+from tune_study.model.layers import plan_layers, skeleton_of
+from tune_study.study.plan import plan
 
 
 def test_the_full_grid_has_144_trials():

@@ -23,7 +23,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from tune_study import fidelity, predict, quantize
+from tune_study.memory import predict
+from tune_study.model import quantize
+from tune_study.trial import fidelity
 
 STAND_INS = {
     "_scaled_dot_product_flash_attention_for_cpu": "_scaled_dot_product_attention_math_for_mps",

@@ -10,26 +10,22 @@ import pytest
 import torch
 from ray._common.utils import get_default_system_temp_dir
 
-from tests import pretend
-from tests.pretend import pretended
-from tune_study import (
-    checks,
-    doctor,
-    environment,
-    memory,
-    preflight,
-    products,
-    provenance,
-    quantize,
-    resources,
-    train,
-)
-from tune_study import device as devices
-from tune_study.config import UserError
-from tune_study.data import Preprocessing, load, preprocess
-from tune_study.model import build_model
-from tune_study.schema import MODES
-from tune_study.trainable import RunContext, execute
+from tests.tune_study import pretend
+from tests.tune_study.pretend import pretended
+from tune_study import doctor
+from tune_study.checks import modes, products
+from tune_study.data.batches import Preprocessing, preprocess
+from tune_study.data.splits import load
+from tune_study.errors import UserError
+from tune_study.folder.schema import MODES
+from tune_study.machine import device as devices
+from tune_study.machine import environment, provenance, resources
+from tune_study.memory.step import _mps
+from tune_study.model import quantize
+from tune_study.model.build import build_model
+from tune_study.trial import train
+from tune_study.trial.context import RunContext
+from tune_study.trial.execution import execute
 
 CPU = torch.device("cpu")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as environment.prepare
@@ -166,13 +162,13 @@ def test_int8_products_under_autocast_are_those_of_bf16_inputs_alone():
 
 
 def test_a_torch_that_multiplies_wrongly_on_mps_is_refused(monkeypatch):
-    monkeypatch.setattr(preflight, "available", lambda name: name != "cuda")
-    assert preflight.choose_device("auto") == "mps"
+    monkeypatch.setattr(devices, "available", lambda name: name != "cuda")
+    assert devices.choose_device("auto") == "mps"
     monkeypatch.setattr(torch, "__version__", "2.13.1+cpu")
     for asked in ("mps", "auto"):
         with pytest.raises(UserError, match=r"--device mps: torch 2\.13.*torch>=2\.14.*cpu"):
-            preflight.choose_device(asked)
-    assert preflight.choose_device("cpu") == "cpu"
+            devices.choose_device(asked)
+    assert devices.choose_device("cpu") == "cpu"
     with pytest.raises(UserError, match=r"2\.13"):
         devices.settle(torch.device("mps"))
 
@@ -186,14 +182,14 @@ def test_mps_memory_ends_where_the_system_recommends_it(monkeypatch):
 
 
 def test_free_memory_of_a_mac_is_at_most_what_all_processes_leave(monkeypatch):
-    from tune_study import estimate
+    from tune_study.machine import device as devices
 
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 * 10**9)
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2 * 10**9)
     for available, free in ((30 * 10**9, 10 * 10**9), (3 * 10**9, 3 * 10**9)):
         left = SimpleNamespace(available=available)
-        monkeypatch.setattr(estimate.psutil, "virtual_memory", lambda left=left: left)
-        assert estimate.free_bytes(torch.device("mps")) == free
+        monkeypatch.setattr(devices.psutil, "virtual_memory", lambda left=left: left)
+        assert devices.free_bytes(torch.device("mps")) == free
 
 
 @pytest.fixture
@@ -259,9 +255,9 @@ def test_a_device_without_statistics_bounds_the_peak_below(monkeypatch):
         raise RuntimeError("Allocator for mps is not a DeviceAllocator.")
 
     with pretended("mps"):
-        assert memory._mps(forward, optimizer)[1:] == (4 * 10**6, "torch.accelerator.memory_stats")
+        assert _mps(forward, optimizer)[1:] == (4 * 10**6, "torch.accelerator.memory_stats")
         monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", none_kept)
-        assert memory._mps(forward, optimizer)[2].endswith("lower bound")
+        assert _mps(forward, optimizer)[2].endswith("lower bound")
 
 
 def test_bitsandbytes_compiles_nothing_on_a_mac(monkeypatch):
@@ -325,7 +321,7 @@ def test_the_doctor_is_well_on_a_sound_device_and_finds_a_planted_fault(monkeypa
     def verdicts():
         with pretended("mps"):
             there = torch.device("mps")
-            return [doctor.settings(there), checks.epoch("int8", there), products.resize(there)]
+            return [doctor.settings(there), modes.epoch("int8", there), products.resize(there)]
 
     assert all(verdict.ok for verdict in verdicts())
     monkeypatch.setattr(quantize, "_int8_state", lambda layer: 1 / 0)

@@ -9,14 +9,13 @@ from pydantic import ValidationError
 from tune_study.config import (
     QuantizationConfig,
     TrialConfig,
-    UserError,
     assign,
     field_names,
-    first_line,
     parse_assignment,
     parse_trial,
     printed,
 )
+from tune_study.errors import UserError, first_line
 
 GOOD = {"model": "deit_tiny_patch16_224", "dataset": "cifar10"}
 

@@ -10,10 +10,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tune_study import checkpoint, checks, doctor, lora, products, quantize, train
-from tune_study.checks import Operations, Verdict, Wrong, check
-from tune_study.doctor import MODES, QUANTIZED
-from tune_study.gradients import GradientFlowMonitor
+from tune_study import doctor
+from tune_study.checks import modes, products
+from tune_study.checks.modes import Operations, Verdict, Wrong, check
+from tune_study.data import batches
+from tune_study.doctor import QUANTIZED
+from tune_study.folder.schema import MODES
+from tune_study.model import lora, quantize
+from tune_study.trial import checkpoint, train
+from tune_study.trial.gradients import GradientFlowMonitor
 
 CPU = torch.device("cpu")
 
@@ -32,7 +37,7 @@ def run(*arguments):
 
 @pytest.mark.parametrize("mode", QUANTIZED)
 def test_a_sound_layer_passes(mode):
-    for sound in (checks.dequantization, checks.train_eval_train, checks.kernels):
+    for sound in (modes.dequantization, modes.train_eval_train, modes.kernels):
         verdict = sound(mode, CPU)
         assert verdict.ok, verdict
         assert verdict.found
@@ -41,7 +46,7 @@ def test_a_sound_layer_passes(mode):
 
 @pytest.mark.parametrize("mode", ["none", "int8", "nf4-dq"])
 def test_a_sound_trial_passes(mode):
-    for sound in (checks.epoch, checks.checkpoint_round_trip, checks.peak):
+    for sound in (modes.epoch, modes.checkpoint_round_trip, modes.peak):
         verdict = sound(mode, CPU)
         assert verdict.ok, verdict
     assert "cpu allocator events" in verdict.found
@@ -155,7 +160,7 @@ def test_int8_that_cannot_be_built_on_the_device_is_found(monkeypatch):
         return layer
 
     monkeypatch.setattr(quantize, "quantize_linear", faulty)
-    for faulty_check in (checks.epoch, products.block_layers, checks.dequantization):
+    for faulty_check in (modes.epoch, products.block_layers, modes.dequantization):
         verdict = faulty_check("int8", CPU)
         assert not verdict.ok
         assert "QuantizationFailed: a Linear8bitLt holds no int8 codes" in verdict.found
@@ -164,7 +169,7 @@ def test_int8_that_cannot_be_built_on_the_device_is_found(monkeypatch):
 
 def test_layers_are_made_from_weights_that_lie_on_the_device(monkeypatch):
     monkeypatch.setattr(quantize, "quantize_linear", lambda linear, *_: linear)
-    assert checks.quantized_layer("int8", torch.device("meta")).weight.is_meta
+    assert modes.quantized_layer("int8", torch.device("meta")).weight.is_meta
 
 
 def test_an_evaluation_that_raises_is_found(monkeypatch):
@@ -172,9 +177,9 @@ def test_an_evaluation_that_raises_is_found(monkeypatch):
         raise TypeError("no float64 here")
 
     monkeypatch.setattr(train, "evaluate", raises)
-    for of_a_trial in (checks.epoch, checks.checkpoint_round_trip):
+    for of_a_trial in (modes.epoch, modes.checkpoint_round_trip):
         assert of_a_trial("none", CPU).found == "TypeError: no float64 here"
-    assert checks.peak("none", CPU).ok
+    assert modes.peak("none", CPU).ok
 
 
 @pytest.mark.parametrize("what", ["loss", "parameter"])
@@ -188,7 +193,7 @@ def test_numbers_that_are_not_finite_are_found(what, monkeypatch):
         return (loss * math.inf if what == "loss" else loss), hits
 
     monkeypatch.setattr(train, "train_step", broken)
-    verdict = checks.epoch("none", CPU)
+    verdict = modes.epoch("none", CPU)
     assert not verdict.ok
     assert ("train_loss" if what == "loss" else "head.bias") in verdict.found
 
@@ -232,7 +237,7 @@ def test_a_checkpoint_that_loses_something_is_found(damage, found, monkeypatch):
         return state, extra
 
     monkeypatch.setattr(checkpoint, "load", loses)
-    verdict = checks.checkpoint_round_trip("nf4", CPU)
+    verdict = modes.checkpoint_round_trip("nf4", CPU)
     assert not verdict.ok
     assert found in verdict.found
     assert verdict.remedy
@@ -247,7 +252,7 @@ def test_steps_that_differ_are_found(monkeypatch):
         return true(training, images, labels)
 
     monkeypatch.setattr(train, "train_step", noisy)
-    verdict = checks.checkpoint_round_trip("none", CPU)
+    verdict = modes.checkpoint_round_trip("none", CPU)
     assert not verdict.ok
     assert "spread over seeds" in verdict.remedy
 
@@ -266,7 +271,7 @@ def test_the_avx512bf16_fault_is_found_when_it_is_switched_back_on(mode, monkeyp
         return layer
 
     monkeypatch.setattr(quantize, "quantize_linear", faulty)
-    verdict = checks.train_eval_train(mode, CPU)
+    verdict = modes.train_eval_train(mode, CPU)
     assert not verdict.ok
     assert "support_avx512bf16_for_cpu" in verdict.remedy
 
@@ -275,7 +280,7 @@ def test_a_kernel_that_returns_other_weights_is_found(monkeypatch):
     true = quantize.dequantize
     monkeypatch.setattr(quantize, "dequantize", lambda layer: true(layer).roll(1))
     quantize.check_kernel.cache_clear()
-    assert not checks.dequantization("int8", CPU).ok
+    assert not modes.dequantization("int8", CPU).ok
     verdict = products.block_layers("int8", CPU)
     assert "qkv:y in fp32 by " in verdict.found
     assert "fc2:dx in bf16 by " in verdict.found
@@ -336,7 +341,7 @@ def test_a_wrong_loss_is_found(monkeypatch):
 
 
 def test_another_resize_is_found(monkeypatch):
-    true = products.preprocess
+    true = batches.preprocess
 
     def nearest(images, how):
         return true(images, how._replace(interpolation="nearest"))
@@ -398,7 +403,7 @@ def test_what_is_not_registered_for_the_device_is_plain_torch():
 
 
 def test_the_native_library_is_own_and_what_calls_it_is_judged_by_itself():
-    layer = checks.quantized_layer("nf4", CPU)
+    layer = modes.quantized_layer("nf4", CPU)
     state = layer.weight.quant_state
     packed = [layer.weight.data, state.absmax, 64, "nf4", [192, 192], torch.float32]
     native = torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::dequantize_4bit", "CPU")

@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 
-from tune_study import run, study
-from tune_study.estimate import settle_compute_dtype
+from tune_study import run
+from tune_study.study import plan, schedule
+from tune_study.study.compute_dtype import settle_compute_dtype
 
 GRID = """
 from ray import tune
@@ -92,7 +93,7 @@ def test_an_empty_data_folder_and_missing_network(command, tmp_path, monkeypatch
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr("tune_study.data.DEFAULT_DATA_DIR", tmp_path / "cache")
+    monkeypatch.setattr("tune_study.data.sources.DEFAULT_DATA_DIR", tmp_path / "cache")
     code, _, error = command("--grid", grid)
     assert code == 2
     assert "--data-dir" in error
@@ -127,7 +128,7 @@ def test_a_full_disk_is_one_sentence_before_anything_is_written(command, tmp_pat
 def test_dry_run_shows_every_trial_and_writes_nothing(command, tmp_path):
     code, output, _ = command("--grid", "demo", "--dry-run")
     assert code == 0
-    trials = settle_compute_dtype(study.plan(study.load_grid("demo")[1]), "cpu")[0]
+    trials = settle_compute_dtype(plan.plan(plan.load_grid("demo")[1]), "cpu")[0]
     for trial in trials:
         assert trial.trial_id in output
     assert "12 distinct ids" in output
@@ -138,7 +139,7 @@ def test_validate_only_builds_every_model(command, tmp_path, monkeypatch):
     code, output, _ = command("--grid", "demo", "--validate-only")
     assert code == 0
     assert "12/12 valid" in output
-    monkeypatch.setattr("tune_study.model.quantize_model", lambda *_: [])
+    monkeypatch.setattr("tune_study.model.build.quantize_model", lambda *_: [])
     code, _, error = command("--grid", "demo", "--validate-only")
     assert code == 2
     assert "quantized no layer" in error
@@ -170,10 +171,10 @@ def test_the_full_grid_is_valid(command, cifar_dir):
 
 
 def test_a_study_without_trials_to_run_says_so(command, tmp_path, monkeypatch, tiny):
-    from tune_study.files import write_json
+    from tune_study.folder.files import write_json
 
     grid = grid_file(tmp_path)
-    trials = settle_compute_dtype(study.plan(study.load_grid(grid)[1]), "cpu")[0]
+    trials = settle_compute_dtype(plan.plan(plan.load_grid(grid)[1]), "cpu")[0]
     folder = tmp_path / "ray_results" / "one"
 
     def finish(waiting, context, progress, **options):
@@ -199,7 +200,7 @@ def test_a_study_without_trials_to_run_says_so(command, tmp_path, monkeypatch, t
                 },
             )
 
-    monkeypatch.setattr(study, "run", finish)
+    monkeypatch.setattr(schedule, "run", finish)
     status = "error"
     code, output, _ = command("--grid", grid)
     assert code == 1

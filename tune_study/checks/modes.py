@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tune_study import checkpoint, quantize, train
 from tune_study.config import TrialConfig, parse_trial
-from tune_study.data import load
-from tune_study.estimate import settle_compute_dtype, without_bf16
-from tune_study.model import build_model
+from tune_study.data.splits import load
+from tune_study.machine.device import without_bf16
+from tune_study.model import quantize
+from tune_study.model.build import build_model
+from tune_study.study.compute_dtype import settle_compute_dtype
+from tune_study.trial import checkpoint, train
 
 ANOTHER_MODE = "choose another mode or device, and report this line"
 

@@ -23,11 +23,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
 
-from tune_study import quantize
-from tune_study.checks import Wrong, check, drawn, dtypes, quantized_layer, small_trial
-from tune_study.data import Preprocessing, load, preprocess
-from tune_study.lora import draw_mask, speed_up
-from tune_study.model import build_model, trainable
+from tune_study.checks.modes import Wrong, check, drawn, dtypes, quantized_layer, small_trial
+from tune_study.data.batches import Preprocessing, preprocess
+from tune_study.data.splits import load
+from tune_study.model import quantize
+from tune_study.model.build import build_model, trainable
+from tune_study.model.lora import draw_mask, speed_up
 
 BLOCK_SHAPES = {"qkv": (192, 576), "proj": (192, 192), "fc1": (192, 768), "fc2": (768, 192)}
 """(in_features, out_features) of DeiT-tiny's block layers."""

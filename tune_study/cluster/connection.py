@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import ray
 from ray.exceptions import RayError
 from ray.tune.execution import class_cache
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tune_study import local_ray, provenance
-from tune_study.config import UserError, first_line
-from tune_study.trainable import RunContext
+from tune_study.cluster import local
+from tune_study.errors import UserError, first_line
+from tune_study.machine import provenance
+from tune_study.trial.context import RunContext
 
 AWS_SECRETS = (
     "AWS_ACCESS_KEY_ID",
@@ -79,12 +76,12 @@ def connect(
     gpus = 1 if context.device == "cuda" and gpus_per_trial is None else gpus_per_trial or 0
     if address == "local":
         count = max_concurrent or 1
-        local_ray.start(count, dashboard=dashboard)
+        local.start(count, dashboard=dashboard)
         # Workers inherit all of it; asked for again, it would take another worker than the one that
         # Ray has started by now.
         class_cache.ENV_VARS_TO_PROPAGATE.clear()
         class_cache.DEFAULT_ENV_VARS.clear()
-        return Slots({"CPU": 0, "GPU": gpus, local_ray.TRIAL_SLOT: 1}, count)
+        return Slots({"CPU": 0, "GPU": gpus, local.TRIAL_SLOT: 1}, count)
     resources: dict[str, float] = {"CPU": context.num_threads, "GPU": gpus}
     _join(address)
     fits = _look_at_nodes(address, context, resources)
@@ -95,7 +92,7 @@ def connect(
 
 def _join(address: str) -> None:
     try:
-        ray.init(address=address, **local_ray.QUIET)
+        ray.init(address=address, **local.QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"--address {address}: no Ray cluster answers there "
@@ -153,30 +150,3 @@ def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str 
         if other != value and (other is not None and value is not None):
             return f"{name} is {other} and here it is {value}"
     return None
-
-
-def own_raylet() -> list[tuple[str, psutil.Process]]:
-    """The raylet of this machine that this process talks to, when it has not started it."""
-    node = ray._private.worker.global_worker.node
-    assert node is not None  # connected
-    # The whole argument: on one machine a second raylet's socket is the first one's and a suffix.
-    socket = f"--raylet_socket_name={node.raylet_socket_name}"
-    return [
-        ("raylet", process)
-        for process in psutil.process_iter(["name", "cmdline"])
-        if process.info["name"] == "raylet" and socket in (process.info["cmdline"] or [])
-    ]
-
-
-def node_folder(study: str) -> Path:
-    """Where this node's workers keep what they work on, for this run of the study alone.
-
-    By node and not by machine: several nodes can share one.
-    """
-    where = ray.get_runtime_context()
-    name = f"tune-study-{where.get_node_id()[:16]}-{where.get_job_id()}"
-    folder = Path(tempfile.gettempdir()) / name
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or (os.name != "nt" and folder.stat().st_uid != os.getuid()):
-        raise PermissionError(f"{folder} belongs to someone else")
-    return folder / study

@@ -1,144 +1,31 @@
-"""What happens to a study from outside: signals, time limits, dead workers, a dead Ray."""
+"""Who died: a trial's worker, its node, or Ray itself."""
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
-from ray import tune
-from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler
+import ray
 
-from tune_study.callback import Callback
-from tune_study.config import TrialConfig, UserError
-from tune_study.files import read_json, write_json
-from tune_study.limits import has_room, note_out_of_memory, within_memory
-from tune_study.provenance import now
-from tune_study.record import write_failure
-from tune_study.results import read_results, status_of
-from tune_study.schema import FINISHED_STATUSES
+from tune_study.cluster.callbacks import Callback
+from tune_study.cluster.stop import Stop
+from tune_study.config import TrialConfig
+from tune_study.folder.files import write_json
+from tune_study.folder.results import read_results, status_of
+from tune_study.folder.schema import FINISHED_STATUSES
+from tune_study.machine.disk import has_room
+from tune_study.machine.resources import out_of_memory_kills
+from tune_study.trial.micro_batch import note_out_of_memory, within_memory
+from tune_study.trial.record import write_failure
 
 RETRIES = 2
 """How often a trial whose worker died is continued within one run."""
 _RAY_PROCESSES = ("raylet", "gcs_server")
 _LOOK_EVERY_S = 1.0
-
-
-@contextmanager
-def lock(study_dir: Path) -> Iterator[None]:
-    """Holds the study folder. Raises ``UserError`` while another run holds it.
-
-    The system lets go of the lock when a run dies, however it dies.
-    """
-    held, owner = FileLock(study_dir / ".lock"), study_dir / ".run.json"
-    try:
-        study_dir.mkdir(parents=True, exist_ok=True)
-        held.acquire(timeout=0)
-    except Timeout:
-        run = read_json(owner)
-        who = f"process {run['pid']} since {run['since']}" if isinstance(run, dict) else "a process"
-        raise UserError(
-            f"--name {study_dir.name}: {who} is running this study; wait for it, stop it, or "
-            "choose another --name"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"--output-dir {study_dir.parent}: {study_dir} can't be written to ({error.strerror}); "
-            "choose another --output-dir or --name"
-        ) from None
-    try:
-        write_json(owner, {"pid": os.getpid(), "since": now()})
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        held.release()
-
-
-class Stop:
-    """Why the study ends early, if it does: the running trials end at their next epoch,
-
-    checkpointed, and no other starts. Of the class, because Tune pickles what it is given.
-    """
-
-    reason: str | None = None
-    """``interrupt`` (Ctrl-C), ``terminate`` (SIGTERM), or a word of ``run.EXIT_STOPPED``."""
-    _deadline: float | None = None
-    running: set[str] = set()  # noqa: RUF012  (Tune's trial ids)
-
-    @classmethod
-    def reset(cls, max_hours: float | None = None) -> None:
-        cls.reason, cls.running = None, set()
-        cls._deadline = None if max_hours is None else time.monotonic() + 3600 * max_hours
-
-    @classmethod
-    def request(cls, reason: str) -> None:
-        cls.reason = cls.reason or reason
-
-    @classmethod
-    def requested(cls) -> bool:
-        if cls._deadline is not None and time.monotonic() >= cls._deadline:
-            cls.request("time")
-        return cls.reason is not None
-
-
-_SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminate"}
-
-
-@contextmanager
-def graceful_signals(say: Callable[[str], None]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM asks the study to stop, the second is a ``KeyboardInterrupt``.
-
-    Comes after ``ray.init``, which takes SIGTERM for itself.
-    """
-
-    def handler(signum: int, frame: object) -> None:
-        if Stop.reason:
-            raise KeyboardInterrupt
-        Stop.request(_SIGNALS[signal.Signals(signum)])
-        say("stopping after this epoch; Ctrl-C again stops now")
-
-    before = {number: signal.signal(number, handler) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
-
-
-class EpochStopper(tune.Stopper):
-    """Tune asks it after every report. It has no state of its own, because Tune pickles it."""
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return Stop.requested()
-
-    def stop_all(self) -> bool:
-        return Stop.requested() and not Stop.running
-
-
-class Gate(FIFOScheduler):
-    """First come, first served; starts no trial once the study is to stop."""
-
-    _ended = 0
-    """So many trials at the head of Tune's list have ended. Tune's own scheduler looks at them
-    again at every step, which takes longer the more there are."""
-
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        trials = tune_controller.get_trials()
-        while self._ended < len(trials) and trials[self._ended].is_finished():
-            self._ended += 1
-        if Stop.requested():
-            return None
-        waiting = (trial for trial in trials[self._ended :] if trial.status == Trial.PENDING)
-        return next(waiting, None)
 
 
 class Deaths(Callback):
@@ -220,18 +107,6 @@ def _give_up(trial: TrialConfig, folder: Path, deaths: int) -> None:
     write_json(folder / "results.json", {**results, "status": "error", "error": sentence})
 
 
-def out_of_memory_kills() -> int:
-    """Processes that the kernel has killed for lack of memory so far; 0 where it does not tell."""
-    kills = 0
-    for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
-        try:
-            lines = Path(path).read_text().splitlines()
-        except OSError:
-            continue  # another system, or no cgroup v2
-        kills += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
-    return kills
-
-
 class RayWatch:
     """Context: calls ``on_death`` when Ray's own processes die, for then Tune would wait forever.
 
@@ -271,3 +146,16 @@ def _lives(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def own_raylet() -> list[tuple[str, psutil.Process]]:
+    """The raylet of this machine that this process talks to, when it has not started it."""
+    node = ray._private.worker.global_worker.node
+    assert node is not None  # connected
+    # The whole argument: on one machine a second raylet's socket is the first one's and a suffix.
+    socket = f"--raylet_socket_name={node.raylet_socket_name}"
+    return [
+        ("raylet", process)
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "raylet" and socket in (process.info["cmdline"] or [])
+    ]

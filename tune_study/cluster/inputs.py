@@ -14,11 +14,11 @@ import numpy as np
 import ray
 import torch
 
-from tune_study import data
 from tune_study.config import TrialConfig
-from tune_study.files import write_whole
-from tune_study.model import hub_weights, weights_file
-from tune_study.trainable import RunContext
+from tune_study.data.sources import Source, Split, provide, read_source
+from tune_study.folder.files import write_whole
+from tune_study.model.weights import hub_weights, weights_file
+from tune_study.trial.context import RunContext
 
 
 class Inputs(NamedTuple):
@@ -34,7 +34,7 @@ def ship(trials: Sequence[TrialConfig], context: RunContext) -> Inputs:
     if context.simulation is not None:
         return Inputs({}, {})
     sources = {
-        name: ray.put(_plain(data.read_source(name, context.data_dir)))
+        name: ray.put(_plain(read_source(name, context.data_dir)))
         for name in dict.fromkeys(trial.dataset for trial in trials)
     }
     weights = {}
@@ -45,7 +45,7 @@ def ship(trials: Sequence[TrialConfig], context: RunContext) -> Inputs:
     return Inputs(sources, weights)
 
 
-def _plain(source: data.Source) -> list[Any]:
+def _plain(source: Source) -> list[Any]:
     """Arrays, which workers of a node map into their memory without a copy."""
     splits = [part and (part.images.numpy(), part.labels.numpy()) for part in source[:2]]
     return [*splits, source.class_names, source.sha256]
@@ -54,7 +54,7 @@ def _plain(source: data.Source) -> list[Any]:
 def receive(inputs: Inputs, config: TrialConfig, context: RunContext, folder: Path) -> RunContext:
     """``context`` as this node has it: images in memory, weights in a file below ``folder``."""
     if config.dataset in inputs.data:
-        data.provide(config.dataset, _source(inputs.data[config.dataset]))
+        provide(config.dataset, _source(inputs.data[config.dataset]))
     if config.model not in inputs.weights:
         return context.model_copy(update={"weights": None})
     suffix, reference = inputs.weights[config.model]
@@ -66,11 +66,11 @@ def receive(inputs: Inputs, config: TrialConfig, context: RunContext, folder: Pa
 
 
 @functools.lru_cache(maxsize=4)
-def _source(reference: ray.ObjectRef) -> data.Source:
+def _source(reference: ray.ObjectRef) -> Source:
     train, test, class_names, sha256 = ray.get(reference)
-    return data.Source(_split(train), test and _split(test), class_names, sha256)
+    return Source(_split(train), test and _split(test), class_names, sha256)
 
 
-def _split(arrays: tuple[np.ndarray, np.ndarray]) -> data.Split:
+def _split(arrays: tuple[np.ndarray, np.ndarray]) -> Split:
     # A copy: torch has no tensors that can't be written to, as mapped memory is.
-    return data.Split(*(torch.as_tensor(array.copy()) for array in arrays))
+    return Split(*(torch.as_tensor(array.copy()) for array in arrays))

@@ -13,15 +13,15 @@ from typing import Any
 
 import ray
 
-from tune_study.config import UserError, first_line
-from tune_study.environment import spared_from_collection
+from tune_study.errors import UserError, first_line
+from tune_study.machine.environment import spared_from_collection
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 TRIAL_SLOT = "trial_slot"
 """What a trial takes of this Ray, instead of its CPUs."""
-NEEDED = "tune_study.command"
+NEEDED = "tune_study.study.session"
 """What the command imports next: torch, timm, PEFT, bitsandbytes, Tune."""
-PRELOADED = "tune_study.preloaded"
+PRELOADED = "tune_study.cluster.preloaded"
 
 
 def start_during_imports(slots: int, *, dashboard: bool) -> None:

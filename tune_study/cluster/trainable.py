@@ -1,18 +1,44 @@
-"""Where a trial works, and where what it leaves goes: here, to a store, on a cluster's node."""
+"""The one function that Ray calls: where a trial works, and where what it leaves goes.
+
+Here, to a store, or on a cluster's node.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
-from tune_study import storage
-from tune_study.cluster import node_folder
+import ray
+from ray import tune
+
+from tune_study.cluster.inputs import Inputs, receive
 from tune_study.config import TrialConfig
-from tune_study.inputs import Inputs, receive
-from tune_study.remote import open_remote
-from tune_study.store import Store
-from tune_study.trainable import Report, RunContext
+from tune_study.folder.remote import open_remote
+from tune_study.folder.store import Store, kept
+from tune_study.trial import simulate
+from tune_study.trial.context import Report, RunContext
+from tune_study.trial.execution import execute
+
+
+def run_trial(
+    config: dict[str, Any], context: dict[str, Any], inputs: Inputs | None = None
+) -> None:
+    """Tune's function trainable. ``config["trial"]`` is a ``TrialConfig`` as a dictionary.
+
+    An exception is written to ``error.json`` and raised again, so that Tune knows of it too.
+    ``inputs`` are the data and weights on a cluster.
+    """
+    trial, where = TrialConfig.model_validate(config["trial"]), RunContext.model_validate(context)
+    with at_work(trial, where, inputs, tune.report) as (where, report):
+        if where.simulation is not None:
+            simulate.execute(trial, where.simulation, where.study_dir, report, where.epoch_s)
+        else:
+            execute(trial, where, report)
 
 
 @contextmanager
@@ -34,7 +60,21 @@ def at_work(
         store = Store(open_remote(context.storage), context.study_dir)
         if context.on_cluster:
             store.pull(trial.trial_id)
-    with storage.kept(store, trial.trial_id, report) as pushing:
+    with kept(store, trial.trial_id, report) as pushing:
         yield context, pushing
     if context.on_cluster:
         shutil.rmtree(context.study_dir / trial.trial_id)  # the store has it
+
+
+def node_folder(study: str) -> Path:
+    """Where this node's workers keep what they work on, for this run of the study alone.
+
+    By node and not by machine: several nodes can share one.
+    """
+    where = ray.get_runtime_context()
+    name = f"tune-study-{where.get_node_id()[:16]}-{where.get_job_id()}"
+    folder = Path(tempfile.gettempdir()) / name
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or (os.name != "nt" and folder.stat().st_uid != os.getuid()):
+        raise PermissionError(f"{folder} belongs to someone else")
+    return folder / study

@@ -1,4 +1,4 @@
-"""Images: read once into one uint8 tensor, split by one rule, made into batches on the device."""
+"""Images, read once into one uint8 tensor: digits, CIFAR, class folders."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import functools
 import hashlib
 import io
 import urllib.error
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from tune_study.config import SPLIT_SEED, DataConfig, UserError, first_line
+from tune_study.errors import UserError, first_line
 
 DEFAULT_DATA_DIR = Path("~/.cache/tune-study/data").expanduser()
 FOLDER_SIDE = 256
@@ -45,68 +42,6 @@ class Source(NamedTuple):
     test: Split | None
     class_names: list[str]
     sha256: str
-
-
-class Dataset(NamedTuple):
-    """A data set as a trial sees it."""
-
-    train: Split
-    val: Split
-    test: Split
-    class_names: list[str]
-    sha256: str
-    """Of all images and labels of the source, whatever files they came in."""
-
-
-def load(dataset: str, data_dir: Path | None, sizes: DataConfig) -> Dataset:
-    """The three splits of ``dataset``, the same for every trial with these ``sizes``.
-
-    The images come from ``data_dir``, or from torchvision's download when it is ``None``.
-    Raises ``UserError`` when they are missing, corrupt or fewer than asked for.
-    """
-    source = source_of(dataset, data_dir)
-    everything, test = source.train, source.test
-    if test is None:
-        train_indices, test_indices = _split_off(everything.labels, None, 0.2, dataset, "test")
-        everything, test = everything.take(train_indices), everything.take(test_indices)
-    train_indices, val_indices = _split_off(everything.labels, sizes.val_size, 0.1, dataset, "val")
-    train, val = everything.take(train_indices), everything.take(val_indices)
-    train = _subset(train, sizes.train_size, dataset, "train")
-    test = _subset(test, sizes.test_size, dataset, "test")
-    return Dataset(train, val, test, source.class_names, source.sha256)
-
-
-def _split_off(
-    labels: Tensor, size: int | None, share: float, dataset: str, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices of (the rest, ``size`` images), stratified by class, by the fixed seed."""
-    from sklearn.model_selection import train_test_split
-
-    wanted = size if size is not None else max(round(len(labels) * share), len(labels.unique()))
-    try:
-        rest, chosen = train_test_split(
-            np.arange(len(labels)),
-            test_size=wanted,
-            stratify=labels.numpy(),
-            random_state=SPLIT_SEED,
-        )
-    except ValueError as error:
-        raise UserError(
-            f"data.{name}_size = {wanted}: cannot be taken from the {len(labels)} images of "
-            f"{dataset} with its {len(labels.unique())} classes in proportion ({error})"
-        ) from None
-    return np.sort(rest), np.sort(chosen)
-
-
-def _subset(split: Split, size: int | None, dataset: str, name: str) -> Split:
-    if size is None or size == len(split.labels):
-        return split
-    if size > len(split.labels):
-        raise UserError(
-            f"data.{name}_size = {size}: {dataset} has {len(split.labels)} images for it; "
-            "ask for fewer"
-        )
-    return split.take(_split_off(split.labels, size, 0, dataset, name)[1])
 
 
 _provided: dict[str, Source] = {}
@@ -320,78 +255,3 @@ def _read_class_folders(root: Path, class_names: list[str]) -> Split:
             labels.append(label)
     stacked = torch.as_tensor(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return Split(stacked, torch.as_tensor(labels, dtype=torch.int64))
-
-
-class Preprocessing(NamedTuple):
-    """What the model wants: side in pixels, timm's interpolation, mean and std per channel."""
-
-    image_size: int
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def preprocess(images: Tensor, how: Preprocessing) -> Tensor:
-    """uint8 [B, 3, H, W] on any device -> float32 [B, 3, image_size, image_size], normalised.
-
-    Resized as torchvision does it on the CPU, to whole grey levels after each direction: what
-    Pillow makes of one image at a time, and thus what timm's weights were trained on, to two levels
-    of 255. In both directions at once, as torchvision does it on other devices, overshooting edges
-    would be cut off by other amounts.
-    """
-    side, interpolation = how.image_size, InterpolationMode(how.interpolation)
-    if images.device.type != "cpu":
-        images = resize(images, [images.shape[-2], side], interpolation)
-    pixels = resize(images, [side, side], interpolation).float()
-    mean = torch.tensor(how.mean, device=images.device).view(1, -1, 1, 1) * 255
-    std = torch.tensor(how.std, device=images.device).view(1, -1, 1, 1) * 255
-    return pixels.sub_(mean).div_(std)
-
-
-def augment(images: Tensor, how: str, generator: torch.Generator) -> Tensor:
-    """Random crop after padding by an eighth, and for ``flip-crop`` a random mirror image.
-
-    uint8 [B, 3, H, W] to the same shape. The draws come from the CPU ``generator``, so that they
-    are the same on every device.
-    """
-    if how == "none":
-        return images
-    count, _, height, width = images.shape
-    border = max(1, height // 8)
-    offsets = torch.randint(0, 2 * border + 1, (2, count), generator=generator)
-    rows = (offsets[0, :, None] + torch.arange(height)).to(images.device)
-    columns = (offsets[1, :, None] + torch.arange(width)).to(images.device)
-    padded = pad(images, (border,) * 4)
-    batch = torch.arange(count, device=images.device)
-    # Advanced indices around the channel slice put the channel last: [B, H, W, 3].
-    cropped = padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    cropped = cropped.permute(0, 3, 1, 2)
-    if how == "flip-crop":
-        mirrored = (torch.rand(count, generator=generator) < 0.5).to(images.device)
-        cropped = torch.where(mirrored[:, None, None, None], cropped.flip(-1), cropped)
-    return cropped
-
-
-def augmentation(dataset: str, config: DataConfig) -> str:
-    """The augmentation that ``auto`` stands for."""
-    if config.augment != "auto":
-        return config.augment
-    return "crop" if dataset == "digits" else "flip-crop"
-
-
-def train_batches(
-    split: Split, batch_size: int, policy: str, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch in a random order, augmented: (uint8 [B, 3, H, W], int64 [B]) on the device.
-
-    The last, smaller batch is included.
-    """
-    order = torch.randperm(len(split.labels), generator=generator)
-    for indices in order.split(batch_size):
-        chosen = indices.to(split.images.device)
-        yield augment(split.images[chosen], policy, generator), split.labels[chosen]
-
-
-def eval_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in their order, not augmented; types as in ``train_batches``."""
-    return zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)

@@ -1,7 +1,12 @@
-"""Files that are written whole or not at all. Standard library only: ``analysis`` uses it too."""
+"""Files that are written whole or not at all, and JSON that is read or is none.
+
+Standard library only: ``analysis`` uses it too.
+"""
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import json
 import math
 import os
@@ -93,3 +98,14 @@ def mapping(value: Any, *keys: str) -> Mapping[str, Any]:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value if isinstance(value, Mapping) else {}
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

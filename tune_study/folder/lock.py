@@ -1,7 +1,8 @@
-"""One run per study in a store that has no locks: an object that its owner writes again and again.
+"""One run per study: a lock in its folder, a lease in a store that has no locks.
 
-A second run watches the object. While it changes, the study is taken. When it does not change
-for ``WATCHED_S``, or names a process of this machine that is gone, the study is free.
+The lease is an object that its owner writes again and again. A second run watches it. While it
+changes, the study is taken. When it does not change for ``WATCHED_S``, or names a process of this
+machine that is gone, the study is free.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import threading
 import time
@@ -18,11 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
 
-from tune_study import remote
-from tune_study.config import UserError
-from tune_study.provenance import now
-from tune_study.remote import Remote, RemoteError
+from tune_study.errors import UserError
+from tune_study.folder import remote
+from tune_study.folder.files import now, read_json, write_json
+from tune_study.folder.remote import Remote, RemoteError
 
 NAME = ".lease.json"
 REWRITTEN_S = 5.0
@@ -135,3 +138,33 @@ def lease(place: Remote, say: Callable[[str], None], on_loss: Callable[[], None]
         with contextlib.suppress(RemoteError):
             if (_owner(remote.read(place, NAME)) or {}).get("owner") == owner:
                 remote.delete(place, [NAME])
+
+
+@contextmanager
+def lock(study_dir: Path) -> Iterator[None]:
+    """Holds the study folder. Raises ``UserError`` while another run holds it.
+
+    The system lets go of the lock when a run dies, however it dies.
+    """
+    held, owner = FileLock(study_dir / ".lock"), study_dir / ".run.json"
+    try:
+        study_dir.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=0)
+    except Timeout:
+        run = read_json(owner)
+        who = f"process {run['pid']} since {run['since']}" if isinstance(run, dict) else "a process"
+        raise UserError(
+            f"--name {study_dir.name}: {who} is running this study; wait for it, stop it, or "
+            "choose another --name"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {study_dir.parent}: {study_dir} can't be written to ({error.strerror}); "
+            "choose another --output-dir or --name"
+        ) from None
+    try:
+        write_json(owner, {"pid": os.getpid(), "since": now()})
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        held.release()

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from tune_study.files import write_whole
+from tune_study.folder.files import write_whole
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem

@@ -1,4 +1,4 @@
-"""results.json of a trial: read, and as columns of the trials table. Standard library only."""
+"""results.json of a trial: its axes, and the columns that were measured."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tune_study import schema
-from tune_study.files import mapping, read_json
+from tune_study.folder import schema
+from tune_study.folder.files import mapping, read_json
 
 _METRIC_PARTS = ("training_results", "test_metrics", "model_metrics", "resource_metrics")
 AXES = ("trial_id", "model", "dataset", "lora_r", "lora_alpha", "quantization", "seed")

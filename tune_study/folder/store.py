@@ -1,4 +1,8 @@
-"""A study folder and its place behind a URI: what is pulled, what is pushed, in which order.
+"""``--storage URI``: a study folder and its place there, what is pulled and pushed in which order.
+
+The store holds the truth, and the study is worked on in a local folder. It is pulled when a run
+starts and pushed as the run goes on: what an epoch leaves before that epoch is reported, the
+study's own files at every trial's start and end. Ray's run folders stay local.
 
 Objects appear whole, the tensors of a checkpoint before the ``state.json`` that holds their
 checksums, ``results.json`` last, and deletions come at the end: a push that was cut off is an
@@ -8,17 +12,19 @@ earlier state, or a checkpoint that is passed over.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import quote
 
-from tune_study import remote
-from tune_study.config import UserError
-from tune_study.files import read_json
-from tune_study.remote import Remote, RemoteError
-from tune_study.results import status_of
-from tune_study.schema import FINISHED_STATUSES
+from tune_study.errors import UserError
+from tune_study.folder import remote
+from tune_study.folder.files import read_json
+from tune_study.folder.lock import lease
+from tune_study.folder.remote import Remote, RemoteError
+from tune_study.folder.results import status_of
+from tune_study.folder.schema import FINISHED_STATUSES, GOOD_STATUSES
 
 _WRITTEN_LAST = ("state.json", "results.json", "study.json")
 """In this order: what vouches for other files comes after them."""
@@ -176,3 +182,62 @@ def plainly() -> Iterator[None]:
         raise StorageLost(
             f"--storage {error}; repeat the command when it answers: every pushed epoch is kept"
         ) from None
+
+
+@contextmanager
+def held(
+    uri: str | None, folder: Path, say: Callable[[str], None], on_loss: Callable[[], None]
+) -> Iterator[Store | None]:
+    """The store of this run alone, its study pulled into ``folder``; ``None`` without a URI.
+
+    Raises ``UserError`` for a URI that can't be used, and while another run holds the study.
+    ``on_loss`` is called when another run has taken it over (``lease``).
+    """
+    if uri is None:
+        yield None
+        return
+    store = open_store(uri, folder)
+    with plainly(), lease(store.remote, say, on_loss):
+        store.pull_study()
+        yield store
+
+
+@contextmanager
+def kept(
+    store: Store | None, trial_id: str, report: Callable[[dict[str, Any]], None]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Gives a ``report`` that pushes the trial's folder first; at the end it is pushed again."""
+    if store is None:
+        yield report
+        return
+
+    def push_and_report(row: dict[str, Any]) -> None:
+        store.push(trial_id)
+        report(row)
+
+    try:
+        yield push_and_report
+    except RemoteError:
+        raise  # there is nothing to push to
+    except Exception:
+        store.push(trial_id)  # its error.json
+        raise
+    store.push(trial_id)
+
+
+def push_all(store: Store, trial_ids: Sequence[str]) -> None:
+    """At a run's start, when nothing else writes: trials that were forgotten go there as well."""
+    with plainly():
+        there = {name.partition("/")[0] for name in remote.listing(store.remote)}
+        store.push(*(i for i in trial_ids if i in there or (store.folder / i).is_dir()))
+        store.push("report", "tensorboard", "")
+
+
+def push_end(store: Store, trial_ids: Sequence[str]) -> None:
+    """At a run's end: tables, report, and what was said of trials that ended badly."""
+    with plainly():
+        for trial_id in trial_ids:
+            status = status_of(store.folder, trial_id)
+            if status in FINISHED_STATUSES and status not in GOOD_STATUSES:
+                store.push(trial_id)
+        store.push("report", "tensorboard", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
+
+_RGBA = 4
+"""TensorBoard's number for the colours of an image."""
 
 
 class RunFile:
@@ -58,3 +62,19 @@ def replace_run(folder: Path, summaries: Iterable[tuple[int, Summary]]) -> None:
 def scalar(tag: str, value: float) -> Summary:
     """One point; unlike tensorboardX's, it keeps the tag as it is."""
     return Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+
+
+def show_figures(study_dir: Path) -> None:
+    """The run ``tensorboard/report`` becomes the PNG files of the report, under their names.
+
+    A second report replaces the figures of the first.
+    """
+    paths = sorted((study_dir / "report" / "figures").glob("*.png"))
+    images = [(0, _image(path.stem, path.read_bytes())) for path in paths]
+    replace_run(study_dir / "tensorboard" / "report", images)
+
+
+def _image(name: str, png: bytes) -> Summary:
+    width, height = struct.unpack(">II", png[16:24])  # of the header chunk, which comes first
+    image = Summary.Image(height=height, width=width, colorspace=_RGBA, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=f"report/{name}", image=image)])

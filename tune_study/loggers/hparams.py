@@ -25,7 +25,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import (
 )
 from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
-from tune_study.results import flatten
+from tune_study.folder.results import flatten
 
 METRICS = {
     "compare/test_accuracy": "test accuracy",

@@ -14,9 +14,9 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from tune_study.config import UserError
-from tune_study.schema import PLANNED_ENDS
-from tune_study.trackers import plainly
+from tune_study.errors import UserError
+from tune_study.folder.schema import PLANNED_ENDS
+from tune_study.loggers.trackers import plainly
 
 STORAGE_FILE = "mlflow.sqlite3"
 ERRORS = (MlflowException, SQLAlchemyError)

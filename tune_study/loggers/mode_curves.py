@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import custom_scalars
 
-from tune_study.callback import Callback
-from tune_study.event_files import RunFile, replace_run, scalar
-from tune_study.hparams import Axis, axes_of, experiment
-from tune_study.results import flatten, read_results
-from tune_study.schema import GOOD_STATUSES
+from tune_study.cluster.callbacks import Callback
+from tune_study.folder.results import flatten, read_results
+from tune_study.folder.schema import GOOD_STATUSES
+from tune_study.loggers.event_files import RunFile, replace_run, scalar
+from tune_study.loggers.hparams import Axis, axes_of, experiment
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial

@@ -14,9 +14,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from tune_study.callback import Callback
-from tune_study.results import read_results
-from tune_study.schema import GOOD_STATUSES
+from tune_study.cluster.callbacks import Callback
+from tune_study.folder.results import read_results
+from tune_study.folder.schema import GOOD_STATUSES
 
 
 class Progress(Callback):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.logger import TBXLoggerCallback
 
-from tune_study import hparams
-from tune_study.hparams import Axis
-from tune_study.results import measured, read_results
-from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS
+from tune_study.folder.results import measured, read_results
+from tune_study.folder.schema import FINISHED_STATUSES, PLANNED_ENDS
+from tune_study.loggers import hparams
+from tune_study.loggers.hparams import Axis
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial

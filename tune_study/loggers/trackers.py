@@ -16,16 +16,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tune_study.callback import Callback
-from tune_study.config import TrialConfig, UserError, first_line
-from tune_study.files import read_json
-from tune_study.results import flatten, measured, read_results
-from tune_study.schema import EPOCHS, FINISHED_STATUSES
+from tune_study.cluster.callbacks import Callback
+from tune_study.config import TrialConfig
+from tune_study.errors import UserError, first_line
+from tune_study.folder.files import read_json
+from tune_study.folder.results import flatten, measured, read_results
+from tune_study.folder.schema import EPOCHS, FINISHED_STATUSES
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
-MODULES = {"mlflow": "tune_study.mlflow_runs", "wandb": "tune_study.wandb_runs"}
+MODULES = {"mlflow": "tune_study.loggers.mlflow", "wandb": "tune_study.loggers.wandb"}
 _EPOCH_METRICS = ("best_val_accuracy", *(c.name for c in EPOCHS if c.kind != "str"))
 
 

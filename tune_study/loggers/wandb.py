@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 import wandb
 
-from tune_study.config import UserError
-from tune_study.files import read_json, write_json
-from tune_study.schema import PLANNED_ENDS
+from tune_study.errors import UserError
+from tune_study.folder.files import read_json, write_json
+from tune_study.folder.schema import PLANNED_ENDS
 
 STATUS_FILE = "wandb-runs.json"
 """Which trials have been written to their end: {trial_id: status}."""

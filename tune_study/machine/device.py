@@ -1,16 +1,26 @@
-"""A device: whether it is there, the settings under which trials repeat on it, random states."""
+"""A device: whether it is there, what is free on it, its bf16, how trials repeat on it."""
 
 from __future__ import annotations
 
+import math
 import os
+import platform
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
-from tune_study.config import UserError
+from tune_study.errors import UserError
+
+TOO_SLOW = 4.0
+"""A device that multiplies bf16 this many times slower than fp32 has no kernel for it."""
+X86 = ("x86_64", "AMD64")
 
 OLDEST_TORCH_ON_MPS = (2, 14)
 """Before it, matrix products over more than 32,768 values were wrong on M1 and M2, without an
@@ -95,3 +105,87 @@ def kept_random_states(device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_random_states(states, device)
+
+
+def choose_device(device: str) -> str:
+    """``auto`` is CUDA, else MPS, else the CPU.
+
+    Raises ``UserError`` for one that is not there, or on which torch's products are wrong.
+    """
+    if device == "auto":
+        device = next(name for name in ("cuda", "mps", "cpu") if available(name))
+    elif not available(device):
+        raise UserError(f"--device {device}: this machine has none that torch can use; try auto")
+    refuse_wrong_products(device)
+    return device
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a new process can allocate on ``device``; ``None`` where none can tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        ours = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return min(ours, psutil.virtual_memory().available)  # all processes share the memory
+    free = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    try:  # a container may have less than the machine
+        return min(free, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
+        return free
+
+
+def without_bf16(device: str) -> str | None:
+    """Why bf16 is slower than fp32 on ``device``, as a clause; ``None`` where it is not.
+
+    An x86 CPU without AVX512-BF16 multiplies bf16 matrices about as fast as fp32 ones with AVX512,
+    and a hundred times slower with AVX2; a training step takes 1.4 to 2.3 times as long with the
+    former (benchmarks/README.md). Other devices are measured.
+    """
+    if device == "cpu" and platform.machine() in X86:
+        if torch.cpu._is_avx512_bf16_supported():
+            return None
+        return "this CPU has no bf16 instructions (AVX512-BF16)"
+    slowness = bf16_slowness(device)
+    if slowness <= TOO_SLOW:
+        return None
+    return f"{device} multiplies bf16 matrices {slowness:.0f} times slower than fp32 ones"
+
+
+@cache
+def bf16_slowness(device: str) -> float:
+    """Time of a bf16 matrix product over that of an fp32 one, measured.
+
+    With one thread: on a busy machine several wait for each other, and both kinds look slow.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _matmul_rate(256, "fp32", device) / _matmul_rate(256, "bf16", device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@cache
+def matmul_rate(compute_dtype: str, device: str) -> float:
+    """Floating-point operations per second of a matrix product, measured now.
+
+    1024 x 1024 matrices; 256 x 256 where that is slow.
+    """
+    return _matmul_rate(
+        1024 if _matmul_rate(256, compute_dtype, device) > 1e10 else 256, compute_dtype, device
+    )
+
+
+def _matmul_rate(size: int, compute_dtype: str, device: str) -> float:
+    """Of the fastest product in 0.2 s: what else the machine does meanwhile shall not count."""
+    dtype = torch.bfloat16 if compute_dtype == "bf16" else torch.float32
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    fastest, elapsed = math.inf, 0.0
+    float((matrix @ matrix)[0, 0])
+    while elapsed < 0.2:
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # reading it waits for the device
+        took = time.perf_counter() - started
+        fastest, elapsed = min(fastest, took), elapsed + took
+    return 2 * size**3 / fastest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import platform
 import subprocess
@@ -74,11 +73,6 @@ def what_computes(device: str) -> dict[str, Any]:
         "commit of tune-study": commit(),
         f"device {device}": "there" if there else "not there",
     }
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def cores() -> int:

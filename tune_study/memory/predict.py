@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import weakref
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -27,10 +26,10 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from tune_study.config import QuantizationConfig, TrialConfig
-from tune_study.data import preprocess
-from tune_study.memory import Ledger
-from tune_study.model import (
+from tune_study.config import TrialConfig
+from tune_study.data.batches import preprocess
+from tune_study.memory.step import Ledger
+from tune_study.model.build import (
     COMPUTE_DTYPES,
     add_lora,
     checkpoint_blocks,
@@ -38,19 +37,10 @@ from tune_study.model import (
     preprocessing_of,
     trainable,
 )
-from tune_study.quantize import (
-    BLOCKSIZE,
-    INT8_THRESHOLD,
-    autocasted,
-    plan_layers,
-    tell_peft,
-)
-from tune_study.targets import bytes_at, skeleton_of
+from tune_study.model.footprint import expected_state_bytes, expected_weights_bytes
+from tune_study.model.layers import plan_layers, skeleton_of
+from tune_study.model.quantize import INT8_THRESHOLD, autocasted, tell_peft
 
-NESTED_BLOCKSIZE = 256
-CODEBOOK_BYTES = 16 * 4
-NESTED_STATE_BYTES = 256 * 4 + 4
-"""The codebook of the second quantization, and its offset."""
 ADAM_STEP_BYTES = 4
 _NEEDS_CONTENT = (
     DataDependentOutputException,
@@ -122,42 +112,6 @@ def _predict(key: str, num_classes: int, device_type: str) -> Prediction:
         activation_bytes=activations,
     )
     return Prediction(weights, ledger, None if most is None else ledger.at_rest_bytes + most)
-
-
-def expected_weights_bytes(skeleton: nn.Module, config: TrialConfig) -> int:
-    """Bytes of the base model as it will be built: quantized layers, and the residue at fp32."""
-    total = bytes_at([*skeleton.parameters(), *skeleton.buffers()], 4)
-    for name, mode in plan_layers(skeleton, config.quantization).items():
-        layer = cast(nn.Linear, skeleton.get_submodule(name))
-        full = 4 * layer.weight.numel()
-        total += linear_bytes(layer.out_features, layer.in_features, mode) - full
-    return total
-
-
-def expected_state_bytes(skeleton: nn.Module, quantization: QuantizationConfig) -> int:
-    """The part of ``expected_weights_bytes`` that is scales, codebooks and offsets."""
-    total = 0
-    for name, mode in plan_layers(skeleton, quantization).items():
-        layer = cast(nn.Linear, skeleton.get_submodule(name))
-        codes = math.ceil(layer.weight.numel() * (8 if mode == "int8" else 4) / 8)
-        total += linear_bytes(layer.out_features, layer.in_features, mode) - codes
-    return total
-
-
-def linear_bytes(out_features: int, in_features: int, mode: str) -> int:
-    """Bytes of one bitsandbytes weight [out, in] with its quantization state, without bias.
-
-    int8 keeps a float32 scale per row; 4 bit a float32 scale per block of 64 and the codebook;
-    double quantization one byte per block, and a float32 scale per 256 blocks (QLoRA, section 3).
-    """
-    weights = out_features * in_features
-    if mode == "int8":
-        return weights + 4 * out_features
-    blocks = math.ceil(weights / BLOCKSIZE)
-    if not mode.endswith("-dq"):
-        return math.ceil(weights / 2) + 4 * blocks + CODEBOOK_BYTES
-    nested = 4 * math.ceil(blocks / NESTED_BLOCKSIZE)
-    return math.ceil(weights / 2) + blocks + nested + CODEBOOK_BYTES + NESTED_STATE_BYTES
 
 
 class _Matmul8(torch.autograd.Function):

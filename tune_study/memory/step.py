@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
-import gc
-import re
-import resource
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import profile, record_function
 
-from tune_study.device import kept_random_states
-from tune_study.model import base_bytes, model_tensors
-from tune_study.quantize import state_tensors, tensor_bytes
+from tune_study.machine.device import kept_random_states
+from tune_study.model.footprint import base_bytes, model_tensors
+from tune_study.model.quantize import state_tensors, tensor_bytes
 
 BACKWARD_MARK = "tune_study.backward"
 
@@ -265,44 +258,3 @@ def _keeps_statistics() -> bool:
 
 
 _METERS = {"cpu": _cpu, "cuda": _cuda, "mps": _mps}
-
-
-@cache
-def spare_imports_from_collection() -> None:
-    """What is imported stays for good: collecting garbage need not look at it again, trial by
-    trial, which took 0.4 s of 0.5 s. For workers that did not preload (``preloaded.py``): on a
-    cluster, and beside several GPUs.
-    """
-    gc.collect()
-    gc.freeze()
-
-
-def release_memory() -> None:
-    """Gives back what is no longer used: to the device, and with glibc to the system.
-
-    glibc alone kept 4.3 GB after the measured steps of a ViT-S (docs/log.md).
-    """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if torch.backends.mps.is_available():
-        torch.mps.empty_cache()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library has no such call
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def rss_peak_bytes() -> int:
-    """Peak resident memory of this process since ``reset_rss_peak``, or ever off Linux."""
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def reset_rss_peak() -> None:
-    """Starts the peak anew, so that a worker's next trial does not inherit it (Linux only)."""
-    if sys.platform == "linux":
-        with contextlib.suppress(PermissionError):  # some containers forbid it: then it is "ever"
-            Path("/proc/self/clear_refs").write_text("5")

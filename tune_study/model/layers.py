@@ -1,4 +1,4 @@
-"""Where the layers of a timm model are that can be quantized and adapted, and whether they act.
+"""Where the layers of a timm model are, which of them are meant, and whether they act.
 
 A plain Vision Transformer has them in ``blocks.N``, a staged one (Swin) in ``layers.S.blocks.N``.
 Some models read a layer's weight without calling the layer (``F.linear(x, self.qkv.weight)`` in
@@ -17,11 +17,13 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import nn
 
-from tune_study import backbone  # noqa: F401  (registers the demo's backbone with timm)
-from tune_study.config import TrialConfig, UserError
-from tune_study.quantize import plan_layers
+from tune_study.config import QuantizationConfig, TrialConfig
+from tune_study.errors import UserError
+from tune_study.model import backbone  # noqa: F401  (registers the demo's backbone with timm)
+
+BLOCK_LAYERS = re.compile(r"(.*\.)?blocks\.\d+\..+")
 
 _BLOCK = re.compile(r"(?:(.*)\.)?blocks\.(\d+)\.")
 
@@ -140,9 +142,33 @@ def _place(name: str) -> tuple[int, int]:
     return (int(stage[-1]) if stage else -1), int(found[2])
 
 
-def bytes_at(tensors: Iterable[Tensor], width: int) -> int:
-    """Bytes of ``tensors`` with ``width`` bytes a number; integers (indices) keep their own."""
-    return sum(
-        tensor.numel() * (width if tensor.is_floating_point() else tensor.element_size())
-        for tensor in tensors
-    )
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The plain ``nn.Linear`` layers inside the transformer blocks, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and BLOCK_LAYERS.fullmatch(name)
+    }
+
+
+def plan_layers(model: nn.Module, config: QuantizationConfig) -> dict[str, str]:
+    """{layer name: mode} of every block layer that is to be quantized.
+
+    Raises ``UserError`` when the model has no block layers, or a pattern matches none of them.
+    """
+    names = list(block_linears(model))
+    if config.mode == "none" and not config.overrides:
+        return {}
+    if not names:
+        raise UserError(
+            f"quantization.mode = {config.mode}: {type(model).__name__} has no linear layers in "
+            "blocks.N; choose a timm Vision Transformer"
+        )
+    for pattern in (*config.skip_layers, *config.overrides):
+        only_this = QuantizationConfig(mode="none", overrides={pattern: "int8"})
+        if all(only_this.mode_of(name) == "none" for name in names):
+            raise UserError(
+                f"quantization pattern {pattern!r} matches no layer; names look like {names[0]}"
+            )
+    modes = {name: config.mode_of(name) for name in names}
+    return {name: mode for name, mode in modes.items() if mode != "none"}

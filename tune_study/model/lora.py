@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tune_study import first_half
-from tune_study.quantize import autocasted
+from tune_study.model import noise_scale
+from tune_study.model.quantize import autocasted
 
 
 def speed_up(layer: nn.Module) -> None:
@@ -57,7 +57,7 @@ class _AddAdapter(torch.autograd.Function):
             rows = drop(x, mask)
         rows = rows.flatten(0, -2)
         ctx.factors, ctx.dtype = (1 / kept, scaling), a.dtype
-        ctx.first_half, ctx.learned = first_half.receiver(), (a, b)
+        ctx.first_half, ctx.learned = noise_scale.receiver(), (a, b)
         a, b = (a / kept).to(rows.dtype), (b * scaling).to(rows.dtype)
         inner = rows @ a.T
         ctx.save_for_backward(rows, mask, inner, a, b)

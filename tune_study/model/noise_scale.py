@@ -1,15 +1,17 @@
-"""The gradients of a batch's first half of images, from the backward pass of the whole batch.
+"""The gradient noise scale, and what it compares: a batch's gradient with that of its first half.
 
-What the gradient noise scale compares. A second pass, or two over halves, would draw other dropout
-masks and be slower; here a layer that learns multiplies the first half of its rows once more.
+Both come from one backward pass. A second pass, or two over halves, would draw other dropout masks
+and be slower; here a layer that learns multiplies the first half of its rows once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 Gradients = dict[Tensor, Tensor]
@@ -56,3 +58,75 @@ def _after_forward(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) ->
             found[bias] = gradient[:half].sum(0).to(bias.dtype)
 
     output.register_hook(in_backward)
+
+
+class NoiseScale:
+    """McCandlish's gradient noise scale (arXiv 1812.06162, appendix A.1), in images.
+
+    From the gradients of equal parts of a batch (B_s images each) and that of the whole (B_b)::
+
+        |G|^2 = (B_b |g_b|^2 - B_s |g_s|^2) / (B_b - B_s)
+        S     = (|g_s|^2 - |g_b|^2) / (1/B_s - 1/B_b)
+
+    with |g_s|^2 the mean over the parts: a step's micro-batches, or the halves of its only one.
+    Both are noisy and unbiased, so they are averaged over the epoch before they are divided. Each
+    image draws its own dropout, which counts as noise.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = list(parameters.values())
+        self._records: list[Tensor] = []
+        self._start_step()
+
+    def _start_step(self) -> None:
+        self._before: list[Tensor] | None = None
+        self._squares: list[Tensor] = []
+
+    @torch.no_grad()
+    def observe_part(self, share: float) -> None:
+        """After the backward pass of a part whose loss was weighted by ``share`` of the batch."""
+        now = self._now()
+        part = now if self._before is None else torch._foreach_sub(now, self._before)
+        self._squares.append(_square(part) / share**2)
+        self._before = [gradient.clone() for gradient in now]
+
+    @torch.no_grad()
+    def observe_halves(self, first: Mapping[Tensor, Tensor]) -> None:
+        """After the backward pass of a whole batch, to which its first half added ``first``."""
+        now = self._now()
+        half = [
+            torch.zeros_like(p) if p.grad is None else first[p].detach() for p in self._parameters
+        ]
+        self._squares += [4 * _square(part) for part in (half, torch._foreach_sub(now, half))]
+
+    def _now(self) -> list[Tensor]:
+        return [
+            torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self._parameters
+        ]
+
+    @torch.no_grad()
+    def observe_step(self, norm: Tensor, sizes: list[int]) -> None:
+        """At the end of a step: ``norm`` of the whole gradient, image count of each part."""
+        if len(sizes) > 1 and len(set(sizes)) == 1:  # the formulas are for equal parts
+            small, large = sizes[0], sum(sizes)
+            part, whole = torch.stack(self._squares).mean(), norm.square()
+            square = (large * whole - small * part) / (large - small)
+            trace = (part - whole) / (1 / small - 1 / large)
+            self._records.append(torch.stack([trace, square]))
+        self._start_step()
+
+    def end_epoch(self) -> dict[str, float]:
+        """The noise columns of ``schema.EPOCHS``; NaN when no step had equal parts."""
+        trace = square = np.nan
+        if self._records:
+            trace, square = torch.stack(self._records).cpu().double().numpy().mean(0).tolist()
+        self._records = []
+        return {
+            "gradient_noise_trace": trace,
+            "gradient_square": square,
+            "gradient_noise_scale": trace / square if square > 0 else np.nan,
+        }
+
+
+def _square(gradient: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(list(gradient))).square().sum()

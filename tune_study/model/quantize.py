@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any, NamedTuple, cast
@@ -14,9 +13,10 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 
-from tune_study.config import QuantizationConfig, UserError
+from tune_study.config import QuantizationConfig
+from tune_study.errors import UserError
+from tune_study.model.layers import block_linears, plan_layers
 
-BLOCK_LAYERS = re.compile(r"(.*\.)?blocks\.\d+\..+")
 BLOCKSIZE = 64
 INT8_THRESHOLD = 6.0
 """LLM.int8(): activation columns with a value beyond it are computed in 16 bit."""
@@ -59,38 +59,6 @@ class LayerReport(NamedTuple):
     def sqnr_db(self) -> float:
         """Signal to quantization noise: 20 log10 of the inverse relative error, in decibel."""
         return -20 * math.log10(self.relative_error) if self.error_norm else math.inf
-
-
-def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The plain ``nn.Linear`` layers inside the transformer blocks, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and BLOCK_LAYERS.fullmatch(name)
-    }
-
-
-def plan_layers(model: nn.Module, config: QuantizationConfig) -> dict[str, str]:
-    """{layer name: mode} of every block layer that is to be quantized.
-
-    Raises ``UserError`` when the model has no block layers, or a pattern matches none of them.
-    """
-    names = list(block_linears(model))
-    if config.mode == "none" and not config.overrides:
-        return {}
-    if not names:
-        raise UserError(
-            f"quantization.mode = {config.mode}: {type(model).__name__} has no linear layers in "
-            "blocks.N; choose a timm Vision Transformer"
-        )
-    for pattern in (*config.skip_layers, *config.overrides):
-        only_this = QuantizationConfig(mode="none", overrides={pattern: "int8"})
-        if all(only_this.mode_of(name) == "none" for name in names):
-            raise UserError(
-                f"quantization pattern {pattern!r} matches no layer; names look like {names[0]}"
-            )
-    modes = {name: config.mode_of(name) for name in names}
-    return {name: mode for name, mode in modes.items() if mode != "none"}
 
 
 def quantize_linear(

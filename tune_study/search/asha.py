@@ -8,12 +8,12 @@ from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-from tune_study import simulate
+from tune_study.cluster.stop import Gate
 from tune_study.config import TrialConfig
-from tune_study.files import mapping, write_json
-from tune_study.results import read_results
-from tune_study.supervise import Gate
-from tune_study.trainable import RunContext
+from tune_study.folder.files import mapping, write_json
+from tune_study.folder.results import read_results
+from tune_study.trial import simulate
+from tune_study.trial.context import RunContext
 
 REDUCTION = 3
 """A trial goes on at epochs 1, 3, 9, ... when it is among the best third of those seen there."""

@@ -11,7 +11,7 @@ import optuna
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from tune_study.files import write_json
+from tune_study.folder.files import write_json
 
 FILE = "search.json"
 LEAST_TRIALS = 8

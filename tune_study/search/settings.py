@@ -10,8 +10,9 @@ import optuna
 
 from search_spaces import optuna_spaces
 from search_spaces.lookup import function_of
-from tune_study.config import TrialConfig, UserError, assign, parse_trial
-from tune_study.files import read_json
+from tune_study.config import TrialConfig, assign, parse_trial
+from tune_study.errors import UserError
+from tune_study.folder.files import read_json
 
 OBJECTIVES = {
     "val_accuracy": "maximize",

@@ -6,8 +6,8 @@ than the mode. So trials of one study that differ only in mode, LoRA and seed, a
 data of the same size, share the fastest micro-batch that fits in every mode. The images of an
 optimizer step stay what the configuration says, and so does the trial id.
 
-The choice lies in ``batch.json`` of every trial's folder, where ``limits.within_memory`` finds it:
-timing is never repeated for a trial that goes on.
+The choice lies in ``batch.json`` of every trial's folder, where ``micro_batch.within_memory`` finds
+it: timing is never repeated for a trial that goes on.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tune_study import fidelity, train
-from tune_study.config import TrialConfig, UserError
-from tune_study.data import load
-from tune_study.estimate import free_bytes
-from tune_study.files import write_json
-from tune_study.limits import CHOICE_FILE, chosen, is_out_of_memory
-from tune_study.manifest import planned, read_manifest
-from tune_study.memory import release_memory
-from tune_study.model import build_model
-from tune_study.predict import predict
-from tune_study.provenance import now
-from tune_study.train import Training
-from tune_study.trainable import RunContext
+from tune_study.config import TrialConfig
+from tune_study.data.splits import load
+from tune_study.errors import UserError
+from tune_study.folder.files import now, write_json
+from tune_study.machine.device import free_bytes
+from tune_study.machine.resources import is_out_of_memory, release_memory
+from tune_study.memory.predict import predict
+from tune_study.model.build import build_model
+from tune_study.study.manifest import planned, read_manifest
+from tune_study.trial import fidelity, train
+from tune_study.trial.context import RunContext
+from tune_study.trial.micro_batch import CHOICE_FILE, chosen
+from tune_study.trial.train import Training
 
 Choice = dict[str, Any]
 TIMED_STEPS = 2

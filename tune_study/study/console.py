@@ -1,27 +1,36 @@
-"""What ``--dry-run`` prints: the planned trials, what each would take, and what the study has."""
+"""What the user is told before and after: the planned trials, notes, how it ended."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from tune_study.config import TrialConfig
-from tune_study.estimate import Estimate, estimate
-from tune_study.extension import Extension
-from tune_study.limits import within_memory
-from tune_study.predict import expected_weights_bytes
-from tune_study.progress import duration
-from tune_study.simulate import CLASSES
-from tune_study.targets import skeleton_of
+from tune_study.folder.schema import PLANNED_ENDS
+from tune_study.loggers.progress import duration
+from tune_study.memory.estimate import Estimate, estimate
+from tune_study.model.footprint import expected_weights_bytes
+from tune_study.model.layers import skeleton_of
+from tune_study.study.options import EXIT_FAILED
+from tune_study.study.preflight import Checked
+from tune_study.study.status import Extension
+from tune_study.trial.context import RunContext, Simulation
+from tune_study.trial.micro_batch import within_memory
+from tune_study.trial.simulate import CLASSES
 
-if TYPE_CHECKING:
-    from tune_study.preflight import Checked
-    from tune_study.trainable import RunContext
+STOPPED = {
+    "storage": "stopped, because the store of --storage does not answer",
+    "lease": "stopped, because another run has taken this study over in the store",
+    "disk": "stopped, because the disk is full: free some space",
+    "time": "stopped, because the time of --max-hours is over",
+    "interrupt": "interrupted",
+    "terminate": "terminated",
+}
 
 WIDTH = 110
 """Columns of text for a trial's id and its figures."""
@@ -77,3 +86,44 @@ def _row(trial: TrialConfig, checked: Checked, context: RunContext) -> Estimate:
         return estimate(taken, checked.data[trial.trial_id], torch.device(context.device))
     skeleton = skeleton_of(trial.model, CLASSES.get(trial.dataset, 10), trial.data.image_size)
     return Estimate(expected_weights_bytes(skeleton, trial), math.nan, math.nan)
+
+
+def judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
+    """0 when every planned trial ended well; else 1, after a list of those that did not."""
+    bad = {trial: status for trial, status in statuses.items() if status not in PLANNED_ENDS}
+    if not bad:
+        pruned = list(statuses.values()).count("pruned")
+        rest = f", {pruned} of them pruned" if pruned else ""
+        console.print(f"all {len(statuses)} trials ended well{rest}")
+        return 0
+    console.print(f"{len(bad)} of {len(statuses)} trials did not end well:")
+    for trial_id, status in bad.items():
+        console.print(f"  {trial_id}: {status} (see {study_dir / trial_id})")
+    console.print("run them again with --retry-failed added to the command")
+    return EXIT_FAILED
+
+
+def say_what_is_unusual(
+    console: Console, trials: Sequence[TrialConfig], simulation: Simulation | None
+) -> None:
+    """Whether the trials are drawn, or start from random weights."""
+    if simulation:
+        console.print("note: SIMULATED: results are drawn from a model, nothing is trained")
+    elif any(not trial.pretrained for trial in trials):
+        console.print("note: pretrained=false: the backbones start from RANDOM weights")
+
+
+def say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: Checked) -> None:
+    """Of the first trial whose warm-up is as long as its training."""
+    for trial in trials:
+        training = trial.training
+        if trial.trial_id in checked.data:
+            images = len(checked.data[trial.trial_id].train.labels)
+            per_epoch = math.ceil(images / trial.images_per_step)
+            steps = per_epoch * training.num_train_epochs
+            if training.warmup_steps >= steps:
+                console.print(
+                    f"note: the warm-up of {training.warmup_steps} steps never ends in the {steps} "
+                    "steps of a trial; see --set training.warmup_steps"
+                )
+                return

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from tune_study import protocol, provenance
-from tune_study.config import TrialConfig, UserError, parse_trial
-from tune_study.files import mapping, read_json, write_json
-from tune_study.results import read_results
-from tune_study.space import merged, refuse_other_search
-
-if TYPE_CHECKING:
-    from tune_study.trainable import RunContext
+from tune_study.config import TrialConfig, parse_trial
+from tune_study.errors import UserError
+from tune_study.folder import files
+from tune_study.folder.files import mapping, read_json, write_json
+from tune_study.folder.results import read_results
+from tune_study.machine import provenance
+from tune_study.search.settings import merged, refuse_other_search
+from tune_study.study import protocol
+from tune_study.trial.context import RunContext
 
 FORMAT = 1
 
@@ -78,7 +79,7 @@ def open_study(
 ) -> list[str]:
     """Writes ``study.json`` as ``review`` allows it, and returns its notes for the user.
 
-    ``search`` is the record of a search (``space.Settings``), whose plan grows as it goes on.
+    ``search`` is the record of a search (``settings.Settings``), whose plan grows as it goes on.
     Raises ``UserError`` as ``review``.
     """
     folder = context.study_dir
@@ -88,8 +89,8 @@ def open_study(
         "study": folder.name,
         "simulated": context.simulation is not None,
         "simulation": context.simulation and context.simulation.model_dump(mode="json"),
-        "created": old["created"] if old else provenance.now(),
-        "written": provenance.now(),
+        "created": old["created"] if old else files.now(),
+        "written": files.now(),
         "command": command,
         "grid": grid,
         "device": context.device,
@@ -99,7 +100,7 @@ def open_study(
         "provenance": {**_session(context), **_merged(old, checksums)},
         "sessions": [
             *(old or {}).get("sessions", []),
-            {"started": provenance.now(), "command": command, **_session(context)},
+            {"started": files.now(), "command": command, **_session(context)},
         ],
     }
     folder.mkdir(parents=True, exist_ok=True)

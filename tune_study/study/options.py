@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 from typer import Option
 
 from search_spaces.lookup import refuse_unknown_function
-from tune_study.config import UserError, parse_assignment
-from tune_study.remote import masked
+from tune_study.config import parse_assignment
+from tune_study.errors import UserError
+from tune_study.folder.remote import masked
+from tune_study.trial.context import Keep
 
 LONGEST_NAME = 200
 """Bytes of a study's name; file systems allow 255, and trials' files add to it."""
 DEVICES = ("auto", "cpu", "mps", "cuda")
-Keep = Literal["all", "best", "none"]
-"""What stays of the checkpoints of a trial that ended well."""
 EXIT_FAILED, EXIT_USER = 1, 2
 EXIT_STOPPED = {
     "storage": 1,

@@ -9,36 +9,16 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
-from tune_study.config import TrialConfig, UserError
-from tune_study.data import Dataset, load
-from tune_study.device import available, refuse_wrong_products
-from tune_study.estimate import refuse_any_that_cannot_fit
-from tune_study.limits import within_memory
-from tune_study.model import (
-    build_model,
-    file_sha256,
-    hub_weights,
-    load_base,
-    preprocessing_of,
-    refuse_unknown_model,
-    weights_file,
-)
-from tune_study.quantize import block_linears, check_kernel, plan_layers
-from tune_study.targets import refuse_without_effect, skeleton_of
-from tune_study.trainable import RunContext
-
-
-def choose_device(device: str) -> str:
-    """``auto`` is CUDA, else MPS, else the CPU.
-
-    Raises ``UserError`` for one that is not there, or on which torch's products are wrong.
-    """
-    if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if available(name))
-    elif not available(device):
-        raise UserError(f"--device {device}: this machine has none that torch can use; try auto")
-    refuse_wrong_products(device)
-    return device
+from tune_study.config import TrialConfig
+from tune_study.data.splits import Dataset, load
+from tune_study.folder.files import file_sha256
+from tune_study.memory.estimate import refuse_any_that_cannot_fit
+from tune_study.model.build import build_model, preprocessing_of
+from tune_study.model.layers import block_linears, plan_layers, refuse_without_effect, skeleton_of
+from tune_study.model.quantize import check_kernel
+from tune_study.model.weights import hub_weights, load_base, refuse_unknown_model, weights_file
+from tune_study.trial.context import RunContext
+from tune_study.trial.micro_batch import within_memory
 
 
 class Checked(NamedTuple):

@@ -1,159 +1,41 @@
-"""Plan, run, restore, collect. Ray schedules; the files of ours are the truth."""
+"""One start of Ray Tune: the Tuner, its callbacks in their order, what dies and goes on."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import json
-import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 from ray.tune.search.basic_variant import BasicVariantGenerator
-from ray.tune.search.variant_generator import generate_variants
 
-from analysis.load import Study, rebuild, write_tables
-from search_spaces import grids
-from search_spaces.lookup import function_of
-from tune_study import cluster
-from tune_study.config import TrialConfig, UserError, assign, parse_trial
-from tune_study.hparams import axes_of
-from tune_study.inputs import ship
-from tune_study.mode_curves import ModeCurves, write_study_run
-from tune_study.progress import Progress
-from tune_study.results import status_of
-from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS
-from tune_study.storage import Pull, Push
-from tune_study.store import Store
-from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop, graceful_signals
-from tune_study.tensorboard import TensorBoardCallback
-from tune_study.trainable import RunContext, run_trial
+from tune_study.cluster import connection
+from tune_study.cluster.callbacks import Pull, Push
+from tune_study.cluster.deaths import Deaths, RayWatch, own_raylet
+from tune_study.cluster.inputs import ship
+from tune_study.cluster.stop import EpochStopper, Gate, Stop, graceful_signals
+from tune_study.cluster.trainable import run_trial
+from tune_study.config import TrialConfig
+from tune_study.folder.store import Store
+from tune_study.loggers.hparams import axes_of
+from tune_study.loggers.mode_curves import ModeCurves, write_study_run
+from tune_study.loggers.progress import Progress
+from tune_study.loggers.tensorboard import TensorBoardCallback
+from tune_study.trial.context import RunContext
 
 if TYPE_CHECKING:  # Optuna and its SQLite are loaded for a search alone
-    from tune_study.search import Search
-
-MOST_TRIALS = 100_000
+    from tune_study.search.search import Search
 with contextlib.suppress(ImportError):  # private to Ray: may go
     from ray.air._internal import usage
 
     # For its usage statistics, which are off, Tune would import MLflow and W&B where they are
     # installed, in order to count them among the callbacks.
     usage.tag_callbacks = lambda callbacks: False
-
-
-def load_grid(grid: str) -> tuple[str, dict[str, Any]]:
-    """(name, param_space) of a built-in grid, or of ``path/to/file.py:function``.
-
-    Raises ``UserError``.
-    """
-    name, function = function_of("--grid", grid, grids)
-    try:
-        space = function()
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise UserError(f"--grid {grid}: {type(error).__name__}: {error}") from error
-    if not isinstance(space, dict):
-        raise UserError(f"--grid {grid}: it returned {type(space).__name__}, not a param_space")
-    return name, space
-
-
-def plan(
-    param_space: Mapping[str, Any], assignments: Sequence[tuple[str, Any]] = ()
-) -> list[TrialConfig]:
-    """The trials of a grid: seed by seed, and within a configuration mode by mode.
-
-    So a study that stops early has compared all modes on what it has seen. ``assignments`` replace
-    single fields, and with them the axes of the grid that they name; cells that become equal are
-    one trial. Raises ``UserError`` for a field or value that is not allowed.
-    """
-    try:
-        if (count := _cells(param_space)) > MOST_TRIALS:
-            raise UserError(f"--grid: it has {count:,} cells, {MOST_TRIALS:,} are allowed")
-        variants = [spec for _, spec in generate_variants({"config": _uncopied(param_space)})]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"--grid: {error}") from None
-    trials: dict[str, TrialConfig] = {}
-    for variant in variants:
-        values = variant["config"]
-        for key, value in assignments:
-            values = assign(values, key, value)
-        trial = parse_trial(values)
-        trials.setdefault(trial.trial_id, trial)
-    seeds = _ranks(trial.seed for trial in trials.values())
-    groups = _ranks(trial.configuration for trial in trials.values())
-    return sorted(trials.values(), key=lambda t: (seeds[t.seed], groups[t.configuration]))
-
-
-class _Uncopied(list[Any]):
-    """A grid's values. Tune copies the whole grid for each of its cells: the more values there are,
-    the longer each cell would take.
-    """
-
-    def __deepcopy__(self, memo: object) -> _Uncopied:
-        return self
-
-
-def _uncopied(space: Any) -> Any:
-    if _is_alone(space, "grid_search"):
-        return {"grid_search": _Uncopied(map(_uncopied, space["grid_search"]))}
-    if isinstance(space, Mapping):
-        return {key: _uncopied(value) for key, value in space.items()}
-    return [_uncopied(value) for value in space] if isinstance(space, list) else space
-
-
-def _ranks(values: Iterable[Any]) -> dict[Any, int]:
-    """Where each value comes first, among the different ones."""
-    return {value: rank for rank, value in enumerate(dict.fromkeys(values))}
-
-
-def _cells(space: Any) -> int:
-    """How many cells a grid has. Raises ``UserError`` for what Tune would draw or stumble over."""
-    if isinstance(space, tune.search.sample.Domain) or _is_alone(space, "eval"):
-        raise UserError(
-            "--grid: it draws values (tune.choice, tune.uniform, ...); a grid names them, with "
-            "tune.grid_search"
-        )
-    if _is_alone(space, "grid_search"):
-        values = space["grid_search"]
-        if not isinstance(values, list) or not values:
-            raise UserError("--grid: tune.grid_search wants a list with at least one value")
-        return sum(_cells(value) for value in values)
-    if isinstance(space, Mapping):
-        if not all(isinstance(key, str) for key in space):
-            raise UserError("--grid: the names in a param_space must be text")
-        space = list(space.values())
-    return math.prod(_cells(value) for value in space) if isinstance(space, list | tuple) else 1
-
-
-def _is_alone(space: Any, key: str) -> bool:
-    return isinstance(space, Mapping) and list(space) == [key]
-
-
-def statuses(trials: Iterable[TrialConfig], study_dir: Path) -> dict[str, str]:
-    """{trial_id: status}, by our own files alone."""
-    return {trial.trial_id: status_of(study_dir, trial.trial_id) for trial in trials}
-
-
-def todo(
-    trials: Sequence[TrialConfig], study_dir: Path, *, retry_failed: bool = False
-) -> list[TrialConfig]:
-    """The trials that are still to be run, or to be continued."""
-    done = PLANNED_ENDS if retry_failed else FINISHED_STATUSES
-    found = statuses(trials, study_dir)
-    return [trial for trial in trials if found[trial.trial_id] not in done]
-
-
-def forget(trials: Iterable[TrialConfig], study_dir: Path) -> None:
-    """Removes what failed trials left, so that they start from the beginning."""
-    found = statuses(trials, study_dir)
-    for trial_id, status in found.items():
-        if status in FINISHED_STATUSES and status not in PLANNED_ENDS:
-            for folder in [study_dir / trial_id, *study_dir.glob(f"run-*/{trial_id}")]:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(
@@ -177,7 +59,7 @@ def run(
     Each trial continues from its own newest checkpoint, so nothing of an earlier run's Tune state
     is needed, and nothing of it is unpickled.
     """
-    slots = cluster.connect(
+    slots = connection.connect(
         address,
         context,
         max_concurrent=max_concurrent,
@@ -186,7 +68,7 @@ def run(
     )
     deaths = Deaths(context.study_dir, progress.say)
     ours = [progress, deaths, *([trackers] if trackers else [])]
-    others = cluster.own_raylet() if context.on_cluster else []
+    others = own_raylet() if context.on_cluster else []
     try:
         trainable = tune.with_parameters(
             run_trial,
@@ -204,7 +86,7 @@ def run(
                 if not waiting:
                     break
             if search:
-                from tune_study.search import finish
+                from tune_study.search.suggestions import finish
 
                 finish(search)
     finally:
@@ -228,14 +110,14 @@ def _fit(
     context: RunContext,
     trainable: Callable[..., Any],
     callbacks: list[tune.Callback],
-    slots: cluster.Slots,
+    slots: connection.Slots,
     search: Search | None,
 ) -> None:
     """One Tuner, in a new run folder of the study."""
     # Tune's snapshot of its state copies what it knows of all trials: the more, the more seldom.
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(max(30, len(trials) / 10)))
     if search:
-        from tune_study.search import tune_config
+        from tune_study.search.suggestions import tune_config
 
         plan = tune_config(search, slots.at_a_time)
     else:
@@ -300,10 +182,3 @@ def _new_run(study_dir: Path) -> str:
         count += 1
         name = f"{stamp}-{count}"
     return name
-
-
-def collect(study_dir: Path) -> Study:
-    """The tables of the study, from the trials' own files, written beside them."""
-    study = rebuild(study_dir)
-    write_tables(study, study_dir)
-    return study

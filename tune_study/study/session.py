@@ -1,8 +1,7 @@
-"""What ``tune_study.run`` does, once its options are in order: plan, check, run, report."""
+"""One start of a study by a command: plan, check, run, report."""
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import sys
@@ -13,29 +12,33 @@ from typing import Any
 
 from rich.console import Console
 
-from tune_study import batch as batches
-from tune_study import manifest, preflight, trackers
-from tune_study import space as spaces
-from tune_study import study as studies
-from tune_study.cluster import check_options
-from tune_study.config import TrialConfig, UserError
-from tune_study.dry_run import print_plan
-from tune_study.estimate import settle_compute_dtype
-from tune_study.extension import NEW, Extension, held_against
-from tune_study.limits import disk_full, refuse_full_disk
-from tune_study.options import EXIT_FAILED, EXIT_STOPPED, Options, resolved, safe_name
-from tune_study.preflight import Checked
-from tune_study.progress import Progress
-from tune_study.provenance import cores
-from tune_study.remote import masked
-from tune_study.schema import PLANNED_ENDS
-from tune_study.simulate import Simulation, parse_effect
-from tune_study.space import Settings
-from tune_study.storage import held, push_all, push_end
-from tune_study.store import place_of
-from tune_study.supervise import Stop, lock
-from tune_study.trackers import Trackers
-from tune_study.trainable import RunContext
+from analysis.load import Study, rebuild, write_tables
+from tune_study.cluster.connection import check_options
+from tune_study.cluster.stop import Stop
+from tune_study.config import TrialConfig
+from tune_study.errors import UserError
+from tune_study.folder.lock import lock
+from tune_study.folder.remote import masked
+from tune_study.folder.store import held, place_of, push_all, push_end
+from tune_study.loggers import trackers
+from tune_study.loggers.progress import Progress
+from tune_study.loggers.trackers import Trackers
+from tune_study.machine import device
+from tune_study.machine.disk import disk_full, refuse_full_disk
+from tune_study.machine.provenance import cores
+from tune_study.search import settings as spaces
+from tune_study.study import auto_batch, manifest, preflight, schedule, status
+from tune_study.study.console import (
+    STOPPED,
+    judge,
+    print_plan,
+    say_long_warm_up,
+    say_what_is_unusual,
+)
+from tune_study.study.options import EXIT_FAILED, EXIT_STOPPED, Options, resolved, safe_name
+from tune_study.study.plan import trials_of, with_compute_dtype
+from tune_study.study.status import NEW, extension_of
+from tune_study.trial.context import RunContext, Simulation, parse_effect
 
 
 def execute(given: Options) -> int:
@@ -46,7 +49,7 @@ def execute(given: Options) -> int:
     simulation = _simulation(given)
     context = _context(given, grid_name, simulation)
     study_dir = context.study_dir
-    auto = batches.wanted(
+    auto = auto_batch.wanted(
         given.batch,
         context,
         search=given.search,
@@ -69,13 +72,13 @@ def execute(given: Options) -> int:
             trials = with_compute_dtype(console, trials, context)
         say_what_is_unusual(console, trials, simulation)
         checked = preflight.check(trials, context, auto_batch=auto)
-        choices = batches.known(trials, study_dir, auto=auto)
+        choices = auto_batch.known(trials, study_dir, auto=auto)
         say_long_warm_up(console, trials, checked)
         if given.dry_run:
             notes = manifest.review(trials, context, checked.checksums).notes
             extension = extension_of(trials, context, given.retry_failed)
             if auto and len(choices) < len(trials):
-                notes = [*notes, batches.NOT_YET]
+                notes = [*notes, auto_batch.NOT_YET]
             print_plan(console, trials, checked, context, extension, notes)
             return 0
         if given.validate_only:
@@ -105,8 +108,8 @@ def execute(given: Options) -> int:
             tracker_modules, study_dir, lambda line: console.print(line, markup=False)
         )
         if given.retry_failed:
-            studies.forget(trials, study_dir)
-        batches.choose(trials, context, choices, console.print, auto=auto)
+            status.forget(trials, study_dir)
+        auto_batch.choose(trials, context, choices, console.print, auto=auto)
         if store:
             push_all(store, [trial.trial_id for trial in trials])
         options: dict[str, Any] = {
@@ -117,34 +120,10 @@ def execute(given: Options) -> int:
             "store": store,
         }
         if settings:
-            from tune_study.search import Search
+            from tune_study.search.search import Search
 
             options["search"] = Search(settings, context, trials)
         return _run(console, trials, context, options, command, given.max_hours, logged)
-
-
-def trials_of(given: Options) -> tuple[Settings | None, str, list[TrialConfig]]:
-    """(what a search draws, or ``None`` for a grid; the grid's or space's name; the trials).
-
-    Of a search the trials are the largest that it can draw. Raises ``UserError``.
-    """
-    assignments = given.assignments
-    settings = spaces.settings(
-        search=given.search,
-        space=given.space,
-        num_samples=given.num_samples,
-        objectives=given.objective,
-        scheduler=given.scheduler,
-        seed=given.search_seed,
-        assignments=assignments,
-    )
-    if settings:
-        spaces.refuse_grid_options(
-            settings, given.grid, given.max_experiments, given.dry_run, given.simulate
-        )
-        return settings, settings.name, spaces.largest(spaces.probes(settings))
-    name, param_space = studies.load_grid(given.grid or "demo")
-    return None, name, studies.plan(param_space, assignments)[: given.max_experiments]
 
 
 def _simulation(given: Options) -> Simulation | None:
@@ -165,7 +144,7 @@ def _context(given: Options, grid_name: str, simulation: Simulation | None) -> R
         study_dir=study_dir,
         data_dir=given.data_dir,
         weights=given.weights,
-        device=preflight.choose_device(given.device),
+        device=device.choose_device(given.device),
         num_threads=given.cpus_per_trial or max(1, cores() // (given.max_concurrent or 1)),
         simulation=simulation,
         keep_checkpoints=given.keep_checkpoints,
@@ -187,7 +166,7 @@ def _run(
     """Runs what is to do, collects the tables, and returns the exit code."""
     study_dir = context.study_dir
     search = options.get("search")
-    waiting = studies.todo(trials, study_dir)
+    waiting = status.todo(trials, study_dir)
     done = len(trials) - len(waiting)
     planned = search.planned if search else len(trials)
     if done >= planned:
@@ -203,7 +182,7 @@ def _run(
         trials = search.trials if search else trials
         if logged:
             logged.close(trials)
-        studies.collect(study_dir)
+        collect(study_dir)
         _say_where(console, context, report=not now)
         if (store := options["store"]) and Stop.reason not in ("lease", "storage"):
             push_end(store, [trial.trial_id for trial in trials])
@@ -211,22 +190,12 @@ def _run(
         if full := disk_full(error, study_dir):
             raise full from error
         raise
-    ends = studies.statuses(trials, study_dir)
-    unfinished = studies.todo(trials, study_dir) or len(trials) < planned
+    ends = status.statuses(trials, study_dir)
+    unfinished = status.todo(trials, study_dir) or len(trials) < planned
     if Stop.reason and unfinished:
         console.print(f"{STOPPED[Stop.reason]}; continue with: {command}")
         return EXIT_STOPPED[Stop.reason]
     return judge(console, ends, study_dir)
-
-
-STOPPED = {
-    "storage": "stopped, because the store of --storage does not answer",
-    "lease": "stopped, because another run has taken this study over in the store",
-    "disk": "stopped, because the disk is full: free some space",
-    "time": "stopped, because the time of --max-hours is over",
-    "interrupt": "interrupted",
-    "terminate": "terminated",
-}
 
 
 def _train(
@@ -245,7 +214,7 @@ def _train(
     def on_dead_ray(name: str) -> None:
         """The main thread waits for an answer of Ray's that will never come."""
         progress.__exit__()
-        studies.collect(context.study_dir)
+        collect(context.study_dir)
         console.print(f"Ray's {name} process died; continue with: {command}")
         sys.stdout.flush()
         # A SIGTERM to the whole process group takes Ray with it: then that is the reason.
@@ -253,7 +222,7 @@ def _train(
 
     try:
         with progress:
-            studies.run(waiting, context, progress, on_dead_ray=on_dead_ray, **options)
+            schedule.run(waiting, context, progress, on_dead_ray=on_dead_ray, **options)
     except KeyboardInterrupt:
         Stop.request("interrupt")
         return True
@@ -262,7 +231,7 @@ def _train(
 
 def _say_where(console: Console, context: RunContext, *, report: bool) -> None:
     from analysis.report import write_report
-    from tune_study.report_images import show_figures
+    from tune_study.loggers.event_files import show_figures
 
     study_dir = context.study_dir
     console.print(f"results:     {study_dir}")
@@ -274,68 +243,8 @@ def _say_where(console: Console, context: RunContext, *, report: bool) -> None:
     console.print(f"TensorBoard: tensorboard --logdir {study_dir / 'tensorboard'}")
 
 
-def judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
-    """0 when every planned trial ended well; else 1, after a list of those that did not."""
-    bad = {trial: status for trial, status in statuses.items() if status not in PLANNED_ENDS}
-    if not bad:
-        pruned = list(statuses.values()).count("pruned")
-        rest = f", {pruned} of them pruned" if pruned else ""
-        console.print(f"all {len(statuses)} trials ended well{rest}")
-        return 0
-    console.print(f"{len(bad)} of {len(statuses)} trials did not end well:")
-    for trial_id, status in bad.items():
-        console.print(f"  {trial_id}: {status} (see {study_dir / trial_id})")
-    console.print("run them again with --retry-failed added to the command")
-    return EXIT_FAILED
-
-
-def with_compute_dtype(
-    console: Console, trials: Sequence[TrialConfig], context: RunContext
-) -> list[TrialConfig]:
-    """``settle_compute_dtype`` for the study in its folder, and a note where that mattered."""
-    folder = context.study_dir
-    settled, reason = settle_compute_dtype(
-        trials, context.device, manifest.planned_ids(folder), manifest.settled_compute_dtype(folder)
-    )
-    if reason:
-        fp32 = any(trial.training.compute_dtype == "fp32" for trial in settled)
-        so = "so the trials compute in fp32; --set training.compute_dtype=bf16 overrides"
-        as_begun = "and the study in this folder computes in bf16; another --name would not"
-        console.print(f"note: {reason}, {so if fp32 else as_begun}")
-    return settled
-
-
-def extension_of(
-    trials: Sequence[TrialConfig], context: RunContext, retry_failed: bool
-) -> Extension | None:
-    """What the command does in the study that is in its folder; ``None`` where there is none."""
-    planned = manifest.planned_ids(context.study_dir)
-    if not planned:
-        return None
-    return held_against(trials, planned, context.study_dir, retry_failed=retry_failed)
-
-
-def say_what_is_unusual(
-    console: Console, trials: Sequence[TrialConfig], simulation: Simulation | None
-) -> None:
-    """Whether the trials are drawn, or start from random weights."""
-    if simulation:
-        console.print("note: SIMULATED: results are drawn from a model, nothing is trained")
-    elif any(not trial.pretrained for trial in trials):
-        console.print("note: pretrained=false: the backbones start from RANDOM weights")
-
-
-def say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: Checked) -> None:
-    """Of the first trial whose warm-up is as long as its training."""
-    for trial in trials:
-        training = trial.training
-        if trial.trial_id in checked.data:
-            images = len(checked.data[trial.trial_id].train.labels)
-            per_epoch = math.ceil(images / trial.images_per_step)
-            steps = per_epoch * training.num_train_epochs
-            if training.warmup_steps >= steps:
-                console.print(
-                    f"note: the warm-up of {training.warmup_steps} steps never ends in the {steps} "
-                    "steps of a trial; see --set training.warmup_steps"
-                )
-                return
+def collect(study_dir: Path) -> Study:
+    """The tables of the study, from the trials' own files, written beside them."""
+    study = rebuild(study_dir)
+    write_tables(study, study_dir)
+    return study

@@ -1,15 +1,18 @@
-"""What a command would do in a study that is there already: what is finished, and what is new."""
+"""What has ended in a study, and what a command would do in it."""
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tune_study.config import TrialConfig
-from tune_study.schema import FINISHED_STATUSES, PLANNED_ENDS
-from tune_study.study import statuses
+from tune_study.folder.results import status_of
+from tune_study.folder.schema import FINISHED_STATUSES, PLANNED_ENDS
+from tune_study.study import manifest
+from tune_study.trial.context import RunContext
 
 NEW, PLANNED, CONTINUED, FINISHED = "new", "planned", "to continue", "finished"
 
@@ -67,3 +70,36 @@ def held_against(
             state = PLANNED if trial_id in planned else NEW
         states[trial_id] = state
     return Extension(states, len(set(planned) - states.keys()))
+
+
+def extension_of(
+    trials: Sequence[TrialConfig], context: RunContext, retry_failed: bool
+) -> Extension | None:
+    """What the command does in the study that is in its folder; ``None`` where there is none."""
+    planned = manifest.planned_ids(context.study_dir)
+    if not planned:
+        return None
+    return held_against(trials, planned, context.study_dir, retry_failed=retry_failed)
+
+
+def statuses(trials: Iterable[TrialConfig], study_dir: Path) -> dict[str, str]:
+    """{trial_id: status}, by our own files alone."""
+    return {trial.trial_id: status_of(study_dir, trial.trial_id) for trial in trials}
+
+
+def todo(
+    trials: Sequence[TrialConfig], study_dir: Path, *, retry_failed: bool = False
+) -> list[TrialConfig]:
+    """The trials that are still to be run, or to be continued."""
+    done = PLANNED_ENDS if retry_failed else FINISHED_STATUSES
+    found = statuses(trials, study_dir)
+    return [trial for trial in trials if found[trial.trial_id] not in done]
+
+
+def forget(trials: Iterable[TrialConfig], study_dir: Path) -> None:
+    """Removes what failed trials left, so that they start from the beginning."""
+    found = statuses(trials, study_dir)
+    for trial_id, status in found.items():
+        if status in FINISHED_STATUSES and status not in PLANNED_ENDS:
+            for folder in [study_dir / trial_id, *study_dir.glob(f"run-*/{trial_id}")]:
+                shutil.rmtree(folder, ignore_errors=True)

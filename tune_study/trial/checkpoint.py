@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tune_study.files import read_json, write_folder_whole
-from tune_study.model import file_sha256
+from tune_study.folder.files import file_sha256, read_json, write_folder_whole
+
+STATES_PER_CHECKPOINT = 4
+"""The adapter now and at its best, and AdamW's two moments: four times the adapter's bytes."""
 
 FORMAT = 1
 FOLDER = "checkpoints"

@@ -1,88 +1,41 @@
-"""The one function that Ray calls: a configuration in, an epoch's row out, our files beside it."""
+"""One trial, run or continued: from its configuration to its results.json."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict
-from ray import tune
 
-from tune_study import checkpoint, fidelity, simulate, train
-from tune_study.config import TrialConfig, first_line
-from tune_study.data import load
-from tune_study.device import lacks_deterministic_kernel, settle
-from tune_study.estimate import refuse_what_cannot_fit
-from tune_study.files import write_folder_whole, write_json
-from tune_study.limits import (
-    STATES_PER_CHECKPOINT,
-    disk_full,
+from tune_study.config import TrialConfig
+from tune_study.data.splits import load
+from tune_study.errors import first_line
+from tune_study.folder.files import write_folder_whole, write_json
+from tune_study.folder.remote import RemoteError
+from tune_study.machine.device import lacks_deterministic_kernel, settle
+from tune_study.machine.disk import disk_full, refuse_full_disk
+from tune_study.machine.environment import spare_imports_from_collection
+from tune_study.machine.resources import (
+    ResourceMonitor,
     is_out_of_memory,
-    note_out_of_memory,
-    refuse_full_disk,
-    within_memory,
+    release_memory,
+    reset_rss_peak,
 )
-from tune_study.memory import release_memory, reset_rss_peak, spare_imports_from_collection
-from tune_study.model import BuiltModel, build_model
-from tune_study.options import Keep
-from tune_study.predict import predict
-from tune_study.record import Record
-from tune_study.remote import RemoteError
-from tune_study.resources import ResourceMonitor
-from tune_study.simulate import Simulation
-from tune_study.train import Training
+from tune_study.memory.estimate import refuse_what_cannot_fit
+from tune_study.memory.predict import predict
+from tune_study.model.build import BuiltModel, build_model
+from tune_study.trial import checkpoint, fidelity, train
+from tune_study.trial.checkpoint import STATES_PER_CHECKPOINT
+from tune_study.trial.context import Report, RunContext
+from tune_study.trial.micro_batch import note_out_of_memory, within_memory
+from tune_study.trial.record import Record
+from tune_study.trial.train import Training
 
-if TYPE_CHECKING:
-    from tune_study.inputs import Inputs
-
-Report = Callable[[dict[str, Any]], None]
 LOCK_WAIT_S = 60
 """How long a trial waits for the worker of a killed run to end."""
-
-
-class RunContext(BaseModel):
-    """Where a trial runs: all that a worker needs and that does not decide the result."""
-
-    model_config = ConfigDict(frozen=True)
-
-    study_dir: Path
-    data_dir: Path | None = None
-    weights: Path | None = None
-    device: str = "cpu"
-    num_threads: int = 1
-    simulation: Simulation | None = None
-    """Draws the trials instead of training them."""
-    keep_checkpoints: Keep = "best"
-    """Of a trial that ended well: every epoch's, its best adapter, or nothing."""
-    storage: str | None = None
-    """URI of the study's folder in a store, where all that a trial leaves goes."""
-    on_cluster: bool = False
-    """Trials run on nodes that share no folder with the driver: ``study_dir`` is the driver's."""
-    epoch_s: float = 0.0
-    """How long an epoch of a simulated trial lasts."""
-
-
-def run_trial(
-    config: dict[str, Any], context: dict[str, Any], inputs: Inputs | None = None
-) -> None:
-    """Tune's function trainable. ``config["trial"]`` is a ``TrialConfig`` as a dictionary.
-
-    An exception is written to ``error.json`` and raised again, so that Tune knows of it too.
-    ``inputs`` are the data and weights on a cluster.
-    """
-    from tune_study.worker import at_work
-
-    trial, where = TrialConfig.model_validate(config["trial"]), RunContext.model_validate(context)
-    with at_work(trial, where, inputs, tune.report) as (where, report):
-        if where.simulation is not None:
-            simulate.execute(trial, where.simulation, where.study_dir, report, where.epoch_s)
-        else:
-            execute(trial, where, report)
 
 
 def execute(config: TrialConfig, context: RunContext, report: Report) -> dict[str, Any]:

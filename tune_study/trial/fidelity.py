@@ -18,11 +18,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 
-from tune_study.config import QuantizationConfig, TrialConfig, UserError
-from tune_study.data import preprocess
-from tune_study.device import kept_random_states
-from tune_study.model import build_model, classifier_names, load_base, trainable
-from tune_study.train import Training, autocast, images_per_evaluation
+from tune_study.config import QuantizationConfig, TrialConfig
+from tune_study.data.batches import preprocess
+from tune_study.errors import UserError
+from tune_study.machine.device import kept_random_states
+from tune_study.model.build import build_model, trainable
+from tune_study.model.weights import classifier_names, load_base
+from tune_study.trial.train import Training, autocast, images_per_evaluation
 
 IMAGES = 32
 

@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tune_study.config import TrialConfig, UserError, first_line
-from tune_study.files import write_json
-from tune_study.limits import out_of_memory_events
-from tune_study.memory import rss_peak_bytes
-from tune_study.model import BuiltModel
-from tune_study.provenance import commit, hardware, now, versions
-from tune_study.results import read_results
-from tune_study.train import Row, Training
+from tune_study.config import TrialConfig
+from tune_study.errors import UserError, first_line
+from tune_study.folder.files import now, write_json
+from tune_study.folder.results import read_results
+from tune_study.machine.provenance import commit, hardware, versions
+from tune_study.machine.resources import rss_peak_bytes
+from tune_study.model.build import BuiltModel
+from tune_study.trial.micro_batch import out_of_memory_events
+from tune_study.trial.train import Row, Training
 
 FIDELITY_AT_START = ("gradient_cosine_start", "feature_cosine")
 LOG_FILE = "trial.log"

@@ -21,41 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
-from tune_study.config import TrialConfig, UserError
-from tune_study.files import write_json
-from tune_study.predict import expected_weights_bytes
-from tune_study.provenance import commit, hardware, versions
-from tune_study.schema import MODES
-from tune_study.targets import bytes_at, skeleton_of
+from tune_study.config import TrialConfig
+from tune_study.folder.files import write_json
+from tune_study.machine.provenance import commit, hardware, versions
+from tune_study.model.footprint import bytes_at, expected_weights_bytes
+from tune_study.model.layers import skeleton_of
+from tune_study.trial.context import Simulation
 
 BASE_ACCURACY, CONFIGURATION_SD, INTERACTION_SD, EPOCHS_TO_LEARN = 0.90, 0.02, 0.002, 2.0
 CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
-
-
-class Simulation(BaseModel):
-    """What is planted: the effect of each mode on the accuracy, and the seeds' deviation."""
-
-    model_config = ConfigDict(frozen=True)
-
-    effects: dict[str, float] = {}
-    seed_sd: float = 0.004
-
-
-def parse_effect(text: str) -> tuple[str, float]:
-    """``"nf4=-0.01"`` -> ``("nf4", -0.01)``. Raises ``UserError``."""
-    mode, _, value = text.partition("=")
-    try:
-        effect = float(value)
-    except ValueError:
-        effect = math.nan
-    if mode not in MODES or mode == "none" or not abs(effect) < 1:
-        raise UserError(
-            f"--effect {text}: write it as MODE=DIFFERENCE with a mode of {', '.join(MODES[1:])} "
-            "and a difference in accuracy between -1 and 1, e.g. nf4=-0.01"
-        )
-    return mode, effect
 
 
 def draw(config: TrialConfig, simulation: Simulation) -> tuple[list[dict[str, Any]], float]:

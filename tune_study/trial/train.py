@@ -15,20 +15,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
 from tune_study.config import TrialConfig
-from tune_study.data import (
-    Dataset,
+from tune_study.data.batches import (
     Preprocessing,
-    Split,
     augmentation,
     eval_batches,
     preprocess,
     train_batches,
 )
-from tune_study.device import random_states, set_random_states
-from tune_study.first_half import gradients_of_first_half
-from tune_study.gradients import GradientFlowMonitor, NoiseScale
-from tune_study.memory import StepMemory, measure_step
-from tune_study.model import COMPUTE_DTYPES, BuiltModel, trainable
+from tune_study.data.sources import Split
+from tune_study.data.splits import Dataset
+from tune_study.machine.device import random_states, set_random_states
+from tune_study.memory.step import StepMemory, measure_step
+from tune_study.model.build import COMPUTE_DTYPES, BuiltModel, trainable
+from tune_study.model.noise_scale import NoiseScale, gradients_of_first_half
+from tune_study.trial.gradients import GradientFlowMonitor
 
 Row = dict[str, float]
 EVAL_IMAGES_ON_CPU = 32

@@ -25,7 +25,7 @@ from tests.analysis.studies import (
     without_tables,
     without_trials,
 )
-from tune_study import schema
+from tune_study.folder import schema
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from analysis import load
 from analysis.load import StudyError
 from tests.analysis.studies import CELLS, name, named, row, same
-from tune_study import schema
+from tune_study.folder import schema
 
 
 def fake_trials(study: load.Study, how: str) -> list[SimpleNamespace]:

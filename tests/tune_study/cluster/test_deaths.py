@@ -1,8 +1,6 @@
-"""Locks, stopping, dead workers: without Ray, whose part tests/e2e plays for real."""
+"""Dead workers and a dead Ray: tests/e2e plays them for real."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,125 +8,18 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import ray
 
-from tune_study import supervise
-from tune_study.config import UserError
-from tune_study.files import write_json
-from tune_study.limits import out_of_memory_events, within_memory
-from tune_study.supervise import Deaths, EpochStopper, Gate, RayWatch, Stop
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from tune_study.supervise import lock
-with lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_a_second_run_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "s")], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=f"process {holder.pid} since .* is running this study"):
-        supervise.lock(tmp_path / "s").__enter__()
-    holder.kill()
-    holder.wait()
-    with supervise.lock(tmp_path / "s"):
-        assert json.loads((tmp_path / "s" / ".run.json").read_text())["pid"] == os.getpid()
-    assert not (tmp_path / "s" / ".run.json").exists()
-
-
-def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="can't be written to"):
-        supervise.lock(tmp_path / "file" / "s").__enter__()
+from tune_study.cluster.deaths import Deaths, RayWatch, own_raylet
+from tune_study.cluster.stop import Stop
+from tune_study.folder.files import write_json
+from tune_study.trial.micro_batch import out_of_memory_events, within_memory
 
 
 @pytest.fixture(autouse=True)
 def _reset():
     yield
     Stop.reset()
-
-
-class FakeTrial:
-    """Tune's, which counts how often it is looked at."""
-
-    def __init__(self, status):
-        self.now, self.looked_at = status, 0
-
-    @property
-    def status(self):
-        self.looked_at += 1
-        return self.now
-
-    def is_finished(self):
-        return self.status in ("TERMINATED", "ERROR")
-
-
-def controller_of(trials):
-    return SimpleNamespace(get_trials=lambda: trials)
-
-
-def test_trials_start_in_their_order_and_ended_ones_are_not_looked_at_again():
-    gate, trials = Gate(), [FakeTrial("PENDING") for _ in range(4)]
-    controller = controller_of(trials)
-    assert gate.choose_trial_to_run(controller) is trials[0]
-    trials[0].now, trials[1].now = "RUNNING", "ERROR"
-    assert gate.choose_trial_to_run(controller) is trials[2]
-    trials[0].now = "TERMINATED"
-    assert gate.choose_trial_to_run(controller) is trials[2]
-    looks = [trial.looked_at for trial in trials[:2]]
-    trials.append(FakeTrial("PENDING"))
-    assert gate.choose_trial_to_run(controller) is trials[2]
-    assert [trial.looked_at for trial in trials[:2]] == looks
-    for trial in trials:
-        trial.now = "TERMINATED"
-    assert gate.choose_trial_to_run(controller) is None
-
-
-def test_a_stop_waits_for_the_running_trials_and_starts_no_other():
-    Stop.reset()
-    stopper, gate = EpochStopper(), Gate()
-    controller = controller_of([FakeTrial("PENDING")])
-    Stop.running.add("t")
-    assert not stopper("t", {})
-    Stop.request("interrupt")
-    assert stopper("t", {})
-    assert not stopper.stop_all()
-    assert gate.choose_trial_to_run(controller) is None
-    Stop.running.clear()
-    assert stopper.stop_all()
-    Stop.request("disk")
-    assert Stop.reason == "interrupt"  # the first reason counts
-
-
-def test_the_time_limit_is_a_reason_to_stop(monkeypatch):
-    Stop.reset(max_hours=1)
-    assert not Stop.requested()
-    later = time.monotonic() + 3601
-    monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert Stop.requested()
-    assert Stop.reason == "time"
-
-
-@pytest.mark.parametrize(
-    ("number", "reason"), [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminate")]
-)
-def test_the_first_signal_asks_and_the_second_stops_now(number, reason):
-    Stop.reset()
-    said = []
-    before = signal.getsignal(number)
-    with supervise.graceful_signals(said.append):
-        signal.raise_signal(number)
-        assert Stop.reason == reason
-        assert said == ["stopping after this epoch; Ctrl-C again stops now"]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
-    assert signal.getsignal(number) == before
 
 
 def dead(config, detail="ActorDiedError: killed", error_file=None):
@@ -199,7 +90,7 @@ def test_a_full_disk_stops_the_study(tiny, tmp_path):
     Stop.reset()
     config = tiny("none")
     deaths = Deaths(tmp_path, print)
-    failed(deaths, dead(config, "tune_study.limits.DiskFull: the disk of ..."))
+    failed(deaths, dead(config, "tune_study.machine.disk.DiskFull: the disk of ..."))
     assert Stop.reason == "disk"
     assert deaths.to_continue([config]) == []
 
@@ -209,7 +100,7 @@ def test_a_worker_killed_for_memory_continues_with_half_the_batch(tiny, tmp_path
     folder = tmp_path / config.trial_id
     folder.mkdir()
     kills = [0]
-    monkeypatch.setattr(supervise, "out_of_memory_kills", lambda: kills[0])
+    monkeypatch.setattr("tune_study.cluster.deaths.out_of_memory_kills", lambda: kills[0])
     deaths = Deaths(tmp_path, said.append)
     kills[0] = 1
     failed(deaths, dead(config))
@@ -219,20 +110,6 @@ def test_a_worker_killed_for_memory_continues_with_half_the_batch(tiny, tmp_path
     assert within_memory(config, folder).training.per_device_train_batch_size == 10
     failed(deaths, dead(config))  # another death, not for memory
     assert len(out_of_memory_events(folder)) == 1
-
-
-@pytest.mark.parametrize(
-    ("batch", "steps"), [(32, [16, 8, 4, 2, 1, 1]), (20, [10, 5, 2, 1]), (31, [1]), (1, [1])]
-)
-def test_micro_batches_shrink_and_keep_the_images_of_a_step(tiny, tmp_path, batch, steps):
-    training = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 3}
-    config = tiny("none", training=training)
-    for expected in steps:
-        micro = within_memory(config, tmp_path).training.per_device_train_batch_size
-        supervise.note_out_of_memory(tmp_path, micro, "planted")
-        smaller = within_memory(config, tmp_path).training
-        assert smaller.per_device_train_batch_size == expected
-        assert smaller.gradient_accumulation_steps * expected == 3 * batch
 
 
 def test_the_death_of_rays_own_process_is_noticed():
@@ -254,3 +131,20 @@ def test_the_death_of_rays_own_process_is_noticed():
             time.sleep(0.05)
     assert died == ["raylet"]
     child.wait()
+
+
+def test_only_the_raylet_of_the_own_node_is_watched(monkeypatch):
+    """On one machine, the sockets of further raylets are named as the first one's and a suffix."""
+    found = [
+        SimpleNamespace(info={"name": name, "cmdline": command})
+        for name, command in (
+            ("raylet", ["raylet", "--raylet_socket_name=/s/raylet", "--x"]),
+            ("raylet", ["raylet", "--raylet_socket_name=/s/raylet.1"]),
+            ("raylet", None),  # another user's
+            ("python", ["python", "--raylet_socket_name=/s/raylet"]),
+        )
+    ]
+    monkeypatch.setattr(psutil, "process_iter", lambda names: found)
+    node = SimpleNamespace(raylet_socket_name="/s/raylet")
+    monkeypatch.setattr(ray._private.worker.global_worker, "node", node)
+    assert own_raylet() == [("raylet", found[0])]

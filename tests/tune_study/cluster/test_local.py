@@ -8,10 +8,10 @@ import pytest
 import ray
 from ray.air._internal import usage
 
-from tune_study import local_ray
-from tune_study.config import UserError
-from tune_study.environment import spared_from_collection
-from tune_study.study import run  # noqa: F401  (what the command imports)
+from tune_study.cluster import local
+from tune_study.errors import UserError
+from tune_study.machine.environment import spared_from_collection
+from tune_study.study.schedule import run  # noqa: F401  (what the command imports)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from tune_study.study import run  # noqa: F401  (what the command imports)
 def test_workers_preload_only_where_no_gpu_must_be_chosen_first(tmp_path, devices, alone):
     for name in devices:
         (tmp_path / name).touch()
-    assert local_ray.one_gpu_at_most(tmp_path) is alone
+    assert local.one_gpu_at_most(tmp_path) is alone
 
 
 def test_a_ray_that_does_not_start_is_one_sentence(monkeypatch):
@@ -37,17 +37,17 @@ def test_a_ray_that_does_not_start_is_one_sentence(monkeypatch):
     monkeypatch.setattr(ray, "init", fails)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(UserError, match=r"did not start .*\(The current node timed out during st"):
-        local_ray.start(1, dashboard=False)
+        local.start(1, dashboard=False)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_ray_does_not_start_twice_nor_where_the_imports_are_there(monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("started"))
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    local_ray.start(1, dashboard=False)
+    local.start(1, dashboard=False)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setitem(local_ray.sys.modules, local_ray.NEEDED, local_ray)
-    local_ray.start_during_imports(1, dashboard=False)
+    monkeypatch.setitem(local.sys.modules, local.NEEDED, local)
+    local.start_during_imports(1, dashboard=False)
 
 
 def test_sigterm_stays_the_commands_own(monkeypatch):
@@ -55,12 +55,12 @@ def test_sigterm_stays_the_commands_own(monkeypatch):
     monkeypatch.setattr(
         ray, "init", lambda **options: signal.signal(signal.SIGTERM, lambda *_: None)
     )
-    local_ray.start(1, dashboard=False)
+    local.start(1, dashboard=False)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_is_preloaded_exists():  # Ray would only log that it does not
-    assert importlib.util.find_spec(local_ray.PRELOADED)
+    assert importlib.util.find_spec(local.PRELOADED)
 
 
 def test_imports_are_spared_from_collection_and_what_comes_later_is_not():

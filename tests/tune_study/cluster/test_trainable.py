@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 
-from tests.test_trainable import without_times
-from tune_study import remote, worker
-from tune_study.remote import RemoteError
-from tune_study.trainable import RunContext, execute
+from tests.tune_study.trial.test_execution import without_times
+from tune_study.cluster import trainable
+from tune_study.folder import remote
+from tune_study.folder.remote import RemoteError
+from tune_study.trial.context import RunContext
+from tune_study.trial.execution import execute
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def alone(config, tmp_path):
 
 def run(config, context, report):
     context.study_dir.mkdir(parents=True, exist_ok=True)
-    with worker.at_work(config, context, None, report) as (where, pushing):
+    with trainable.at_work(config, context, None, report) as (where, pushing):
         return execute(config, where, pushing)
 
 
@@ -50,7 +52,7 @@ def test_a_node_continues_from_what_another_has_pushed(
         assert there(tmp_path, config, "checkpoints/epoch-00001/state.json").is_file()
         raise KeyboardInterrupt  # as a kill: nothing runs after it
 
-    monkeypatch.setattr(worker, "node_folder", lambda study: tmp_path / "a" / study)
+    monkeypatch.setattr(trainable, "node_folder", lambda study: tmp_path / "a" / study)
     with pytest.raises(KeyboardInterrupt):
         run(config, context, dies)
     shutil.rmtree(tmp_path / "a")
@@ -58,7 +60,7 @@ def test_a_node_continues_from_what_another_has_pushed(
         "interrupted"
     )
 
-    monkeypatch.setattr(worker, "node_folder", lambda study: tmp_path / "b" / study)
+    monkeypatch.setattr(trainable, "node_folder", lambda study: tmp_path / "b" / study)
     rows = []
     results = run(config, context, rows.append)
     assert [row["epoch"] for row in rows] == [1, 2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tune_study.files import write_whole
+from tune_study.folder.files import write_whole
 
 
 def test_writing_replaces_by_rename(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tune_study.files import write_json
-from tune_study.results import flatten, read_results, status_of
+from tune_study.folder.files import write_json
+from tune_study.folder.results import flatten, read_results, status_of
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-from tune_study import schema
+from tune_study.folder import schema
 
 TRIALS = (
     "trial_id model dataset lora_r lora_alpha quantization seed status simulated epochs_completed "

@@ -1,15 +1,13 @@
 """A study's place behind a URI, on a local disk: what is pulled, pushed, masked and refused."""
 
 import json
-import os
-import threading
 
 import pytest
 
-from tune_study import lease, remote
-from tune_study.config import UserError
-from tune_study.remote import RemoteError, masked, open_remote
-from tune_study.store import StorageLost, open_store, plainly
+from tune_study.errors import UserError
+from tune_study.folder import remote
+from tune_study.folder.remote import RemoteError, masked, open_remote
+from tune_study.folder.store import StorageLost, open_store, plainly
 
 TRIAL = "m-digits-r4-nf4-s1-00000000"
 
@@ -204,53 +202,3 @@ def test_a_store_that_goes_away_is_waited_for_and_then_said(study, place, monkey
     study.push("running")
     assert waits == [0.01]
     assert (place[1] / "running" / "late.json").is_file()
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(lease, "REWRITTEN_S", 0.05)
-    monkeypatch.setattr(lease, "WATCHED_S", 0.5)
-    monkeypatch.setattr(lease, "SETTLES_S", 0.0)
-
-
-def test_a_second_run_is_refused_while_the_first_lives(quick, place):
-    where = open_remote(place[0])
-    with (
-        lease.lease(where, print, pytest.fail),
-        pytest.raises(UserError, match="another run is working on this study"),
-        lease.lease(where, print, pytest.fail),
-    ):
-        pass
-    assert remote.read(where, lease.NAME) is None  # given back
-    with lease.lease(where, print, pytest.fail):
-        pass
-
-
-def foreign(**fields):
-    found = json.loads(lease._record("another", 7))
-    return json.dumps({**found, **fields}).encode()
-
-
-def test_a_lease_that_does_not_change_is_taken_over(quick, place):
-    where = open_remote(place[0])
-    remote.write(where, lease.NAME, foreign(machine="another"))
-    said = []
-    with lease.lease(where, said.append, pytest.fail):
-        assert json.loads(remote.read(where, lease.NAME))["owner"] != "another"
-    assert "looking whether it lives" in said[0]
-
-
-def test_a_dead_process_of_this_machine_is_not_watched(quick, place, monkeypatch):
-    monkeypatch.setattr(lease, "WATCHED_S", 3600)
-    where = open_remote(place[0])
-    remote.write(where, lease.NAME, foreign(process_started=0.0, pid=os.getpid()))
-    with lease.lease(where, pytest.fail, pytest.fail):
-        pass
-
-
-def test_a_run_whose_lease_was_taken_is_told(quick, place):
-    where, lost = open_remote(place[0]), threading.Event()
-    with lease.lease(where, print, lost.set):
-        remote.write(where, lease.NAME, foreign())
-        assert lost.wait(10)
-    assert json.loads(remote.read(where, lease.NAME))["owner"] == "another"  # it stays theirs

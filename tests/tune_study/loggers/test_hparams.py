@@ -3,10 +3,9 @@
 import pytest
 from tensorboard.plugins.hparams import api_pb2
 
-from tune_study import hparams
-from tune_study.event_files import replace_run, scalar
-
-from . import board
+from tests.tune_study.loggers import board
+from tune_study.loggers import hparams
+from tune_study.loggers.event_files import replace_run, scalar
 
 
 def cell(mode="nf4", seed=42, r=8, rate=1e-4, layers=()):

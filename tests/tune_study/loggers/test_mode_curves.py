@@ -6,13 +6,11 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tune_study import mode_curves
-from tune_study.event_files import replace_run, scalar
-from tune_study.files import write_json
-from tune_study.mode_curves import Cell, ModeCurves, cells_of
-from tune_study.report_images import show_figures
-
-from . import board
+from tests.tune_study.loggers import board
+from tune_study.folder.files import write_json
+from tune_study.loggers import mode_curves
+from tune_study.loggers.event_files import replace_run, scalar, show_figures
+from tune_study.loggers.mode_curves import Cell, ModeCurves, cells_of
 
 TITLE = "m, d, r8, alpha 16"
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
-from tune_study.files import write_json
-from tune_study.progress import Progress
+from tune_study.folder.files import write_json
+from tune_study.loggers.progress import Progress
 
 
 def test_a_trial_counts_when_it_has_ended_not_when_its_worker_died(tmp_path):

@@ -5,11 +5,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import api_pb2
 
-from tune_study.files import write_json
-from tune_study.hparams import axes_of
-from tune_study.tensorboard import TensorBoardCallback
-
-from . import board
+from tests.tune_study.loggers import board
+from tune_study.folder.files import write_json
+from tune_study.loggers.hparams import axes_of
+from tune_study.loggers.tensorboard import TensorBoardCallback
 
 
 @pytest.fixture

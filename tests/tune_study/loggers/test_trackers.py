@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tune_study import trackers
-from tune_study.config import UserError
-from tune_study.files import write_json
+from tune_study.errors import UserError
+from tune_study.folder.files import write_json
+from tune_study.loggers import trackers
 
 CREATED = "2026-11-25T00:00:00+00:00"
 
@@ -133,7 +133,7 @@ def test_unknown_and_missing_trackers_are_one_sentence(monkeypatch):
     with pytest.raises(UserError, match="--log comet: choose one of mlflow, wandb"):
         trackers.modules(["comet"])
     monkeypatch.setitem(sys.modules, "mlflow", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "tune_study.mlflow_runs", raising=False)
+    monkeypatch.delitem(sys.modules, "tune_study.loggers.mlflow", raising=False)
     with pytest.raises(UserError, match=r"mlflow is not installed; pip install 'tune-study\[mlf"):
         trackers.modules(["mlflow"])
 
@@ -148,10 +148,10 @@ def store(tmp_path_factory):
 @pytest.fixture
 def mlflow(store, tmp_path, monkeypatch):
     """``mlflow()`` connects anew, as every start of a study does; its client is for looking."""
-    from tune_study import mlflow_runs
+    from tune_study.loggers.mlflow import connect
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    return lambda: mlflow_runs.connect(tmp_path, CREATED)
+    return lambda: connect(tmp_path, CREATED)
 
 
 def runs_of(connected):
@@ -189,10 +189,10 @@ def test_a_failed_trial_is_failed_in_mlflow_until_it_is_run_again(mlflow, tmp_pa
 
 
 def test_two_studies_of_one_name_share_no_run(mlflow, tmp_path, config):
-    from tune_study import mlflow_runs
+    from tune_study.loggers.mlflow import connect
 
     Session(tmp_path, config, mlflow()).run([1], "completed")
-    other = mlflow_runs.connect(tmp_path, "another time")
+    other = connect(tmp_path, "another time")
     assert other.status(config.trial_id) is None
     Session(tmp_path, config, other).run([1], "completed")
     assert len(runs_of(other)) == 2
@@ -208,29 +208,29 @@ def test_an_mlflow_that_cannot_be_used_is_one_sentence(mlflow, monkeypatch, tmp_
 
 def test_wandb_without_a_key_is_one_sentence_and_asks_for_nothing(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
-    from tune_study import wandb_runs
+    from tune_study.loggers import wandb
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "online")
     with pytest.raises(UserError, match="--log wandb: there is no key; set WANDB_API_KEY"):
-        wandb_runs.connect(tmp_path, CREATED)
+        wandb.connect(tmp_path, CREATED)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     with pytest.raises(UserError, match="WANDB_MODE=disabled"):
-        wandb_runs.connect(tmp_path, CREATED)
+        wandb.connect(tmp_path, CREATED)
 
 
 @pytest.mark.slow
 def test_one_offline_wandb_run_per_trial_and_no_key_in_its_files(tmp_path, config, monkeypatch):
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
-    from tune_study import wandb_runs
+    from tune_study.loggers import wandb
 
     key = "canary0" * 6
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", key)
     for epochs, status in (([1], "interrupted"), ([1, 2], "completed")):
-        connected = wandb_runs.connect(tmp_path, CREATED)
+        connected = wandb.connect(tmp_path, CREATED)
         session = Session(tmp_path, config, connected).run(epochs, status)
         session.callback.close([config])
         assert session.said == []

@@ -7,7 +7,8 @@ import psutil
 import pytest
 import torch
 
-from tune_study.resources import COLUMNS, ResourceMonitor
+from tune_study.machine import resources
+from tune_study.machine.resources import COLUMNS, ResourceMonitor
 
 CPU = torch.device("cpu")
 
@@ -54,3 +55,12 @@ def test_a_system_that_cannot_be_read_gives_nan_and_no_exception(monkeypatch):
     with ResourceMonitor(CPU, interval_s=0.01) as monitor:
         monkeypatch.setattr(psutil, "virtual_memory", deny)
         assert all(math.isnan(value) for value in monitor.read().values())
+
+
+def test_rss_peak_sees_an_allocation_and_can_start_anew():
+    resources.reset_rss_peak()
+    before = resources.rss_peak_bytes()
+    with mmap.mmap(-1, 256 * 2**20) as block:  # new memory, where malloc may reuse freed pages
+        for start in range(0, len(block), mmap.PAGESIZE):
+            block[start] = 1
+        assert resources.rss_peak_bytes() - before > 50 * 2**20

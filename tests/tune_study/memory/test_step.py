@@ -1,14 +1,13 @@
-import mmap
-
 import pytest
 import torch
 from torch import nn
 
-from tune_study import memory, train
-from tune_study.data import load
-from tune_study.memory import SavedTensors, measure_step, replay
-from tune_study.model import build_model, model_tensors
-from tune_study.quantize import tensor_bytes
+from tune_study.data.splits import load
+from tune_study.memory.step import SavedTensors, measure_step, optimizer_tensors, replay
+from tune_study.model.build import build_model
+from tune_study.model.footprint import model_tensors
+from tune_study.model.quantize import tensor_bytes
+from tune_study.trial import train
 
 CPU = torch.device("cpu")
 
@@ -86,7 +85,7 @@ def test_adapter_gradient_and_optimizer_bytes_are_those_of_a_real_step(tiny):
     count = sum(p.numel() for p in training.parameters.values())
     assert measured.adapter_bytes == measured.gradient_bytes == 4 * count
     next(iter(train.fit(training)))
-    state = memory.optimizer_tensors(training.optimizer)
+    state = optimizer_tensors(training.optimizer)
     assert measured.optimizer_bytes == tensor_bytes(state)
     assert measured.optimizer_bytes == 8 * count + 4 * len(training.parameters)
 
@@ -144,12 +143,3 @@ def test_activations_grow_with_the_batch_in_a_straight_line(tiny):
     assert large - middle == pytest.approx(2 * (middle - small), rel=0.001)
     assert small > 0.9 * (middle - small)
     assert found[0].adapter_bytes == found[2].adapter_bytes
-
-
-def test_rss_peak_sees_an_allocation_and_can_start_anew():
-    memory.reset_rss_peak()
-    before = memory.rss_peak_bytes()
-    with mmap.mmap(-1, 256 * 2**20) as block:  # new memory, where malloc may reuse freed pages
-        for start in range(0, len(block), mmap.PAGESIZE):
-            block[start] = 1
-        assert memory.rss_peak_bytes() - before > 50 * 2**20

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import nn
 
-import tune_study.backbone as backbone
-from tune_study.backbone import pretrain
-from tune_study.backbone.glyphs import make_glyphs, render
-from tune_study.backbone.probe import (
+from tune_study.model import backbone
+from tune_study.model.backbone import pretrain
+from tune_study.model.backbone.glyphs import make_glyphs, render
+from tune_study.model.backbone.probe import (
     extract_features,
     feature_cosine,
     load_digits_images,
@@ -135,7 +135,7 @@ def test_every_class_is_drawn_and_differs_from_every_other():
 
 
 def test_loops_are_closed_and_strokes_end_where_they_should():
-    from tune_study.backbone.glyphs import CORNERS, CURVE, LOOP, _bases
+    from tune_study.model.backbone.glyphs import CORNERS, CURVE, LOOP, _bases
 
     bases = _bases()
     assert torch.allclose(bases.sum(-1), torch.ones(bases.shape[:2]), atol=1e-5)
@@ -186,7 +186,7 @@ def test_the_probe_sees_the_digits_as_a_trial_does():
     for index in (0, 777, 1796):
         grey = Image.fromarray(np.round(digits.images[index] * 255 / 16).astype(np.uint8))
         enlarged = np.asarray(grey.resize((32, 32), Image.Resampling.BICUBIC), np.float32)
-        # To the rounding of two grey levels, as tests/test_data.py.
+        # To the rounding of two grey levels, as tests/tune_study/data/test_sources.py.
         assert np.abs(images[index].numpy() - (enlarged / 127.5 - 1)).max() <= 2 / 127.5 + 1e-6
 
 

@@ -2,16 +2,14 @@ import copy
 import math
 
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from tune_study import model as models
-from tune_study.config import UserError
-from tune_study.model import base_bytes, build_model, load_base, trainable
-from tune_study.quantize import QuantizationFailed, dequantize
+from tune_study.errors import UserError
+from tune_study.model import build as models
+from tune_study.model.build import build_model, trainable
+from tune_study.model.footprint import base_bytes
+from tune_study.model.quantize import QuantizationFailed, dequantize
 
 MODES = ["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
 # DESIGN.md's table: whole-model bytes, the residue at fp32, 10 classes.
@@ -92,110 +90,6 @@ def test_modes_of_one_seed_start_from_the_same_adapters_and_head(tiny):
     assert not torch.equal(other["blocks.0.attn.qkv.lora_A"], states[0]["blocks.0.attn.qkv.lora_A"])
 
 
-def test_pretrained_base_is_the_shipped_file_and_random_is_not(tiny):
-    shipped = timm.create_model("vit_glyphs_patch4_32", pretrained=True).state_dict()
-    built = load_base(tiny("none"), 10).state_dict()
-    assert torch.equal(built["blocks.3.mlp.fc1.weight"], shipped["blocks.3.mlp.fc1.weight"])
-    random = load_base(tiny("none", pretrained=False), 10).state_dict()
-    assert not torch.equal(random["blocks.3.mlp.fc1.weight"], shipped["blocks.3.mlp.fc1.weight"])
-
-
-@pytest.fixture
-def weights(tmp_path):
-    torch.manual_seed(5)
-    model = timm.create_model("deit_tiny_patch16_224", num_classes=7)
-    path = tmp_path / "deit_tiny_patch16_224.safetensors"
-    save_file(model.state_dict(), path)
-    return path, model.state_dict()
-
-
-def test_weights_from_a_file_or_a_folder(tiny, weights, tmp_path):
-    path, state = weights
-    config = tiny("none", model="deit_tiny_patch16_224")
-    for where in (path, tmp_path):
-        loaded = load_base(config, 10, where).state_dict()
-        assert torch.equal(loaded["blocks.5.attn.qkv.weight"], state["blocks.5.attn.qkv.weight"])
-        assert loaded["head.weight"].shape[0] == 10
-    torch.save({"model": state}, tmp_path / "wrapped.pth")
-    loaded = load_base(config, 10, tmp_path / "wrapped.pth").state_dict()
-    assert torch.equal(loaded["norm.weight"], state["norm.weight"])
-
-
-def test_weights_at_another_image_size_are_resampled(tiny, weights):
-    path, state = weights
-    config = tiny("none", model="deit_tiny_patch16_224", data={"image_size": 112})
-    base = load_base(config, 10, path)
-    assert base.pos_embed.shape[1] == 50
-    assert torch.equal(base.state_dict()["norm.weight"], state["norm.weight"])
-    expected = resample_abs_pos_embed(state["pos_embed"], [7, 7], num_prefix_tokens=1)
-    torch.testing.assert_close(base.pos_embed.data, expected)
-
-
-@pytest.mark.parametrize("damage", ["other model", "gap", "text", "truncated", "pickle", "none"])
-def test_weights_that_do_not_fit_are_refused_in_one_sentence(tiny, weights, tmp_path, damage):
-    import pickle
-
-    path, state = weights
-    config = tiny("none", model="deit_tiny_patch16_224")
-    if damage == "other model":
-        config = tiny("none", model="deit_small_patch16_224")
-    elif damage == "gap":
-        save_file({k: v for k, v in state.items() if "blocks.3" not in k}, path)
-    elif damage == "text":
-        path.write_text("no weights")
-    elif damage == "truncated":
-        path.write_bytes(path.read_bytes()[:1000])
-    elif damage == "pickle":
-        path = tmp_path / "evil.pth"
-        path.write_bytes(pickle.dumps(print))
-    else:
-        path = tmp_path / "nowhere"
-    with pytest.raises(UserError) as refused:
-        load_base(config, 10, path)
-    assert "\n" not in str(refused.value)
-    if damage == "gap":
-        assert "blocks.3" in str(refused.value)
-
-
-def test_no_network_names_the_remedy(tiny, monkeypatch, tmp_path):
-    import urllib.error
-    import urllib.request
-
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def absent(*args, **kwargs):
-        raise LocalEntryNotFoundError("not cached")
-
-    def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    with pytest.raises(UserError, match="--weights") as refused:
-        load_base(tiny("none", model="deit_tiny_patch16_224"), 10)
-    assert "pretrained=false" in str(refused.value)
-
-
-def test_hub_weights_load_from_the_cached_file(tiny, weights, monkeypatch):
-    import huggingface_hub
-
-    path, state = weights
-    asked = []
-
-    def cached(repo, file, local_files_only=False):
-        asked.append((repo, file))
-        return str(path)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
-    # The stand-in for the hub's file has 7 classes where timm expects 1000: the head is dropped.
-    base = load_base(tiny("none", model="deit_tiny_patch16_224"), 10)
-    assert asked == [("timm/deit_tiny_patch16_224.fb_in1k", "model.safetensors")]
-    assert torch.equal(
-        base.state_dict()["blocks.2.mlp.fc2.weight"], state["blocks.2.mlp.fc2.weight"]
-    )
-
-
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -227,7 +121,7 @@ def test_a_model_whose_rows_share_blocks_is_refused_on_the_cpu(tiny):
 
 def test_missing_peft_marks_are_found(tiny, monkeypatch):
     """Without them PEFT wraps the quantized layers as plain ones, without an error."""
-    monkeypatch.setattr("tune_study.quantize.tell_peft", lambda *_: None)
+    monkeypatch.setattr("tune_study.model.quantize.tell_peft", lambda *_: None)
     with pytest.raises(QuantizationFailed, match="should be a peft"):
         build_model(tiny("nf4"), 10)
 

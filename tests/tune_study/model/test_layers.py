@@ -5,18 +5,21 @@ import timm
 import torch
 from torch import nn
 
-from tune_study.config import UserError, parse_trial
-from tune_study.model import build_model
-from tune_study.predict import predict
-from tune_study.quantize import block_linears, check_kernel, plan_layers
-from tune_study.targets import (
+from tune_study.config import parse_trial
+from tune_study.errors import UserError
+from tune_study.memory.predict import predict
+from tune_study.model.build import build_model
+from tune_study.model.footprint import bytes_at
+from tune_study.model.layers import (
     adapted,
+    block_linears,
     block_ranges,
-    bytes_at,
     called_linears,
+    plan_layers,
     refuse_without_effect,
     skeleton_of,
 )
+from tune_study.model.quantize import check_kernel
 
 SWIN = "swin_tiny_patch4_window7_224"
 DEFAULT = parse_trial({"model": "m", "dataset": "digits"}).lora.target_modules

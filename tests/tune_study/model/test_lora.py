@@ -11,8 +11,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from tune_study.config import TrialConfig
-from tune_study.lora import _AddAdapter, draw_mask, drop
-from tune_study.model import build_model, trainable
+from tune_study.model.build import build_model, trainable
+from tune_study.model.lora import _AddAdapter, draw_mask, drop
 
 ONES = torch.ones(250_001)
 MODES = ["none", "int8", "nf4", "nf4-dq"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -9,8 +11,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tune_study.config import parse_trial
-from tune_study.first_half import gradients_of_first_half
-from tune_study.model import build_model, trainable
+from tune_study.model.build import build_model, trainable
+from tune_study.model.noise_scale import NoiseScale, gradients_of_first_half
 
 SWIN = "swin_tiny_patch4_window7_224"
 IMAGES = 6
@@ -87,3 +89,52 @@ def test_nothing_is_left_outside(tiny):
     assert not found
     assert not unwanted
     assert all(p.grad is not None for p in parameters.values())
+
+
+def noise_scale_of(steps, parts, size, accumulate=True):
+    """``NoiseScale`` over steps of ``parts`` x ``size`` images, whose gradients are known."""
+    generator = torch.Generator().manual_seed(3)
+    weight = nn.Parameter(torch.zeros(50))
+    truth = torch.full((50,), 0.5)  # |G|^2 = 12.5
+    scale = NoiseScale({"w": weight})
+    for _ in range(steps):
+        weight.grad = torch.zeros(50)
+        for _ in range(parts):
+            images = truth + 2 * torch.randn(size, 50, generator=generator)  # S = 4 x 50 = 200
+            weight.grad = weight.grad + images.mean(0) / parts
+            scale.observe_part(1 / parts)
+        scale.observe_step(weight.grad.norm(), [size] * parts)
+    return scale.end_epoch()
+
+
+@pytest.mark.parametrize(("parts", "size"), [(2, 16), (4, 4)])
+def test_noise_scale_recovers_a_known_gradient_and_a_known_noise(parts, size):
+    found = noise_scale_of(600, parts, size)
+    assert found["gradient_square"] == pytest.approx(12.5, rel=0.05)
+    assert found["gradient_noise_trace"] == pytest.approx(200, rel=0.05)
+    assert found["gradient_noise_scale"] == pytest.approx(16, rel=0.1)
+
+
+def test_noise_scale_of_one_step_is_the_formula():
+    weight = nn.Parameter(torch.zeros(2))
+    scale = NoiseScale({"w": weight})
+    small = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])]
+    weight.grad = small[0] / 2
+    scale.observe_part(0.5)
+    weight.grad = weight.grad + small[1] / 2
+    scale.observe_part(0.5)
+    scale.observe_step(weight.grad.norm(), [4, 4])
+    part, whole = (1 + 9) / 2, (0.25 + 2.25)
+    found = scale.end_epoch()
+    assert found["gradient_square"] == pytest.approx((8 * whole - 4 * part) / 4)
+    assert found["gradient_noise_trace"] == pytest.approx((part - whole) / (1 / 4 - 1 / 8))
+
+
+def test_noise_scale_of_unequal_parts_is_left_out():
+    weight = nn.Parameter(torch.zeros(2))
+    scale = NoiseScale({"w": weight})
+    for share in (0.6, 0.4):
+        weight.grad = torch.ones(2)
+        scale.observe_part(share)
+    scale.observe_step(torch.tensor(1.0), [3, 2])
+    assert math.isnan(scale.end_epoch()["gradient_noise_scale"])

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from tune_study import quantize
-from tune_study.config import QuantizationConfig, UserError
-from tune_study.quantize import QuantizationFailed
+from tune_study.config import QuantizationConfig
+from tune_study.errors import UserError
+from tune_study.model import layers, quantize
+from tune_study.model.quantize import QuantizationFailed
 
 MODES = ["int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
 # The codebooks of QLoRA (appendix E) and of bitsandbytes' fp4, in ascending order.
@@ -164,12 +165,12 @@ def test_mixed_precision():
     }
     assert type(model.blocks[0]["qkv"]) is nn.Linear
     with pytest.raises(UserError, match=r"blocks\.7"):
-        quantize.plan_layers(Blocks(), QuantizationConfig(mode="nf4", skip_layers=("blocks.7.*",)))
+        layers.plan_layers(Blocks(), QuantizationConfig(mode="nf4", skip_layers=("blocks.7.*",)))
 
 
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(UserError, match="no linear layers in blocks"):
-        quantize.plan_layers(nn.Sequential(nn.Linear(4, 4)), QuantizationConfig(mode="nf4"))
+        layers.plan_layers(nn.Sequential(nn.Linear(4, 4)), QuantizationConfig(mode="nf4"))
 
 
 def test_quantization_that_did_not_happen_is_an_error(monkeypatch):

@@ -1,4 +1,4 @@
-"""Searches without Ray: spaces, what Optuna is told, and a search that is killed and goes on."""
+"""Searches without Ray: what Optuna is told, and a search that is killed and goes on."""
 
 import json
 import math
@@ -8,26 +8,20 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
-from optuna.trial import FixedTrial, TrialState
-from ray.tune.schedulers import TrialScheduler
+from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from search_spaces import optuna_spaces
-from tune_study import asha, manifest, run, simulate, space, study
-from tune_study.config import UserError, field_names
-from tune_study.files import write_json
-from tune_study.search import (
-    STORAGE_FILE,
-    STUDY_NAME,
-    Search,
-    Suggestions,
-    finish,
-    outcome,
-    tune_config,
-)
-from tune_study.simulate import Simulation
-from tune_study.supervise import Stop
-from tune_study.trainable import RunContext
+from tune_study.cluster.stop import Stop
+from tune_study.errors import UserError
+from tune_study.folder.files import write_json
+from tune_study.search import settings as spaces
+from tune_study.search.search import STORAGE_FILE, Search, outcome
+from tune_study.search.suggestions import STUDY_NAME, Suggestions, finish
+from tune_study.study import manifest
+from tune_study.study.status import forget
+from tune_study.trial import simulate
+from tune_study.trial.context import RunContext, Simulation
 
 
 def settings(**options):
@@ -40,13 +34,13 @@ def settings(**options):
         "seed": None,
         "assignments": [("training.num_train_epochs", 2)],
     }
-    return space.settings(**{**given, **options})
+    return spaces.settings(**{**given, **options})
 
 
 def opened(folder, wanted):
     """The search in ``folder`` as the command line opens it."""
     where = RunContext(study_dir=folder, simulation=Simulation())
-    wanted, trials = space.continued(wanted, folder, compute_dtype=None)
+    wanted, trials = spaces.continued(wanted, folder, compute_dtype=None)
     checksums = {"data": {}, "weights": {}}
     manifest.open_study(trials, where, checksums, grid="g", command="c", search=wanted.record())
     return Search(wanted, where, trials)
@@ -81,131 +75,6 @@ def planned(folder):
 
 def states(searcher):
     return [trial.state.name for trial in searcher.study.trials]
-
-
-# ---- spaces and settings
-
-
-@pytest.mark.parametrize("name", ["qlora", "demo"])
-def test_whatever_a_space_answers_is_a_trial(name):
-    trials = space.probes(settings(space=name))
-    assert len(trials) > 150
-    for trial in trials:
-        assert trial.lora.lora_alpha % trial.lora.r == 0
-        assert trial.quantization.mode != "none" or not trial.quantization.skip_layers
-    assert {len(trial.quantization.skip_layers) for trial in trials} == {0, 1}
-    assert len({trial.lora.target_modules for trial in trials}) == 4
-
-
-def test_parameters_are_named_after_the_fields_that_they_fill():
-    trial = optuna.create_study().ask()
-    optuna_spaces.qlora(trial)
-    assert {name.partition("/")[0] for name in trial.params} <= set(field_names())
-
-
-def test_skip_layers_is_asked_only_where_something_is_quantized():
-    answers = {
-        "lora.r": 8,
-        "lora.lora_alpha/r": 2,
-        "lora.lora_dropout": 0.1,
-        "lora.target_modules/name": "mlp",
-        "training.learning_rate": 1e-3,
-        "training.per_device_train_batch_size": 16,
-    }
-    config = settings().config(FixedTrial({**answers, "quantization.mode": "none"}))
-    assert (config.lora.lora_alpha, config.lora.target_modules) == (
-        16,
-        optuna_spaces.TARGETS["mlp"],
-    )
-    with pytest.raises(UserError, match="skip_layers"):
-        settings().config(FixedTrial({**answers, "quantization.mode": "nf4"}))
-
-
-def test_what_set_fixes_is_not_asked():
-    fixed = [
-        ("lora.r", 5),
-        ("lora.lora_alpha", 7),
-        ("lora.target_modules", "x"),
-        ("quantization", "nf4"),
-    ]
-    trial = optuna.create_study().ask()
-    config = settings(assignments=[*fixed, ("training.learning_rate", 0.5)]).config(trial)
-    assert (config.lora.r, config.lora.lora_alpha, config.lora.target_modules) == (5, 7, "x")
-    assert (config.quantization.mode, config.training.learning_rate) == ("nf4", 0.5)
-    assert set(trial.params) == {
-        "lora.lora_dropout",
-        "quantization.skip_layers/name",
-        "training.per_device_train_batch_size",
-    }
-
-
-IMPOSSIBLE = """
-def some(trial):
-    mode = trial.suggest_categorical("quantization.mode", ["none", "nf4"])
-    r = trial.suggest_categorical("lora.r", [4, 2000 if mode == "nf4" else 8])
-    return {"model": "vit_glyphs_patch4_32", "dataset": "digits", "lora": {"r": r}}
-def text(trial):
-    return "nothing"
-def dynamic(trial):
-    r = trial.suggest_categorical("lora.r", [4, 8])
-    return {"model": "m", "dataset": "digits", "lora": {"r": trial.suggest_int("x", 1, r)}}
-def broken(trial):
-    raise KeyError("here")
-"""
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.py").write_text(IMPOSSIBLE)
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["tune-study", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            run.main()
-        output = capsys.readouterr()
-        return exit_.value.code, output.out, output.err
-
-    return call
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("--search ax", ["--search ax", "optuna"]),
-        ("--space qlora", ["--space", "--search optuna"]),
-        ("--num-samples 3 --scheduler asha", ["--num-samples, --scheduler", "--search optuna"]),
-        ("--search optuna --space huge", ["--space huge", "qlora"]),
-        ("--search optuna --space nowhere.py:f", ["nowhere.py"]),
-        ("--search optuna --space my.py:missing", ["my.py:missing", "AttributeError"]),
-        ("--search optuna --space my.py:broken", ["my.py:broken", "KeyError"]),
-        ("--search optuna --space my.py:text", ["my.py:text", "str"]),
-        ("--search optuna --space my.py:some", ["lora.r = 2000", "quantization.mode = nf4"]),
-        ("--search optuna --objective loss", ["--objective loss", "weights_bytes"]),
-        ("--search optuna --objective test_accuracy", ["test_accuracy", "val_accuracy"]),
-        ("--search optuna --objective val_accuracy --objective val_accuracy", ["different"]),
-        ("--search optuna --scheduler hyperband", ["hyperband", "asha"]),
-        ("--search optuna --scheduler asha", ["val_accuracy and weights_bytes", "alone"]),
-        ("--search optuna --objective weights_bytes --scheduler asha", ["weights_bytes", "alone"]),
-        ("--search optuna --grid demo", ["--grid demo", "--space"]),
-        ("--search optuna --max-experiments 3", ["--max-experiments 3", "--num-samples"]),
-        ("--search optuna --dry-run", ["--dry-run", "--validate-only"]),
-        ("--search optuna --simulate --objective train_time_s", ["train_time_s", "--simulate"]),
-        ("--search optuna --set lora.r=0", ["lora.r = 0"]),
-        ("--search optuna --space demo --set quantization.skip_layers=[x]", ["matches no layer"]),
-    ],
-)
-def test_mistakes_are_one_sentence_and_leave_nothing(command, tmp_path, arguments, words):
-    code, _, error = command(*arguments.split())
-    assert code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    for word in words:
-        assert word in error
-    assert [path.name for path in tmp_path.iterdir()] == ["my.py"]
-
-
-# ---- what Optuna is told
 
 
 def results(status, accuracy=0.9, weights=100):
@@ -257,9 +126,6 @@ def test_a_nan_from_a_trial_reaches_optuna_as_a_failure_and_the_search_goes_on(
     modes = [trial.params["quantization.mode"] for trial in searcher.study.trials]
     assert states(searcher) == ["COMPLETE" if mode == "none" else "FAIL" for mode in modes]
     assert {"COMPLETE", "FAIL"} == set(states(searcher))
-
-
-# ---- killed and continued
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +223,7 @@ def test_a_failed_trial_that_is_forgotten_runs_again(tmp_path):
     failed = search.trials[1]
     path = tmp_path / failed.trial_id / "results.json"
     write_json(path, {**json.loads(path.read_text()), "status": "error"})
-    study.forget(search.trials, tmp_path)
+    forget(search.trials, tmp_path)
     again = drive(opened(tmp_path, settings(num_samples=3)))
     assert len(planned(tmp_path)) == 3
     assert path.is_file()
@@ -412,66 +278,6 @@ def test_a_configuration_that_cannot_be_stops_the_search_with_its_sentence(tmp_p
     with pytest.raises(UserError, match="dataset is missing"):
         finish(search)
     assert len(planned(tmp_path)) == 2
-
-
-# ---- ASHA
-
-
-ASHA = settings(
-    num_samples=10,
-    objectives=["val_accuracy"],
-    scheduler="asha",
-    assignments=[("training.num_train_epochs", 4)],
-)
-
-
-def asha_of(folder, trials):
-    where = RunContext(study_dir=folder, simulation=Simulation())
-    return asha.Asha(trials, where, space.probes(ASHA))
-
-
-def test_asha_prunes_and_remembers_after_a_kill(tmp_path):
-    search = opened(tmp_path, ASHA)
-    searcher = Suggestions(search)
-    scheduler = tune_config(search, 1)["scheduler"]
-    decisions = []
-    for number in range(10):
-        suggestion = searcher.suggest(f"tune{number}")
-        trial = SimpleNamespace(trial_id=f"tune{number}", config=suggestion)
-        if number == 5:  # a new process
-            scheduler = tune_config(search, 1)["scheduler"]
-        fresh = asha_of(tmp_path, search.trials[:number])
-        fresh.on_trial_add(None, trial)
-        scheduler.on_trial_add(None, trial)
-        (tmp_path / search.trials[number].trial_id).mkdir()
-        rows, _ = simulate.draw(search.trials[number], Simulation())
-        decisions.append("CONTINUE")
-        for row in rows:
-            searcher.on_trial_result(f"tune{number}", row)
-            decision = scheduler.on_trial_result(None, trial, row)
-            assert decision == fresh.on_trial_result(None, trial, row)
-            if decision == TrialScheduler.STOP:
-                decisions[-1] = "STOP"
-                break
-        else:
-            simulate.execute(search.trials[number], Simulation(), tmp_path, lambda row: None)
-        scheduler.on_trial_complete(None, trial, row)
-        searcher.on_trial_complete(f"tune{number}", row)
-    assert {"STOP", "CONTINUE"} == set(decisions)
-    told = ["PRUNED" if decision == "STOP" else "COMPLETE" for decision in decisions]
-    assert states(searcher) == told
-    pruned = searcher.study.trials[told.index("PRUNED")]
-    assert pruned.value == pruned.intermediate_values[pruned.last_step]
-    status = study.statuses(search.trials, tmp_path)
-    assert list(status.values()) == [name.lower().replace("complete", "completed") for name in told]
-    assert not study.todo(search.trials, tmp_path)
-    assert not study.todo(search.trials, tmp_path, retry_failed=True)
-    table = study.collect(tmp_path).trials
-    assert table.loc[table["status"] == "pruned", "test_accuracy"].isna().all()
-    (tmp_path / STORAGE_FILE).unlink()
-    rebuilt = Suggestions(opened(tmp_path, ASHA))
-    assert states(rebuilt) == told
-    assert rebuilt.study.trials[told.index("PRUNED")].last_step == pruned.last_step
 
 
 def test_analysis_needs_neither_optuna_nor_ray():

@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 
-from tests import test_run
-from tests.test_trainable import killed, run, without_times
-from tune_study import batch, manifest, preflight, study, train
-from tune_study.config import UserError
-from tune_study.files import write_json
-from tune_study.limits import note_out_of_memory, within_memory
-from tune_study.predict import predict
-from tune_study.trainable import RunContext
+from tests.tune_study import test_run
+from tests.tune_study.trial.test_execution import killed, run, without_times
+from tune_study.errors import UserError
+from tune_study.folder.files import write_json
+from tune_study.memory.predict import predict
+from tune_study.study import auto_batch, manifest, preflight, schedule
+from tune_study.trial import train
+from tune_study.trial.context import RunContext
+from tune_study.trial.micro_batch import note_out_of_memory, within_memory
 
 command = test_run.command
 SPEEDS = {1: 3.0, 2: 9.0, 3: 8.0, 6: 20.0}
@@ -21,13 +22,13 @@ SPEEDS = {1: 3.0, 2: 9.0, 3: 8.0, 6: 20.0}
 @pytest.fixture
 def planted(monkeypatch):
     """Steps are taken, and their speeds are ``SPEEDS``."""
-    measured = batch._images_per_s
+    measured = auto_batch._images_per_s
 
     def speed(training):
         assert measured(training) > 0
         return SPEEDS[training.config.training.per_device_train_batch_size]
 
-    monkeypatch.setattr(batch, "_images_per_s", speed)
+    monkeypatch.setattr(auto_batch, "_images_per_s", speed)
 
 
 def six(tiny, mode, micro=6, **fields):
@@ -55,7 +56,7 @@ def test_the_fastest_that_fits_in_every_mode_then_training_as_if_it_had_been_giv
 
     monkeypatch.setattr(train, "_forward", refuse)
     where, said = RunContext(study_dir=tmp_path), []
-    batch.choose(trials, where, {}, said.append, auto=True)
+    auto_batch.choose(trials, where, {}, said.append, auto=True)
     monkeypatch.setattr(train, "_forward", forward)
     choice = json.loads((tmp_path / trials[0].trial_id / "batch.json").read_text())
     assert (choice["micro_batch"], choice["gradient_accumulation_steps"]) == (2, 3)
@@ -79,9 +80,9 @@ def test_the_fastest_that_fits_in_every_mode_then_training_as_if_it_had_been_giv
     assert "3 are the most that fit (8.0 images/s)" in said[1]
 
     killed(trials[1], tmp_path, 1)
-    monkeypatch.setattr(batch, "measure", None)  # it is not measured again
-    again = batch.known(trials, tmp_path, auto=True)
-    batch.choose(trials, where, again, said.append, auto=True)
+    monkeypatch.setattr(auto_batch, "measure", None)  # it is not measured again
+    again = auto_batch.known(trials, tmp_path, auto=True)
+    auto_batch.choose(trials, where, again, said.append, auto=True)
     results, _ = run(trials[1], tmp_path)
     given, _ = run(six(tiny, "nf4", micro=2), tmp_path / "given")
     assert results["train"]["resource_metrics"]["batch_size"] == 2
@@ -108,7 +109,7 @@ def test_a_choice_that_cannot_be_is_none(tiny, tmp_path, choice):
 def test_what_is_predicted_not_to_fit_the_host_is_not_tried(tiny, tmp_path, monkeypatch, planted):
     trial = six(tiny, "none")
     peak = predict(six(tiny, "none", micro=3), 10, torch.device("cpu")).peak_train_bytes
-    monkeypatch.setattr(batch, "free_bytes", lambda device: peak / batch.CPU_SHARE)
+    monkeypatch.setattr(auto_batch, "free_bytes", lambda device: peak / auto_batch.CPU_SHARE)
     sizes = []
     step = train.train_step
 
@@ -117,12 +118,12 @@ def test_what_is_predicted_not_to_fit_the_host_is_not_tried(tiny, tmp_path, monk
         return step(training, *arguments)
 
     monkeypatch.setattr(train, "train_step", seen)
-    choice = batch.measure([trial], RunContext(study_dir=tmp_path), lambda line: None)
+    choice = auto_batch.measure([trial], RunContext(study_dir=tmp_path), lambda line: None)
     assert choice["largest_micro_batch"] == 3
     assert set(sizes) == {3, 2, 1}
-    monkeypatch.setattr(batch, "free_bytes", lambda device: 1)
+    monkeypatch.setattr(auto_batch, "free_bytes", lambda device: 1)
     with pytest.raises(UserError, match="not even micro-batches of one image fit"):
-        batch.measure([trial], RunContext(study_dir=tmp_path), lambda line: None)
+        auto_batch.measure([trial], RunContext(study_dir=tmp_path), lambda line: None)
 
 
 def test_one_image_is_enough_before_the_choice_and_afterwards_the_choice(
@@ -130,7 +131,7 @@ def test_one_image_is_enough_before_the_choice_and_afterwards_the_choice(
 ):
     trial, where = six(tiny, "none"), RunContext(study_dir=tmp_path)
     peak = predict(six(tiny, "none", micro=3), 10, torch.device("cpu")).peak_train_bytes
-    monkeypatch.setattr("tune_study.estimate.free_bytes", lambda device: peak)
+    monkeypatch.setattr("tune_study.memory.estimate.free_bytes", lambda device: peak)
     with pytest.raises(UserError, match="a training step needs"):
         preflight.check([trial], where)
     preflight.check([trial], where, auto_batch=True)
@@ -147,9 +148,9 @@ def test_one_micro_batch_for_what_is_compared(tiny):
         six(tiny, "nf4", micro=2),
         six(tiny, "none", lora={"r": 16}),
     ):
-        assert batch.comparable(same) == batch.comparable(first)
+        assert auto_batch.comparable(same) == auto_batch.comparable(first)
     other = tiny("none", training={"gradient_checkpointing": True})
-    assert batch.comparable(other) != batch.comparable(tiny("none"))
+    assert auto_batch.comparable(other) != auto_batch.comparable(tiny("none"))
 
 
 def test_a_study_keeps_to_what_it_began_with(tiny, tmp_path):
@@ -158,17 +159,17 @@ def test_a_study_keeps_to_what_it_began_with(tiny, tmp_path):
     inputs = {"data": {}, "weights": {}}
     manifest.open_study([old], where, inputs, grid="g", command="c")
     folder = where.study_dir
-    assert batch.known([old, new], folder, auto=True) == {}
+    assert auto_batch.known([old, new], folder, auto=True) == {}
     (folder / old.trial_id).mkdir()
     write_json(folder / old.trial_id / "results.json", {})
     with pytest.raises(UserError, match="begun with micro-batches as planned"):
-        batch.known([new], folder, auto=True)
-    assert batch.known([new], folder, auto=False) == {}
+        auto_batch.known([new], folder, auto=True)
+    assert auto_batch.known([new], folder, auto=False) == {}
     write_json(folder / old.trial_id / "batch.json", {"micro_batch": 2})
-    assert batch.known([old, new], folder, auto=True)[new.trial_id] == {"micro_batch": 2}
-    assert list(batch.known([old], folder, auto=False)) == [old.trial_id]
+    assert auto_batch.known([old, new], folder, auto=True)[new.trial_id] == {"micro_batch": 2}
+    assert list(auto_batch.known([old], folder, auto=False)) == [old.trial_id]
     with pytest.raises(UserError, match="add --batch auto"):
-        batch.known([old, new], folder, auto=False)
+        auto_batch.known([old, new], folder, auto=False)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +206,8 @@ def test_the_command_chooses_once_and_a_failed_trial_keeps_the_choice(
             values = {"trial_id": trial.trial_id, "status": "error", "simulated": False}
             write_json(context.study_dir / trial.trial_id / "results.json", values)
 
-    monkeypatch.setattr(batch, "measure", measure)
-    monkeypatch.setattr(study, "run", fail)
+    monkeypatch.setattr(auto_batch, "measure", measure)
+    monkeypatch.setattr(schedule, "run", fail)
     monkeypatch.setattr("analysis.report.write_report", lambda folder: folder / "report")
     _, output, _ = command("--grid", grid, "--batch", "auto", "--dry-run")
     assert "note: --batch auto chooses the micro-batch when the study begins" in output

@@ -2,10 +2,11 @@ import json
 
 import pytest
 
-from tune_study import manifest, provenance
-from tune_study.config import UserError
-from tune_study.files import write_json
-from tune_study.trainable import RunContext
+from tune_study.errors import UserError
+from tune_study.folder.files import write_json
+from tune_study.machine import provenance
+from tune_study.study import manifest
+from tune_study.trial.context import RunContext
 
 CHECKSUMS = {"data": {"digits": {"sha256": "d"}}, "weights": {"m": {"sha256": "w"}}}
 

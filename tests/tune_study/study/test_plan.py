@@ -1,15 +1,10 @@
-import os
-from types import SimpleNamespace
-
 import pytest
 from ray import tune
 
 from search_spaces import grids
-from tune_study import study
-from tune_study.cluster import Slots
-from tune_study.config import UserError
-from tune_study.files import write_json
-from tune_study.trainable import RunContext
+from tune_study.errors import UserError
+from tune_study.study import plan
+from tune_study.trial.context import RunContext
 
 
 def context(tmp_path, **fields):
@@ -17,7 +12,7 @@ def context(tmp_path, **fields):
 
 
 def test_the_full_grid_is_the_matrix_of_144_distinct_trials():
-    trials = study.plan(grids.full())
+    trials = plan.plan(grids.full())
     assert len(trials) == 144
     assert len({trial.trial_id for trial in trials}) == 144
     assert len({trial.configuration for trial in trials}) == 12
@@ -35,7 +30,7 @@ def test_the_full_grid_is_the_matrix_of_144_distinct_trials():
 
 
 def test_a_study_that_stops_early_has_compared_all_modes():
-    trials = study.plan(grids.full())
+    trials = plan.plan(grids.full())
     first = trials[:4]
     assert [t.quantization.mode for t in first] == ["none", "int8", "nf4", "nf4-dq"]
     assert len({(t.configuration, t.seed) for t in first}) == 1
@@ -47,12 +42,12 @@ def test_every_axis_of_the_built_in_grids_is_a_grid_search():
         space = grid()
         for axis in ("model", "dataset", "lora", "quantization", "seed"):
             assert set(space[axis]) == {"grid_search"}
-    assert len(study.plan(grids.demo())) == 12
-    assert {t.quantization.mode for t in study.plan(grids.smoke())} == set(grids.MODES)
+    assert len(plan.plan(grids.demo())) == 12
+    assert {t.quantization.mode for t in plan.plan(grids.smoke())} == set(grids.MODES)
 
 
 def test_set_replaces_an_axis_and_equal_cells_become_one():
-    trials = study.plan(grids.full(), [("quantization.mode", "nf4"), ("seed", 1)])
+    trials = plan.plan(grids.full(), [("quantization.mode", "nf4"), ("seed", 1)])
     assert len(trials) == 12
     assert {t.quantization.mode for t in trials} == {"nf4"}
 
@@ -73,41 +68,22 @@ def test_a_grid_of_the_users_own(tmp_path):
         "def number():\n"
         "    return 3\n"
     )
-    name, space = study.load_grid(f"{path}:mine")
+    name, space = plan.load_grid(f"{path}:mine")
     assert name == "mine"
-    assert [t.training.learning_rate for t in study.plan(space)] == [1e-3, 1e-4]
+    assert [t.training.learning_rate for t in plan.plan(space)] == [1e-3, 1e-4]
     with pytest.raises(UserError, match=r"tune\.grid_search"):
-        study.plan(study.load_grid(f"{path}:draws")[1])
+        plan.plan(plan.load_grid(f"{path}:draws")[1])
     with pytest.raises(UserError, match=r"lora\.r = 0"):
-        study.plan(study.load_grid(f"{path}:wrong")[1])
+        plan.plan(plan.load_grid(f"{path}:wrong")[1])
     for function, words in (("fails", "oh no"), ("number", "param_space"), ("none", "none")):
         with pytest.raises(UserError, match=words):
-            study.load_grid(f"{path}:{function}")
+            plan.load_grid(f"{path}:{function}")
 
 
 @pytest.mark.parametrize("grid", ["fulll", "MODES", "tune", "nowhere.py:f", ":f", ""])
 def test_unknown_grids_are_refused(grid):
     with pytest.raises(UserError, match="--grid"):
-        study.load_grid(grid)
-
-
-def test_only_our_own_results_say_that_a_trial_is_done(tiny, tmp_path):
-    trials = [tiny(mode) for mode in ("none", "int8", "nf4", "nf4-dq", "fp4")]
-    folder = tmp_path / "study"
-    for trial, status in zip(
-        trials, ("completed", "interrupted", "error", "early_stopped"), strict=False
-    ):
-        (folder / trial.trial_id).mkdir(parents=True)
-        write_json(folder / trial.trial_id / "results.json", {"status": status})
-    waiting = [trial.quantization.mode for trial in study.todo(trials, folder)]
-    assert waiting == ["int8", "fp4"]
-    again = [t.quantization.mode for t in study.todo(trials, folder, retry_failed=True)]
-    assert again == ["int8", "nf4", "fp4"]
-    (folder / trials[0].trial_id / "results.json").write_text('{"status": "compl')
-    assert trials[0] in study.todo(trials, folder)
-    study.forget(trials, folder)
-    assert not (folder / trials[2].trial_id).exists()
-    assert (folder / trials[3].trial_id).exists()
+        plan.load_grid(grid)
 
 
 def test_grid_search_inside_a_nested_field():
@@ -117,22 +93,7 @@ def test_grid_search_inside_a_nested_field():
         "training": {"learning_rate": tune.grid_search([0.1, 0.2])},
         "seed": tune.grid_search([1, 2]),
     }
-    assert len(study.plan(space)) == 4
-
-
-def test_the_larger_the_study_the_more_seldom_tune_saves_its_state(tmp_path, monkeypatch):
-    name = "TUNE_GLOBAL_CHECKPOINT_S"
-    monkeypatch.setattr(study.tune, "Tuner", lambda *a, **k: SimpleNamespace(fit=lambda: None))
-    (trial,) = study.plan(grids.smoke())[:1]
-    context, slots = RunContext(study_dir=tmp_path), Slots({"CPU": 1}, 1)
-    monkeypatch.setenv(name, "7")
-    for count, set_by_user, period in ((12, False, 30), (14_400, False, 1440), (12, True, 7)):
-        if not set_by_user:
-            monkeypatch.delenv(name)
-        else:
-            monkeypatch.setenv(name, "7")
-        study._fit([trial] * count, context, lambda config: None, [], slots, None)
-        assert float(os.environ[name]) == period
+    assert len(plan.plan(space)) == 4
 
 
 @pytest.fixture
@@ -152,29 +113,5 @@ def counted():
 def test_a_grids_values_are_not_copied_for_each_cell(counted):
     """Tune would copy all 30 for each of the 30 cells: planning would take the square of time."""
     models = tune.grid_search([counted(f"model-{number}") for number in range(30)])
-    assert len(study.plan({"model": models, "dataset": "digits", "seed": 42})) == 30
+    assert len(plan.plan({"model": models, "dataset": "digits", "seed": 42})) == 30
     assert counted.copies <= 2 * 30
-
-
-def test_a_studys_ids_are_not_copied_for_each_trial(counted):
-    """Of a grid of ids Tune would copy all 30 for each of 30 trials, before the first begins."""
-    trials = [SimpleNamespace(trial_id=counted(f"trial-{number}")) for number in range(30)]
-    plan = study._in_order(trials, 2)
-    generator = plan["search_alg"]
-    space = {"trial_id": "", "trial": {}}
-    generator.add_configurations(
-        tune.Experiment("run", lambda config: None, config=space, num_samples=plan["num_samples"])
-    )
-    order = []
-    while True:
-        started = [generator.next_trial() for _ in range(3)]
-        assert started[-1] is None  # at most two at a time
-        running = [trial for trial in started if trial]
-        if not running:
-            break
-        order += [trial.config["trial_id"] for trial in running]
-        for trial in running:
-            generator.on_trial_complete(trial.trial_id)
-    assert generator.is_finished()
-    assert order == [trial.trial_id for trial in trials]
-    assert counted.copies <= 3 * 30

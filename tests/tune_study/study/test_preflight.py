@@ -3,28 +3,14 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
 
-from tune_study import preflight
-from tune_study.config import UserError
-from tune_study.trainable import RunContext
+from tune_study.errors import UserError
+from tune_study.study import preflight
+from tune_study.trial.context import RunContext
 
 
 def context(tmp_path, **fields):
     return RunContext(study_dir=tmp_path / "study", **fields)
-
-
-def test_the_device_is_honoured_or_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert preflight.choose_device("auto") == "cpu"
-    for device in ("cuda", "mps", "tpu"):
-        with pytest.raises(UserError, match=f"--device {device}"):
-            preflight.choose_device(device)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert preflight.choose_device("auto") == "mps"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert preflight.choose_device("auto") == "cuda"
 
 
 def test_preflight_finds_the_inputs_and_their_checksums(tiny, tmp_path):

@@ -5,11 +5,12 @@ import json
 import pandas as pd
 import pytest
 
-from tune_study import manifest, protocol, run, simulate, study
-from tune_study.config import assign, field_names, parse_trial
-from tune_study.estimate import settle_compute_dtype
-from tune_study.extension import held_against
-from tune_study.files import write_json
+from tune_study import run
+from tune_study.config import parse_trial
+from tune_study.folder.files import write_json
+from tune_study.study import schedule
+from tune_study.study.status import forget, held_against, todo
+from tune_study.trial import simulate
 
 GRID = """
 from ray import tune
@@ -28,7 +29,7 @@ VALUES = {"model": "m", "dataset": "digits"}
 def command(tmp_path, monkeypatch, capsys):
     """``command(models, seeds, *options)`` -> (exit code, output) of a simulated study.
 
-    The trials are drawn in this process, in place of ``study.run``; ``ran`` lists them.
+    The trials are drawn in this process, in place of ``schedule.run``; ``ran`` lists them.
     """
     monkeypatch.chdir(tmp_path)
     ran: list[str] = []
@@ -38,7 +39,7 @@ def command(tmp_path, monkeypatch, capsys):
             ran.append(trial.trial_id)
             simulate.execute(trial, context.simulation, context.study_dir, lambda row: None)
 
-    monkeypatch.setattr(study, "run", without_ray)
+    monkeypatch.setattr(schedule, "run", without_ray)
     monkeypatch.setattr("analysis.report.write_report", lambda folder: folder / "report")
 
     def call(models, seeds, *options):
@@ -135,49 +136,6 @@ def test_another_protocol_is_refused_by_name_and_value(command, tmp_path, dry):
     assert (folder / "study.json").read_bytes() == before
 
 
-def test_the_protocol_is_every_field_but_the_axes():
-    axes = {"model", "dataset", "lora.r", "lora.lora_alpha", "seed"}
-    axes |= {name for name in field_names() if name.startswith("quantization.")}
-    assert set(protocol.fields()) == set(field_names()) - axes
-    assert {"lora.target_modules", "data.image_size", "training.compute_dtype"} < {
-        *protocol.fields()
-    }
-    base = parse_trial(VALUES)
-    for name, value in (("seed", 7), ("lora.r", 2), ("quantization.skip_layers", ["x"])):
-        assert protocol.difference([base], [parse_trial(assign(VALUES, name, value))]) == []
-    changed = parse_trial({**VALUES, "data": {"image_size": 96}, "lora": {"lora_dropout": 0.5}})
-    assert protocol.difference([base], [base, changed]) == [
-        "lora.lora_dropout was 0.1 and is 0.5",
-        "data.image_size was None and is 96",
-    ]
-    # A study can hold several protocols: the one that comes nearest is named.
-    rates = [parse_trial(assign(VALUES, "training.learning_rate", rate)) for rate in (0.1, 0.2)]
-    assert protocol.difference(rates, [rates[1]]) == []
-    other = parse_trial({**VALUES, "training": {"learning_rate": 0.2, "weight_decay": 1}})
-    assert protocol.difference(rates, [other]) == ["training.weight_decay was 0.01 and is 1.0"]
-
-
-def test_new_trials_take_the_compute_dtype_of_the_study(monkeypatch, tiny, tmp_path):
-    from tune_study import estimate
-    from tune_study.trainable import RunContext
-
-    fast = parse_trial({**VALUES, "seed": 1, "training": {"compute_dtype": "fp32"}})
-    where = RunContext(study_dir=tmp_path / "s")
-    manifest.open_study([fast], where, {"data": {}, "weights": {}}, grid="g", command="c")
-    assert manifest.settled_compute_dtype(where.study_dir) == "fp32"
-    assert manifest.settled_compute_dtype(tmp_path / "nothing") is None
-    new = parse_trial({**VALUES, "seed": 2})
-    for reason in (None, "it has none"):
-        monkeypatch.setattr(estimate, "without_bf16", lambda device, reason=reason: reason)
-        for compute_dtype in ("fp32", "bf16"):
-            settled, said = settle_compute_dtype([new], "cpu", (), compute_dtype)
-            assert settled[0].training.compute_dtype == compute_dtype
-            assert said == reason
-    (settled,), _ = settle_compute_dtype([new], "cpu", {fast.trial_id}, "fp32")
-    manifest.open_study([settled], where, {"data": {}, "weights": {}}, grid="g", command="c")
-    assert manifest.planned_ids(where.study_dir) == {fast.trial_id, settled.trial_id}
-
-
 def test_states_come_from_our_own_files_and_the_plan(tmp_path):
     trials = [parse_trial({**VALUES, "seed": seed}) for seed in range(6)]
     ends = ("completed", "diverged", "interrupted", None, None, "pruned")
@@ -199,7 +157,7 @@ def test_states_come_from_our_own_files_and_the_plan(tmp_path):
     assert found.others == 1
     again = held_against(trials, planned, tmp_path, retry_failed=True)
     assert len(again.to_run) == 4
-    assert sorted(t.trial_id for t in study.todo(trials, tmp_path, retry_failed=True)) == sorted(
+    assert sorted(t.trial_id for t in todo(trials, tmp_path, retry_failed=True)) == sorted(
         again.to_run
     )
 
@@ -218,3 +176,22 @@ def test_trial_ids_of_earlier_studies_stay():
     }
     values = {"model": TINY, "dataset": "cifar10"}
     assert [parse_trial({**values, **fields}).trial_id for fields in ids.values()] == [*ids]
+
+
+def test_only_our_own_results_say_that_a_trial_is_done(tiny, tmp_path):
+    trials = [tiny(mode) for mode in ("none", "int8", "nf4", "nf4-dq", "fp4")]
+    folder = tmp_path / "study"
+    for trial, status in zip(
+        trials, ("completed", "interrupted", "error", "early_stopped"), strict=False
+    ):
+        (folder / trial.trial_id).mkdir(parents=True)
+        write_json(folder / trial.trial_id / "results.json", {"status": status})
+    waiting = [trial.quantization.mode for trial in todo(trials, folder)]
+    assert waiting == ["int8", "fp4"]
+    again = [t.quantization.mode for t in todo(trials, folder, retry_failed=True)]
+    assert again == ["int8", "nf4", "fp4"]
+    (folder / trials[0].trial_id / "results.json").write_text('{"status": "compl')
+    assert trials[0] in todo(trials, folder)
+    forget(trials, folder)
+    assert not (folder / trials[2].trial_id).exists()
+    assert (folder / trials[3].trial_id).exists()

@@ -5,9 +5,10 @@ import pickle
 import pytest
 import torch
 
-from tune_study import checkpoint, files, train
-from tune_study.data import load
-from tune_study.model import build_model
+from tune_study.data.splits import load
+from tune_study.folder.files import file_sha256, read_json, write_json, write_whole
+from tune_study.model.build import build_model
+from tune_study.trial import checkpoint, train
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_loading_a_checkpoint_runs_no_code(saved):
 
     (folder / "training.pt").write_bytes(pickle.dumps(Evil()))
     plain = json.loads((folder / "state.json").read_text())
-    plain["sha256"]["training.pt"] = checkpoint.file_sha256(folder / "training.pt")
+    plain["sha256"]["training.pt"] = file_sha256(folder / "training.pt")
     (folder / "state.json").write_text(json.dumps(plain))
     assert checkpoint.is_whole(folder, config.trial_id)
     with pytest.raises(pickle.UnpicklingError):
@@ -95,19 +96,19 @@ def test_loading_a_checkpoint_runs_no_code(saved):
 
 def test_json_files_are_strict_and_whole(tmp_path):
     path = tmp_path / "a.json"
-    files.write_json(path, {"x": math.nan, "y": [math.inf, 1.5], "z": (1, None)})
+    write_json(path, {"x": math.nan, "y": [math.inf, 1.5], "z": (1, None)})
     assert path.read_text().count("null") == 3
-    assert files.read_json(path) == {"x": None, "y": [None, 1.5], "z": [1, None]}
+    assert read_json(path) == {"x": None, "y": [None, 1.5], "z": [1, None]}
     before = path.read_text()
     with pytest.raises(TypeError):
-        files.write_json(path, {"x": object()})
+        write_json(path, {"x": object()})
 
     def fail(temporary):
         temporary.write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        files.write_whole(path, fail)
+        write_whole(path, fail)
     assert path.read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-    assert files.read_json(tmp_path / "none.json") is None
+    assert read_json(tmp_path / "none.json") is None

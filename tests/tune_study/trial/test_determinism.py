@@ -3,9 +3,9 @@
 import pytest
 from safetensors.torch import load_file
 
-from tune_study.trainable import RunContext, execute
-
-from .test_trainable import killed, without_times
+from tests.tune_study.trial.test_execution import killed, without_times
+from tune_study.trial.context import RunContext
+from tune_study.trial.execution import execute
 
 MODES = ["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
 

@@ -5,9 +5,12 @@ import shutil
 import pytest
 import torch
 
-from tune_study import checkpoint, resources, schema, train
-from tune_study.limits import DiskFull
-from tune_study.trainable import RunContext, execute
+from tune_study.folder import schema
+from tune_study.machine import resources
+from tune_study.machine.disk import DiskFull
+from tune_study.trial import checkpoint, train
+from tune_study.trial.context import RunContext
+from tune_study.trial.execution import execute
 
 
 def run(config, study_dir, **context):
@@ -109,7 +112,7 @@ def test_the_quantization_of_every_layer_is_written(finished):
 def test_the_saved_adapter_is_the_best_epochs_and_peft_loads_it(finished):
     from peft import PeftModel
 
-    from tune_study.model import load_base
+    from tune_study.model.weights import load_base
 
     config, study_dir, *_ = finished
     base = load_base(config, 10)
@@ -170,7 +173,7 @@ def test_an_exception_is_written_and_raised(tiny, tmp_path, monkeypatch):
 
 
 def test_quantization_that_does_not_happen_is_an_error_and_no_result(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("tune_study.model.quantize_model", lambda *_: [])
+    monkeypatch.setattr("tune_study.model.build.quantize_model", lambda *_: [])
     config = tiny("nf4")
     with pytest.raises(Exception, match="quantized no layer"):
         run(config, tmp_path)

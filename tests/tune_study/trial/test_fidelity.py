@@ -5,16 +5,18 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tune_study import fidelity, train
-from tune_study.data import load, preprocess
-from tune_study.fidelity import (
+from tune_study.data.batches import preprocess
+from tune_study.data.splits import load
+from tune_study.model import build
+from tune_study.model.build import build_model
+from tune_study.trial import fidelity, train
+from tune_study.trial.fidelity import (
     features_of,
     gradient_fidelity,
     gradients_of,
     output_fidelity,
     twin,
 )
-from tune_study.model import build_model
 
 CPU = torch.device("cpu")
 
@@ -131,7 +133,7 @@ def test_products_that_are_not_finite_are_nan():
 def builds(monkeypatch):
     """Grows by one with every twin that is built; what an earlier test looked at is forgotten."""
     builds = []
-    real = fidelity.build_model
+    real = build.build_model
     monkeypatch.setattr(
         fidelity, "build_model", lambda *given, **more: builds.append(0) or real(*given, **more)
     )

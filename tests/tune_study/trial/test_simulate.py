@@ -4,10 +4,10 @@ import pytest
 from analysis.load import rebuild
 from analysis.statistics.comparison import compare_modes
 from search_spaces import grids
-from tune_study import manifest, simulate, study
-from tune_study.config import UserError
-from tune_study.simulate import Simulation, parse_effect
-from tune_study.trainable import RunContext
+from tune_study.errors import UserError
+from tune_study.study import manifest, plan
+from tune_study.trial import simulate
+from tune_study.trial.context import RunContext, Simulation, parse_effect
 
 PLANTED = Simulation(effects={"nf4": -0.01})
 
@@ -22,7 +22,7 @@ def simulated(trials, folder, simulation=PLANTED):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    return simulated(study.plan(grids.full()), tmp_path_factory.mktemp("simulated"))
+    return simulated(plan.plan(grids.full()), tmp_path_factory.mktemp("simulated"))
 
 
 def test_every_row_says_simulated(full):
@@ -42,7 +42,7 @@ def test_the_planted_effect_is_recovered_and_the_others_are_not_called_none(full
 
 
 def test_draws_depend_on_names_alone():
-    trials = study.plan(grids.full())
+    trials = plan.plan(grids.full())
     forwards = [simulate.draw(trial, PLANTED) for trial in trials[:8]]
     backwards = [simulate.draw(trial, PLANTED) for trial in reversed(trials[:8])]
     assert repr(forwards) == repr(backwards[::-1])
@@ -50,7 +50,7 @@ def test_draws_depend_on_names_alone():
 
 
 def test_the_model_is_the_documented_one():
-    trials = study.plan(grids.full())
+    trials = plan.plan(grids.full())
     nothing = Simulation(effects={}, seed_sd=0.01)
     planted = Simulation(effects={"nf4": -0.05}, seed_sd=0.01)
     for trial in trials[:16]:
@@ -65,7 +65,7 @@ def test_the_model_is_the_documented_one():
 
 
 def test_simulated_and_real_trials_are_never_mixed(tmp_path):
-    trials = study.plan(grids.smoke())
+    trials = plan.plan(grids.smoke())
     simulated(trials, tmp_path / "s")
     checksums = {"data": {}, "weights": {}}
     for other in (None, Simulation(effects={"nf4": -0.02})):

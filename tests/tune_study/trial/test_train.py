@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tune_study import train
-from tune_study.data import load, preprocess
-from tune_study.model import build_model, trainable
+from tune_study.data.batches import preprocess
+from tune_study.data.splits import load
+from tune_study.model.build import build_model, trainable
+from tune_study.trial import train
 
 CPU = torch.device("cpu")
 MODES = ["none", "int8", "nf4", "nf4-dq"]

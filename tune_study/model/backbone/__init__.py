@@ -2,7 +2,7 @@
 
 Importing this package registers `vit_glyphs_patch4_32` with timm and does nothing else:
 
-    import tune_study.backbone
+    import tune_study.model.backbone
     model = timm.create_model("vit_glyphs_patch4_32", pretrained=True, num_classes=10)
 
 The weights lie beside this file, so nothing is downloaded. `pretrain.py` made them and can make

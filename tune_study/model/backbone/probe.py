@@ -19,10 +19,11 @@ from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tune_study.backbone import MODEL_NAME
 from tune_study.config import QuantizationConfig
-from tune_study.data import Preprocessing, preprocess, read_source
-from tune_study.quantize import quantize_model
+from tune_study.data.batches import Preprocessing, preprocess
+from tune_study.data.sources import read_source
+from tune_study.model.backbone import MODEL_NAME
+from tune_study.model.quantize import quantize_model
 
 PREPROCESSING = Preprocessing(32, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 TEST_FRACTION = 0.25

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import pad
+
+from tune_study.config import DataConfig
+from tune_study.data.batches import Preprocessing, augment, augmentation, preprocess, train_batches
+from tune_study.data.sources import Split
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [16, 32, 56, 224])
+def test_preprocess_is_what_pillow_makes_of_each_image(size: int, interpolation: str):
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    mean, std = np.float32([0.4, 0.5, 0.6]), np.float32([0.2, 0.3, 0.4])
+    filter = Image.Resampling[interpolation.upper()]
+    expected = [
+        (np.asarray(Image.fromarray(image).resize((size, size), filter)) / 255 - mean) / std
+        for image in images.permute(0, 2, 3, 1).numpy()
+    ]
+    how = Preprocessing(size, interpolation, tuple(mean.tolist()), tuple(std.tolist()))
+    cropped = images.contiguous(memory_format=torch.channels_last)  # as augment leaves them
+    for given in (images, cropped):
+        pixels = preprocess(given, how).permute(0, 2, 3, 1).numpy()
+        levels = (pixels - np.stack(expected)) * std * 255
+        assert np.abs(levels).max() < 2.01  # whole levels, and the rounding of floats
+        assert np.abs(levels).mean() < 0.3
+    assert images.dtype == torch.uint8
+
+
+def test_crop_equals_the_slow_obvious_version():
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    cropped = augment(images, "crop", torch.Generator().manual_seed(3))
+    offsets = torch.randint(0, 9, (2, 5), generator=torch.Generator().manual_seed(3))
+    padded = pad(images, (4, 4, 4, 4))
+    for i, (top, left) in enumerate(offsets.T.tolist()):
+        assert torch.equal(cropped[i], padded[i, :, top : top + 32, left : left + 32])
+
+
+def test_flip_mirrors_about_half_of_the_images():
+    images = torch.arange(32, dtype=torch.uint8).expand(2000, 3, 32, 32)
+    changed = augment(images, "flip-crop", torch.Generator().manual_seed(0))
+    slope = (changed[:, 0, 16, 20].int() - changed[:, 0, 16, 12].int()).sign()
+    assert set(slope.tolist()) == {-1, 1}
+    assert abs(float(slope.float().mean())) < 0.1
+
+
+def test_digits_are_never_mirrored():
+    assert augmentation("digits", DataConfig()) == "crop"
+    assert augmentation("cifar10", DataConfig()) == "flip-crop"
+    assert augmentation("cifar10", DataConfig(augment="none")) == "none"
+
+
+def test_train_batches_show_every_image_once_in_an_order_of_the_generator():
+    split = Split(torch.arange(50).view(50, 1, 1, 1).expand(50, 3, 4, 4).byte(), torch.arange(50))
+    batches = list(train_batches(split, 16, "none", torch.Generator().manual_seed(1)))
+    labels = torch.cat([b for _, b in batches])
+    assert [len(b) for _, b in batches] == [16, 16, 16, 2]
+    assert labels.sort().values.tolist() == list(range(50))
+    assert labels.tolist() != list(range(50))
+    for images, targets in batches:
+        assert torch.equal(images[:, 0, 0, 0].long(), targets)

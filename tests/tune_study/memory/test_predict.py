@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from tune_study.data.splits import load
+from tune_study.machine.device import without_bf16
+from tune_study.memory.predict import predict
+from tune_study.model.build import build_model
+from tune_study.trial import train
+
+MODES = ["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
+
+
+@pytest.mark.parametrize("mode", [*MODES, "mixed"])
+@pytest.mark.parametrize("compute_dtype", ["bf16", "fp32"])
+def test_predicted_ledger_is_the_measured_one(tiny, mode, compute_dtype):
+    """Weight-side categories to the byte; activations and peak within what docs/memory.md says."""
+    overrides = {"blocks.0.*": "int8", "blocks.1.attn.*": "nf4-dq"} if mode == "mixed" else {}
+    quantization = {"mode": "nf4" if mode == "mixed" else mode, "overrides": overrides}
+    training = {"compute_dtype": compute_dtype, "per_device_train_batch_size": 5}
+    config = tiny(mode, quantization=quantization, training=training)
+    data = load("digits", None, config.data)
+    random_state = torch.get_rng_state()
+    expected = predict(config, 10, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    training = train.start(config, build_model(config, 10), data, torch.device("cpu"))
+    measured = train.measure_memory(training)
+    assert expected.ledger[:5] == measured.ledger[:5]
+    assert expected.ledger.activation_bytes == pytest.approx(measured.activation_bytes, rel=1e-4)
+    # A CPU without bf16 instructions widens the operands of a product in memory of its own.
+    near = 0.03 if compute_dtype == "bf16" and without_bf16("cpu") else 3e-3
+    assert expected.peak_train_bytes == pytest.approx(measured.peak_train_bytes, rel=near)
+
+
+@pytest.mark.parametrize("mode", ["none", "int8", "nf4"])
+def test_gradient_checkpointing_shrinks_the_activations_and_changes_no_bit(tiny, mode):
+    runs = {}
+    for checkpointing in (False, True):
+        config = tiny(mode, training={"gradient_checkpointing": checkpointing})
+        data = load("digits", None, config.data)
+        training = train.start(config, build_model(config, 10), data, torch.device("cpu"))
+        measured = train.measure_memory(training)
+        expected = predict(config, 10, torch.device("cpu"))
+        assert expected.ledger[:5] == measured.ledger[:5]
+        assert expected.peak_train_bytes == pytest.approx(measured.peak_train_bytes, rel=0.01)
+        losses = [row["train_loss"] for row in train.fit(training)]
+        runs[checkpointing] = measured, expected, losses
+    # int8 keeps its inputs outside of autograd, where checkpointing cannot drop them.
+    share = 0.4 if mode == "int8" else 0.1
+    for plain, checkpointed in zip(runs[False][:2], runs[True][:2], strict=True):
+        assert checkpointed.ledger.activation_bytes < share * plain.ledger.activation_bytes
+        assert checkpointed.peak_train_bytes < 0.6 * plain.peak_train_bytes
+    assert runs[True][2] == runs[False][2]

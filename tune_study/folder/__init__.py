@@ -1,0 +1,1 @@
+"""A study's folder, here or behind a URI: the one contract with ``analysis``."""

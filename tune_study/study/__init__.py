@@ -1,0 +1,1 @@
+"""Many trials: planned, checked, run, continued."""
