@@ -12,6 +12,8 @@ from scipy import stats
 
 from analysis import power
 from analysis.load import StudyError
+from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.pairs import paired_differences
 from tests import synthetic
 
 
@@ -168,3 +170,27 @@ def test_the_command_loads_neither_torch_nor_ray() -> None:
     root = Path(power.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_seeds_of_unequal_number_count_by_their_harmonic_mean() -> None:
+    trials, _ = synthetic.study_frames(epochs=1, configuration_sd=0.02, seed_sd=0.01)
+    groups = trials.groupby(list(CONFIGURATION)).ngroup()
+    trials = trials[(groups % 3 != 0) | (trials["seed"] == trials["seed"].min())]  # 1, 3, 3 seeds
+    pairs = paired_differences(trials, metric="test_accuracy")
+    within, between, weights = 0.0, 0.0, 0
+    seeds = []
+    freedom = 0
+    for _, of_mode in pairs.groupby("quantization"):
+        cells = [cell["difference"].to_numpy() for _, cell in of_mode.groupby(list(CONFIGURATION))]
+        within += sum(((cell - cell.mean()) ** 2).sum() for cell in cells)
+        freedom += sum(len(cell) - 1 for cell in cells)
+        means = np.array([cell.mean() for cell in cells])
+        between += ((means - means.mean()) ** 2).sum()
+        weights += len(cells) - 1
+        seeds += [len(cell) for cell in cells]
+    by_hand = between / weights - within / freedom / (len(seeds) / sum(1 / n for n in seeds))
+    assert set(seeds) == {1, 3}
+    assert by_hand > 0
+    found = power.spread_of(trials)
+    assert found.configuration_sd == pytest.approx(np.sqrt(by_hand))
+    assert found.seed_sd == pytest.approx(np.sqrt(within / freedom / 2))

@@ -213,3 +213,17 @@ def test_a_plan_rests_on_the_pairs_of_the_comparison() -> None:
     repeated = pd.concat([lower, higher, trials[~none]], ignore_index=True)
     expected = planning.more_needed(trials, "nf4", 0.01)
     assert planning.more_needed(repeated, "nf4", 0.01) == expected
+
+
+def test_the_baseline_is_fastest_only_when_every_mode_is_slower() -> None:
+    def answer(*intervals: tuple[float, float]) -> str:
+        rows = [
+            {"quantization": mode, "ratio": (low + high) / 2, "ci_low": low, "ci_high": high}
+            for mode, (low, high) in zip(("int8", "nf4"), intervals, strict=True)
+        ]
+        sizes = {"n_configurations": 2, "n_pairs": 4}
+        return decisions.fastest(pd.DataFrame(rows).assign(**sizes)).answer
+
+    assert answer((0.7, 0.9), (0.8, 0.95)) == "Use none"
+    assert answer((0.7, 0.9), (1.1, 1.3)) == "Use nf4"
+    assert answer((0.7, 0.9), (0.9, 1.3)).startswith("Not decided")

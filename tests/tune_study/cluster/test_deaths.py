@@ -148,3 +148,14 @@ def test_only_the_raylet_of_the_own_node_is_watched(monkeypatch):
     node = SimpleNamespace(raylet_socket_name="/s/raylet")
     monkeypatch.setattr(ray._private.worker.global_worker, "node", node)
     assert own_raylet() == [("raylet", found[0])]
+
+
+def test_a_full_disk_is_noticed_where_it_left_no_message(tiny, tmp_path, monkeypatch):
+    Stop.reset()
+    config, said = tiny("none"), []
+    watcher = Deaths(tmp_path, said.append)
+    monkeypatch.setattr("tune_study.cluster.deaths.has_room", lambda folder: False)
+    failed(watcher, dead(config, "ActorDiedError: killed"))
+    assert Stop.reason == "disk"
+    assert said == []  # no death is counted
+    assert watcher.to_continue([config]) == []

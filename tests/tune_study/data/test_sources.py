@@ -155,3 +155,17 @@ def test_class_folders_with_parts_of_their_own(tmp_path):
                 path.write_bytes(png(np.full((9, 9, 3), index, np.uint8)))
     dataset = splits.load(f"folder:{tmp_path}", None, DataConfig())
     assert [len(split.labels) for split in dataset[:3]] == [36, 4, 6]
+
+
+def test_the_checksum_is_of_images_labels_and_parts():
+    images = torch.arange(2 * 3 * 4, dtype=torch.uint8).view(2, 3, 2, 2)
+    plain = sources.Split(images, torch.tensor([0, 1]))
+    sums = {
+        sources._checksum(plain, None),
+        sources._checksum(plain._replace(labels=torch.tensor([0, 0])), None),
+        sources._checksum(plain._replace(images=images + 1), None),
+        sources._checksum(plain._replace(images=images.view(2, 3, 1, 4)), None),
+        sources._checksum(plain, plain),
+    }
+    assert len(sums) == 5
+    assert sources._checksum(plain, None) in sums

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from tune_study.folder.files import write_whole
+import pytest
+
+from tune_study.folder import files
+from tune_study.folder.files import write_folder_whole, write_whole
 
 
 def test_writing_replaces_by_rename(tmp_path: Path) -> None:
@@ -14,3 +18,27 @@ def test_writing_replaces_by_rename(tmp_path: Path) -> None:
         write_whole(path, lambda temporary: temporary.write_text("new") and None)
         assert reader.read() == "old"
     assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("write", [write_whole, write_folder_whole])
+def test_what_is_written_reaches_the_disk_before_its_name(write, tmp_path, monkeypatch) -> None:
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def renamed(old: Path, new: Path) -> None:
+        calls.append("rename")
+        replace(old, new)
+
+    def content(temporary: Path) -> None:
+        (temporary / "inner" if temporary.is_dir() else temporary).write_text("new")
+
+    monkeypatch.setattr(files.os, "fsync", synced)
+    monkeypatch.setattr(files.os, "replace", renamed)
+    write(tmp_path / "name", content)
+    assert len(calls) == 3
+    assert calls[0] == "sync inner" or calls[0].startswith("sync .name.")
+    assert calls[1:] == ["rename", f"sync {tmp_path.name}"]

@@ -1,10 +1,17 @@
 import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tune_study.errors import UserError
-from tune_study.machine.device import bf16_slowness, choose_device, without_bf16
+from tune_study.machine import device
+from tune_study.machine.device import (
+    bf16_slowness,
+    choose_device,
+    free_bytes,
+    without_bf16,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,10 +47,24 @@ def test_the_device_is_honoured_or_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert choose_device("auto") == "cpu"
-    for device in ("cuda", "mps", "tpu"):
-        with pytest.raises(UserError, match=f"--device {device}"):
-            choose_device(device)
+    for name in ("cuda", "mps", "tpu"):
+        with pytest.raises(UserError, match=f"--device {name}"):
+            choose_device(name)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert choose_device("auto") == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "free"),
+    [("5000", "3000", 2000), ("max", "3000", 9000), ("90000", "10", 9000), (None, None, 9000)],
+)
+def test_free_memory_is_what_the_container_leaves(limit, used, free, tmp_path, monkeypatch):
+    for name, text in (("memory.max", limit), ("memory.current", used)):
+        if text is not None:
+            (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(device, "Path", lambda _: tmp_path)
+    left = SimpleNamespace(available=9000)
+    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: left)
+    assert free_bytes(torch.device("cpu")) == free

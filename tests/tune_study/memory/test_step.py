@@ -143,3 +143,8 @@ def test_activations_grow_with_the_batch_in_a_straight_line(tiny):
     assert large - middle == pytest.approx(2 * (middle - small), rel=0.001)
     assert small > 0.9 * (middle - small)
     assert found[0].adapter_bytes == found[2].adapter_bytes
+
+
+def test_an_event_exactly_at_the_mark_is_before_it():
+    assert replay([(1, 5), (2, 3)], 2) == (8, 8)
+    assert replay([(1, 5), (2, 3), (3, -4)], 2) == (8, 8)

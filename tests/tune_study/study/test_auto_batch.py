@@ -217,3 +217,27 @@ def test_the_command_chooses_once_and_a_failed_trial_keeps_the_choice(
     assert (measured, micro) == ([1], [(8, 4), (8, 4)])
     output = command("--grid", grid, "--dry-run", "--batch", "auto")[1]
     assert "when the study begins" not in output
+
+
+@pytest.mark.parametrize(("steady", "chosen"), [(2.5, 2), (3.5, 1)])
+def test_speeds_of_modes_are_averaged_as_times_are(tiny, tmp_path, monkeypatch, steady, chosen):
+    """Two images: 2 and 6 images/s, of which a study that trains both makes 3, not 4."""
+    trials = [two(tiny, "none"), two(tiny, "nf4")]
+
+    def speed(training):
+        settings = training.config
+        if settings.training.per_device_train_batch_size == 1:
+            return steady
+        return 2.0 if settings.quantization.mode == "none" else 6.0
+
+    monkeypatch.setattr(auto_batch, "_images_per_s", speed)
+    auto_batch.choose(trials, RunContext(study_dir=tmp_path), {}, lambda line: None, auto=True)
+    choice = json.loads((tmp_path / trials[0].trial_id / "batch.json").read_text())
+    assert choice["images_per_s"] == {"2": 3.0, "1": steady}
+    assert choice["micro_batch"] == chosen
+
+
+def two(tiny, mode):
+    """A trial that steps on 2 images."""
+    data = {"train_size": 12, "val_size": 10, "test_size": 10}
+    return tiny(mode, training={"per_device_train_batch_size": 2}, data=data)

@@ -88,3 +88,14 @@ def test_a_folder_that_is_no_study_is_refused(tiny, tmp_path):
     (where.study_dir / "thesis.tex").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         open_study([tiny("none")], where)
+
+
+def test_an_extension_keeps_the_checksums_of_what_came_before(tiny, tmp_path):
+    where, one = context(tmp_path), tiny("none")
+    open_study([one], where)
+    other = {"data": {"cifar10": {"sha256": "c"}}, "weights": {"n": {"sha256": "v"}}}
+    found = open_study([one, tiny("nf4")], where, other)["provenance"]
+    assert found["data"] == {"digits": {"sha256": "d"}, "cifar10": {"sha256": "c"}}
+    assert found["weights"] == {"m": {"sha256": "w"}, "n": {"sha256": "v"}}
+    with pytest.raises(UserError, match="the data of digits"):
+        open_study([one], where, {**other, "data": {"digits": {"sha256": "changed"}}})

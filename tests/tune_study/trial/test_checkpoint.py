@@ -1,6 +1,7 @@
 import json
 import math
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -112,3 +113,11 @@ def test_json_files_are_strict_and_whole(tmp_path):
     assert path.read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     assert read_json(tmp_path / "none.json") is None
+
+
+def test_another_trials_checkpoint_is_none_of_ours(saved):
+    *_, folder = saved
+    other = folder.parent.parent.with_name("another-trial")
+    shutil.copytree(folder.parent.parent, other)
+    assert checkpoint.newest(folder.parent.parent) == (folder, [])
+    assert checkpoint.newest(other) == (None, [other / "checkpoints" / folder.name])

@@ -1,6 +1,8 @@
 import errno
 import json
+import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tune_study.machine.disk import DiskFull
 from tune_study.trial import checkpoint, train
 from tune_study.trial.context import RunContext
 from tune_study.trial.execution import execute
+from tune_study.trial.record import Record
 
 
 def run(config, study_dir, **context):
@@ -309,3 +312,64 @@ def test_checkpoints_of_a_finished_trial(tiny, tmp_path, keep, checkpoints, adap
     folder = tmp_path / config.trial_id
     assert len(checkpoint.candidates(folder)) == checkpoints
     assert (folder / "adapter" / "adapter_model.safetensors").exists() is adapter
+
+
+def test_a_trial_that_goes_on_with_less_memory_is_measured_anew(tiny, tmp_path, monkeypatch):
+    config = tiny("nf4", training={"num_train_epochs": 3})
+    step = train.train_step
+
+    def fail_once(training, images, labels):
+        micro = training.config.training.per_device_train_batch_size
+        if len(training.history) == 2 and micro == 20:
+            raise torch.OutOfMemoryError("planted")
+        return step(training, images, labels)
+
+    monkeypatch.setattr(train, "train_step", fail_once)
+    ours = run(config, tmp_path / "less")[0]["train"]["resource_metrics"]
+    half = {"per_device_train_batch_size": 10, "gradient_accumulation_steps": 2}
+    fresh = tiny("nf4", training={"num_train_epochs": 1, **half})
+    theirs = run(fresh, tmp_path / "fresh")[0]["train"]["resource_metrics"]
+    bytes_of = [name for name in theirs if name.endswith("_bytes") and "rss" not in name]
+    assert {"peak_train_bytes", "activation_bytes", "predicted_peak_train_bytes"} <= set(bytes_of)
+    assert [ours[name] for name in bytes_of] == [theirs[name] for name in bytes_of]
+
+
+def test_derived_columns_follow_from_the_others(finished):
+    _, _, results, _ = finished
+    model, taken = (results["train"][part] for part in ("model_metrics", "resource_metrics"))
+    saved = model["weights_bytes_fp32"] - model["weights_bytes"]
+    peak = taken["peak_train_bytes"]
+    assert taken["peak_saving_fp32"] == saved / (peak + saved)
+    assert model["weights_saving_fp32"] == saved / model["weights_bytes_fp32"]
+    half = model["weights_bytes_16bit"]
+    assert model["weights_saving_16bit"] == (half - model["weights_bytes"]) / half
+    residue = model["weights_bytes"] - taken["quantizable_peak_fraction"] * peak
+    assert 0 < residue < model["weights_bytes"]
+
+
+def test_the_columns_of_a_trial_sum_up_its_epochs(tmp_path, tiny):
+    record = Record(tiny("none"), tmp_path, "cpu", 1)
+    record.test_time_s = 5.0
+    counts = {"grad_explosions": 1, "loss_spikes": 2, "grad_vanishing_layers": 3}
+    means = dict.fromkeys(
+        ("grad_norm_mean", "grad_norm_std", "grad_norm_cv", "stability_score"), 0.5
+    )
+    row = {**counts, **means, "gradient_cosine_successive": math.nan}
+    history = [
+        {
+            **row,
+            "images_per_s": speed,
+            "train_time_s": 2.0,
+            "epoch_time_s": 3.0,
+            "grad_norm_mean": n,
+        }
+        for speed, n in ((1.0, 1.0), (9.0, math.nan), (2.0, 4.0))
+    ]
+    record.training = SimpleNamespace(history=history, best_epoch=2, best_accuracy=0.7)
+    found = record._training_results(history)
+    assert found["images_per_s"] == 2.0  # the median: one slow epoch is not the trial's speed
+    assert (found["train_time_s"], found["eval_time_s"]) == (6.0, 3.0 + 5.0)
+    assert (found["grad_explosions"], found["loss_spikes"]) == (3, 6)
+    assert found["grad_vanishing_layers"] == 3
+    assert found["grad_norm_mean"] == 2.5
+    assert math.isnan(found["gradient_cosine_successive"])

@@ -170,3 +170,17 @@ def test_the_end_is_that_of_a_twin_that_was_built(tiny, builds, mode):
     found = fidelity.at_end(training, None)
     assert len(builds) == (mode != "none")
     assert found == both(training)[0]
+
+
+def test_the_divergence_is_that_of_the_quantized_classes_from_the_twins():
+    head = torch.nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(2))
+    ours, theirs = torch.tensor([[0.0, 3.0]]).double(), torch.tensor([[0.0, 1.0]]).double()
+    q, p = (math.exp(x) / (1 + math.exp(x)) for x in (3.0, 1.0))  # of the second class
+    by_hand = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    reverse = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+    found = output_fidelity(ours, theirs, head)
+    assert found.pretrained_logit_kl == pytest.approx(by_hand, rel=1e-6)
+    assert abs(by_hand - reverse) > 0.05
+    assert found.pretrained_top1_agreement == 1.0

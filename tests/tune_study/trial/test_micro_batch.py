@@ -16,3 +16,13 @@ def test_micro_batches_shrink_and_keep_the_images_of_a_step(tiny, tmp_path, batc
         smaller = within_memory(config, tmp_path).training
         assert smaller.per_device_train_batch_size == expected
         assert smaller.gradient_accumulation_steps * expected == 3 * batch
+
+
+def test_evaluation_batches_shrink_by_the_same_factor(tiny, tmp_path):
+    training = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 100}
+    config = tiny("none", training=training)
+    micro_batch.note_out_of_memory(tmp_path, 32, "planted")
+    assert within_memory(config, tmp_path).training.per_device_eval_batch_size == 50
+    for micro in (16, 8, 4, 2):
+        micro_batch.note_out_of_memory(tmp_path, micro, "planted")
+    assert within_memory(config, tmp_path).training.per_device_eval_batch_size == 3

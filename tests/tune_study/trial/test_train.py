@@ -226,3 +226,18 @@ def test_the_noise_of_halves_is_that_of_two_micro_batches(tiny):
     halves, parts = found
     for name in train.NO_NOISE_SCALE:
         assert halves[name] == pytest.approx(parts[name], rel=1e-3), name
+
+
+def test_gradients_are_clipped_to_the_configured_norm(tiny, monkeypatch):
+    training = started(tiny("nf4", training={"max_grad_norm": 0.01}))
+    training.model.train()
+    norms, step = [], training.optimizer.step
+
+    def watched():
+        gradients = [p.grad for p in training.parameters.values() if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        return step()
+
+    monkeypatch.setattr(training.optimizer, "step", watched)
+    train.train_step(training, *(tensor[:20] for tensor in training.data.train))
+    assert norms == [pytest.approx(0.01, rel=1e-3)]
