@@ -135,9 +135,9 @@ def test_a_study_submitted_as_a_job_is_stopped_and_continued(tmp_path):
 
     with nodes.cluster(1, cpus=2, jobs_port=port):
         mine = ["--grid", "my_grid.py:two", "--epoch-s"]
-        process = submit("first", *mine, "5")
+        process = submit("first", *mine, "20")
         until(process, tmp_path / "first", lambda said: said.count(": epoch 1/3") == 2)
-        told("stop", "first")  # after three seconds it is killed
+        told("stop", "first")  # Ray kills it after three seconds, which is no epoch's end
         _, output = harness.finish(process, tmp_path / "first")
         assert "Job 'first' was stopped" in output
         assert ": epoch 2/3" not in output

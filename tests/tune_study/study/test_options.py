@@ -90,7 +90,8 @@ def test_the_command_line_is_the_fields_of_options(monkeypatch: pytest.MonkeyPat
     "wrong",
     [["--max-hours", "-1"], ["--max-concurrent", "1025"], ["--no-resume"], ["--num-samples"]],
 )
-def test_what_no_option_takes_is_refused(wrong: list[str], capsys) -> None:
+def test_what_no_option_takes_is_refused(wrong: list[str], monkeypatch, capsys) -> None:
+    monkeypatch.setattr(run, "checked", lambda given: pytest.fail(f"it was taken: {given}"))
     with pytest.raises(SystemExit) as exit_:
         run.app(wrong)
     assert exit_.value.code == 2
