@@ -69,48 +69,51 @@ def quantize_linear(
     bitsandbytes quantizes when the layer is moved to ``device``, the CPU included, and in int8 only
     what comes from the CPU.
     """
-    weight = linear.weight.detach().to("cpu", copy=True)
-    shape = (linear.in_features, linear.out_features)
-    has_bias = linear.bias is not None
-    # On "meta" nothing is allocated or initialised: weight and bias are put in below.
-    quantized: nn.Module
-    if mode == "int8":
-        # The library's defaults keep 16-bit weights and no outlier threshold: set both.
-        quantized = bnb.nn.Linear8bitLt(
-            *shape,
-            bias=has_bias,
-            has_fp16_weights=False,
-            threshold=INT8_THRESHOLD,
-            device="meta",
-        )
-        quantized.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    else:
-        quant_type, _, double = mode.partition("-")
-        # The library's defaults are fp4 with double quantization: set all.
-        settings: dict[str, Any] = {"quant_type": quant_type, "compress_statistics": double == "dq"}
-        quantized = bnb.nn.Linear4bit(
-            *shape,
-            bias=has_bias,
-            compute_dtype=compute_dtype,
-            quant_storage=torch.uint8,
-            device="meta",
-            **settings,
-        )
-        quantized.weight = bnb.nn.Params4bit(
-            weight,
-            requires_grad=False,
-            blocksize=BLOCKSIZE,
-            quant_storage=torch.uint8,
-            module=quantized,
-            **settings,
-        )
-        # With it on, the first eval forward on an AVX512-BF16 CPU repacks the weights, and the
-        # next training step raises or loses its gradient (seen with bitsandbytes 0.50.2).
-        quantized.support_avx512bf16_for_cpu = False
-    if has_bias:
+    quantized = _int8(linear) if mode == "int8" else _four_bit(linear, mode, compute_dtype)
+    if linear.bias is not None:
         quantized.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-    quantized.forward = MethodType(_outside_autocast, quantized)  # type: ignore[method-assign]
+    quantized.forward = MethodType(_outside_autocast, quantized)
     return quantized.to(device)
+
+
+def _shape(linear: nn.Linear) -> dict[str, Any]:
+    """On "meta" nothing is allocated or initialised: weight and bias are put in afterwards."""
+    return {
+        "input_features": linear.in_features,
+        "output_features": linear.out_features,
+        "bias": linear.bias is not None,
+        "device": "meta",
+    }
+
+
+def _int8(linear: nn.Linear) -> nn.Module:
+    # The library's defaults keep 16-bit weights and no outlier threshold: set both.
+    layer = bnb.nn.Linear8bitLt(**_shape(linear), has_fp16_weights=False, threshold=INT8_THRESHOLD)
+    weight = linear.weight.detach().to("cpu", copy=True)
+    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    return layer
+
+
+def _four_bit(linear: nn.Linear, mode: str, compute_dtype: torch.dtype) -> nn.Module:
+    quant_type, _, double = mode.partition("-")
+    # The library's defaults are fp4 with double quantization: set all.
+    settings: dict[str, Any] = {
+        "quant_type": quant_type,
+        "compress_statistics": double == "dq",
+        "quant_storage": torch.uint8,
+    }
+    layer = bnb.nn.Linear4bit(**_shape(linear), compute_dtype=compute_dtype, **settings)
+    layer.weight = bnb.nn.Params4bit(
+        linear.weight.detach().to("cpu", copy=True),
+        requires_grad=False,
+        blocksize=BLOCKSIZE,
+        module=layer,
+        **settings,
+    )
+    # With it on, the first eval forward on an AVX512-BF16 CPU repacks the weights, and the next
+    # training step raises or loses its gradient (seen with bitsandbytes 0.50.2).
+    layer.support_avx512bf16_for_cpu = False
+    return layer
 
 
 def _outside_autocast(layer: Any, x: Tensor) -> Tensor:

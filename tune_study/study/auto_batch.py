@@ -191,24 +191,10 @@ def measure(
         f"--batch auto: timing micro-batches of {first.model} that make {images} images a step, "
         f"{len(kinds)} modes, up to {len(candidates)} sizes each"
     )
-    speeds: dict[int, list[float]] = {size: [] for size in candidates}
-    attempts: list[Attempt] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(context.num_threads)
     try:
-        for trial in kinds.values():
-            for attempt in _attempts(trial, context, list(speeds)):
-                attempts.append(attempt)
-                if attempt.images_per_s is None:
-                    del speeds[attempt.micro_batch]
-                else:
-                    speeds[attempt.micro_batch].append(attempt.images_per_s)
-            release_memory()  # the workers need what this model had
-            if not speeds:
-                raise UserError(
-                    f"--batch auto: {trial.trial_id}: not even micro-batches of one image fit into "
-                    f"the free memory of {context.device}; set training.gradient_checkpointing=true"
-                )
+        speeds, attempts = _timed(list(kinds.values()), context, candidates)
     finally:
         torch.set_num_threads(threads)
     # Of a study that trains every mode on the same images.
@@ -229,6 +215,28 @@ def measure(
         "num_threads": context.num_threads,
         "time": now(),
     }
+
+
+def _timed(
+    trials: Sequence[TrialConfig], context: RunContext, candidates: Sequence[int]
+) -> tuple[dict[int, list[float]], list[Attempt]]:
+    """({size: images/s of each trial} of the sizes that fit in all of them, every attempt)."""
+    speeds: dict[int, list[float]] = {size: [] for size in candidates}
+    attempts: list[Attempt] = []
+    for trial in trials:
+        for attempt in _attempts(trial, context, list(speeds)):
+            attempts.append(attempt)
+            if attempt.images_per_s is None:
+                del speeds[attempt.micro_batch]
+            else:
+                speeds[attempt.micro_batch].append(attempt.images_per_s)
+        release_memory()  # the workers need what this model had
+        if not speeds:
+            raise UserError(
+                f"--batch auto: {trial.trial_id}: not even micro-batches of one image fit into "
+                f"the free memory of {context.device}; set training.gradient_checkpointing=true"
+            )
+    return speeds, attempts
 
 
 def _attempts(trial: TrialConfig, context: RunContext, sizes: Sequence[int]) -> Iterator[Attempt]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -19,7 +20,7 @@ from tune_study.config import TrialConfig
 from tune_study.errors import UserError
 from tune_study.folder.lock import lock
 from tune_study.folder.remote import masked
-from tune_study.folder.store import held, place_of, push_all, push_end
+from tune_study.folder.store import Store, held, place_of, push_all, push_end
 from tune_study.loggers import trackers
 from tune_study.loggers.progress import Progress
 from tune_study.loggers.trackers import Trackers
@@ -27,6 +28,7 @@ from tune_study.machine import device
 from tune_study.machine.disk import disk_full, refuse_full_disk
 from tune_study.machine.provenance import cores
 from tune_study.search import settings as spaces
+from tune_study.search.settings import Settings
 from tune_study.study import auto_batch, manifest, preflight, schedule, status
 from tune_study.study.console import (
     STOPPED,
@@ -37,18 +39,71 @@ from tune_study.study.console import (
 )
 from tune_study.study.options import EXIT_FAILED, EXIT_STOPPED, Options, resolved, safe_name
 from tune_study.study.plan import trials_of, with_compute_dtype
+from tune_study.study.preflight import Checked
 from tune_study.study.status import NEW, extension_of
 from tune_study.trial.context import RunContext, Simulation, parse_effect
+
+if TYPE_CHECKING:
+    from tune_study.search.search import Search
+
+
+@dataclass
+class Command:
+    """What a command asks for, settled step by step."""
+
+    given: Options
+    console: Console
+    context: RunContext
+    settings: Settings | None
+    """Of a search; ``None`` for a grid."""
+    trials: list[TrialConfig]
+    auto: bool
+    """Whether ``--batch auto`` chooses the micro-batch."""
+    line: str
+    """As it can be typed again."""
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
 
 
 def execute(given: Options) -> int:
     """Runs the command and returns its exit code. Raises ``UserError``."""
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     tracker_modules = trackers.modules(given.log or [])
+    command = _command(given)
+    context = command.context
+    with ExitStack() as holds:
+        store = None
+        if given.works and context.storage:  # what is there decides what follows
+            holds.enter_context(lock(context.study_dir))
+            store = holds.enter_context(_held(command))
+        drawn = command.trials
+        checked = _look(command)
+        choices = auto_batch.known(command.trials, context.study_dir, auto=command.auto)
+        say_long_warm_up(command.console, command.trials, checked)
+        if given.dry_run:
+            return _dry_run(command, checked, choices)
+        if given.validate_only:
+            preflight.validate(command.trials, checked, context)
+            command.say(f"{len(command.trials)}/{len(command.trials)} valid")
+            return 0
+        refuse_full_disk(context.study_dir)
+        if store is None:
+            holds.enter_context(lock(context.study_dir))
+        _open(command, checked, fp32=command.trials != drawn)
+        logged = trackers.opened(tracker_modules, context.study_dir, command.say)
+        if given.retry_failed:
+            status.forget(command.trials, context.study_dir)
+        auto_batch.choose(
+            command.trials, context, choices, command.console.print, auto=command.auto
+        )
+        if store:
+            push_all(store, [trial.trial_id for trial in command.trials])
+        return _run(command, store, logged)
+
+
+def _command(given: Options) -> Command:
     settings, grid_name, trials = trials_of(given)
-    simulation = _simulation(given)
-    context = _context(given, grid_name, simulation)
-    study_dir = context.study_dir
+    context = _context(given, grid_name, _simulation(given))
     auto = auto_batch.wanted(
         given.batch,
         context,
@@ -56,74 +111,64 @@ def execute(given: Options) -> int:
         max_concurrent=given.max_concurrent,
         gpus_per_trial=given.gpus_per_trial,
     )
-    with ExitStack() as holds:
-        store = None
-        if given.works and context.storage:  # what is there decides what follows
-            holds.enter_context(lock(study_dir))
-            store = holds.enter_context(
-                held(context.storage, study_dir, console.print, lambda: Stop.request("lease"))
-            )
-        if given.resume and not (study_dir / "study.json").is_file():
-            raise UserError(
-                f"--resume: there is no study in {study_dir}; leave it out to begin one"
-            )
-        drawn = trials
-        if not simulation:
-            trials = with_compute_dtype(console, trials, context)
-        say_what_is_unusual(console, trials, simulation)
-        checked = preflight.check(trials, context, auto_batch=auto)
-        choices = auto_batch.known(trials, study_dir, auto=auto)
-        say_long_warm_up(console, trials, checked)
-        if given.dry_run:
-            notes = manifest.review(trials, context, checked.checksums).notes
-            extension = extension_of(trials, context, given.retry_failed)
-            if auto and len(choices) < len(trials):
-                notes = [*notes, auto_batch.NOT_YET]
-            print_plan(console, trials, checked, context, extension, notes)
-            return 0
-        if given.validate_only:
-            preflight.validate(trials, checked, context)
-            console.print(f"{len(trials)}/{len(trials)} valid")
-            return 0
-        command = masked(shlex.join(["python", "-m", "tune_study.run", *sys.argv[1:]]))
-        refuse_full_disk(study_dir)
-        if store is None:
-            holds.enter_context(lock(study_dir))
-        if settings:
-            settled = "fp32" if trials != drawn else None
-            settings, trials = spaces.continued(settings, study_dir, compute_dtype=settled)
-        extension = None if settings else extension_of(trials, context, given.retry_failed)
-        for note in manifest.open_study(
-            trials,
-            context,
-            checked.checksums,
-            grid=settings.space if settings else given.grid or "demo",
-            command=command,
-            search=settings.record() if settings else None,
-        ):
-            console.print(f"note: {note}")
-        if extension and (extension.others or NEW in extension.states.values()):
-            console.print(f"extending {study_dir.name}: {extension.sentence}")
-        logged = trackers.opened(
-            tracker_modules, study_dir, lambda line: console.print(line, markup=False)
-        )
-        if given.retry_failed:
-            status.forget(trials, study_dir)
-        auto_batch.choose(trials, context, choices, console.print, auto=auto)
-        if store:
-            push_all(store, [trial.trial_id for trial in trials])
-        options: dict[str, Any] = {
-            "address": given.address,
-            "max_concurrent": given.max_concurrent,
-            "gpus_per_trial": given.gpus_per_trial,
-            "dashboard": given.dashboard,
-            "store": store,
-        }
-        if settings:
-            from tune_study.search.search import Search
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    line = masked(shlex.join(["python", "-m", "tune_study.run", *sys.argv[1:]]))
+    return Command(given, console, context, settings, trials, auto, line)
 
-            options["search"] = Search(settings, context, trials)
-        return _run(console, trials, context, options, command, given.max_hours, logged)
+
+def _held(command: Command) -> AbstractContextManager[Store | None]:
+    """The study in its store, held by this run."""
+    context = command.context
+    assert context.storage is not None
+    return held(
+        context.storage, context.study_dir, command.console.print, lambda: Stop.request("lease")
+    )
+
+
+def _look(command: Command) -> Checked:
+    """Every input looked at, and the trials' compute dtype settled, before anything is written."""
+    context = command.context
+    if command.given.resume and not (context.study_dir / "study.json").is_file():
+        raise UserError(
+            f"--resume: there is no study in {context.study_dir}; leave it out to begin one"
+        )
+    if context.simulation is None:
+        command.trials = with_compute_dtype(command.console, command.trials, context)
+    say_what_is_unusual(command.console, command.trials, context.simulation)
+    return preflight.check(command.trials, context, auto_batch=command.auto)
+
+
+def _dry_run(command: Command, checked: Checked, choices: Mapping[str, Any]) -> int:
+    trials, context = command.trials, command.context
+    notes = manifest.review(trials, context, checked.checksums).notes
+    extension = extension_of(trials, context, command.given.retry_failed)
+    if command.auto and len(choices) < len(trials):
+        notes = [*notes, auto_batch.NOT_YET]
+    print_plan(command.console, trials, checked, context, extension, notes)
+    return 0
+
+
+def _open(command: Command, checked: Checked, *, fp32: bool) -> None:
+    """study.json: begun, continued or extended, and what of that the user should know."""
+    given, context = command.given, command.context
+    if command.settings:
+        command.settings, command.trials = spaces.continued(
+            command.settings, context.study_dir, compute_dtype="fp32" if fp32 else None
+        )
+    settings, extension = command.settings, None
+    if not settings:
+        extension = extension_of(command.trials, context, given.retry_failed)
+    for note in manifest.open_study(
+        command.trials,
+        context,
+        checked.checksums,
+        grid=settings.space if settings else given.grid or "demo",
+        command=command.line,
+        search=settings.record() if settings else None,
+    ):
+        command.console.print(f"note: {note}")
+    if extension and (extension.others or NEW in extension.states.values()):
+        command.console.print(f"extending {context.study_dir.name}: {extension.sentence}")
 
 
 def _simulation(given: Options) -> Simulation | None:
@@ -154,18 +199,11 @@ def _context(given: Options, grid_name: str, simulation: Simulation | None) -> R
     )
 
 
-def _run(
-    console: Console,
-    trials: Sequence[TrialConfig],
-    context: RunContext,
-    options: dict[str, Any],
-    command: str,
-    max_hours: float | None,
-    logged: Trackers | None,
-) -> int:
+def _run(command: Command, store: Store | None, logged: Trackers | None) -> int:
     """Runs what is to do, collects the tables, and returns the exit code."""
+    context, console, trials = command.context, command.console, command.trials
     study_dir = context.study_dir
-    search = options.get("search")
+    search = _search(command)
     waiting = status.todo(trials, study_dir)
     done = len(trials) - len(waiting)
     planned = search.planned if search else len(trials)
@@ -173,18 +211,18 @@ def _run(
         console.print(f"nothing to do: all {planned} trials of this command have ended")
     elif done:
         console.print(f"continuing: {done} of {planned} trials have ended")
-    Stop.reset(max_hours)
+    Stop.reset(command.given.max_hours)
     try:
         if logged:
             logged.catch_up(trials)
-            options = {**options, "trackers": logged}
-        now = done < planned and _train(console, waiting, context, options, command, planned, done)
+        progress = _progress(command, waiting, planned, done)
+        now = done < planned and _train(command, waiting, progress, search, store, logged)
         trials = search.trials if search else trials
         if logged:
             logged.close(trials)
         collect(study_dir)
         _say_where(console, context, report=not now)
-        if (store := options["store"]) and Stop.reason not in ("lease", "storage"):
+        if store and Stop.reason not in ("lease", "storage"):
             push_end(store, [trial.trial_id for trial in trials])
     except Exception as error:
         if full := disk_full(error, study_dir):
@@ -193,36 +231,61 @@ def _run(
     ends = status.statuses(trials, study_dir)
     unfinished = status.todo(trials, study_dir) or len(trials) < planned
     if Stop.reason and unfinished:
-        console.print(f"{STOPPED[Stop.reason]}; continue with: {command}")
+        console.print(f"{STOPPED[Stop.reason]}; continue with: {command.line}")
         return EXIT_STOPPED[Stop.reason]
     return judge(console, ends, study_dir)
 
 
+def _search(command: Command) -> Search | None:
+    if command.settings is None:
+        return None
+    from tune_study.search.search import Search  # Optuna takes a second to import
+
+    return Search(command.settings, command.context, command.trials)
+
+
+def _progress(
+    command: Command, waiting: Sequence[TrialConfig], planned: int, done: int
+) -> Progress:
+    epochs = {trial.trial_id: trial.training.num_train_epochs for trial in waiting}
+    return Progress(command.console, command.context.study_dir, planned, done, epochs)
+
+
 def _train(
-    console: Console,
+    command: Command,
     waiting: Sequence[TrialConfig],
-    context: RunContext,
-    options: dict[str, Any],
-    command: str,
-    planned: int,
-    done: int,
+    progress: Progress,
+    search: Search | None,
+    store: Store | None,
+    logged: Trackers | None,
 ) -> bool:
     """Whether the user wanted to stop at once, in the middle of an epoch."""
-    epochs = {trial.trial_id: trial.training.num_train_epochs for trial in waiting}
-    progress = Progress(console, context.study_dir, planned, done, epochs)
+    given, context = command.given, command.context
 
     def on_dead_ray(name: str) -> None:
         """The main thread waits for an answer of Ray's that will never come."""
         progress.__exit__()
         collect(context.study_dir)
-        console.print(f"Ray's {name} process died; continue with: {command}")
+        command.console.print(f"Ray's {name} process died; continue with: {command.line}")
         sys.stdout.flush()
         # A SIGTERM to the whole process group takes Ray with it: then that is the reason.
         os._exit(EXIT_STOPPED[Stop.reason] if Stop.reason else EXIT_FAILED)
 
     try:
         with progress:
-            schedule.run(waiting, context, progress, on_dead_ray=on_dead_ray, **options)
+            schedule.run(
+                waiting,
+                context,
+                progress,
+                on_dead_ray=on_dead_ray,
+                address=given.address,
+                max_concurrent=given.max_concurrent,
+                gpus_per_trial=given.gpus_per_trial,
+                dashboard=given.dashboard,
+                search=search,
+                store=store,
+                trackers=logged,
+            )
     except KeyboardInterrupt:
         Stop.request("interrupt")
         return True
