@@ -36,11 +36,6 @@ SPLIT_SEED = 2024
 """The one seed of the train / validation / test split, the same for every trial of a data set."""
 
 
-def printed(error: UserError) -> str:
-    """The line for stderr, without control characters, which could hide what stands beside them."""
-    return "error: " + "".join(letter if letter.isprintable() else " " for letter in str(error))
-
-
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

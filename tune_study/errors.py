@@ -10,3 +10,8 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """Of what ``error`` says; its type's name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def printed(error: UserError) -> str:
+    """The line for stderr, without control characters, which could hide what stands beside them."""
+    return "error: " + "".join(letter if letter.isprintable() else " " for letter in str(error))

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from analysis.load import rebuild, write_tables
-from tune_study.config import TrialConfig, printed
-from tune_study.errors import UserError
+from tune_study.config import TrialConfig
+from tune_study.errors import UserError, printed
 from tune_study.folder.files import mapping, now, write_folder_whole, write_json
 from tune_study.folder.results import read_results
 from tune_study.folder.schema import FINISHED_STATUSES, PLANNED_ENDS

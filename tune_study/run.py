@@ -15,8 +15,7 @@ import ray
 import typer
 
 from tune_study.cluster import local
-from tune_study.config import printed
-from tune_study.errors import UserError
+from tune_study.errors import UserError, printed
 from tune_study.study.options import EXIT_STOPPED, EXIT_USER, Options, checked, refuse_client
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
