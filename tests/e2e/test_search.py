@@ -14,6 +14,9 @@ from tests.e2e import harness
 
 SEARCH = ["--search", "optuna", "--space", "qlora", "--num-samples", "16", "--simulate"]
 SEARCH += ["--set", "training.num_train_epochs=2", "--name", "s"]
+EPOCH_S = 0.3
+"""Of the searches that are killed: their trials must not end before the kill."""
+LASTING = ["--epoch-s", EPOCH_S]
 
 
 def start(folder, *options):
@@ -57,9 +60,9 @@ def same(study_dir, expected):
 def test_killed_moved_and_continued_it_is_the_same_search(whole, tmp_path):
     folder, rng = tmp_path / "first", random.Random(1)
     for moment in ("[3/16]", "[9/16]", "[13/16]"):
-        process = start(folder)
+        process = start(folder, *LASTING)
         wait_for(process, folder, moment)
-        time.sleep(rng.random())
+        time.sleep(EPOCH_S * rng.random())  # anywhere in the epoch that runs
         harness.kill(process, "everything")
         process.wait()
         moved = tmp_path / moment[1:-1].partition("/")[0]
@@ -75,7 +78,7 @@ def test_killed_moved_and_continued_it_is_the_same_search(whole, tmp_path):
 def test_killed_in_a_store_it_goes_on_from_an_empty_folder(whole, tmp_path):
     stored = ("--storage", (tmp_path / "store").as_uri())
     first, second = tmp_path / "first", tmp_path / "second"
-    process = start(first, *stored)
+    process = start(first, *stored, *LASTING)
     wait_for(process, first, "[5/16]")
     harness.kill(process, "everything")
     process.wait()
@@ -88,7 +91,7 @@ def test_killed_in_a_store_it_goes_on_from_an_empty_folder(whole, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_search_that_goes_on(whole, tmp_path):
-    process = start(tmp_path)
+    process = start(tmp_path, *LASTING)
     wait_for(process, tmp_path, "[5/16]")
     process.send_signal(signal.SIGINT)
     code, output = harness.finish(process, tmp_path)

@@ -13,9 +13,8 @@ from tune_study.config import (
     field_names,
     parse_assignment,
     parse_trial,
-    printed,
 )
-from tune_study.errors import UserError, first_line
+from tune_study.errors import UserError, first_line, printed
 
 GOOD = {"model": "deit_tiny_patch16_224", "dataset": "cifar10"}
 
