@@ -40,12 +40,6 @@ class GradientFidelity(NamedTuple):
     """The same per trainable tensor, the head's included. ``None`` where a gradient is zero, as
     that of every A is while B is 0, before the first step."""
 
-    def columns(self, suffix: str = "") -> dict[str, float]:
-        return {
-            f"gradient_cosine{suffix}": self.cosine,
-            f"gradient_norm_ratio{suffix}": self.norm_ratio,
-        }
-
 
 class OutputFidelity(NamedTuple):
     """The untouched pretrained model, quantized against full precision, in evaluation mode.
