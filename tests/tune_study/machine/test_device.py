@@ -68,3 +68,93 @@ def test_free_memory_is_what_the_container_leaves(limit, used, free, tmp_path, m
     left = SimpleNamespace(available=9000)
     monkeypatch.setattr(device.psutil, "virtual_memory", lambda: left)
     assert free_bytes(torch.device("cpu")) == free
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "refused"),
+    [
+        ("mps", "2.13.1", True),
+        ("mps", "2.14.0", False),
+        ("mps", "3.0.0", False),
+        ("mps", "2.9.0", True),
+        ("cpu", "2.13.1", False),
+    ],
+)
+def test_torch_before_2_14_is_refused_on_mps_alone(monkeypatch, name, version, refused):
+    monkeypatch.setattr(torch, "__version__", version)
+    if refused:
+        with pytest.raises(UserError, match=f"torch {version} gets long matrix products wrong"):
+            device.refuse_wrong_products(name)
+    else:
+        device.refuse_wrong_products(name)
+
+
+def test_a_cpu_needs_no_setting_and_only_torchs_own_words_are_its_strictness():
+    assert device.settle(torch.device("cpu")) == {}
+    said = "... 'torch.use_deterministic_algorithms(True)' ..."
+    assert device.lacks_deterministic_kernel(RuntimeError(said))
+    assert not device.lacks_deterministic_kernel(RuntimeError("another"))
+    assert not device.lacks_deterministic_kernel(ValueError(said))
+
+
+def test_random_draws_leave_no_trace_even_when_they_fail():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with pytest.raises(ValueError, match="planted"), device.kept_random_states(torch.device("cpu")):
+        torch.rand(5)
+        raise ValueError("planted")
+    assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize(("ours", "left"), [(700, 9000), (20_000, 9000)])
+def test_free_memory_of_mps_is_the_least_of_what_is_allowed_and_there(monkeypatch, ours, left):
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: ours + 50)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 50)
+    monkeypatch.setattr(
+        device.psutil, "virtual_memory", lambda: SimpleNamespace(available=left, total=10**6)
+    )
+    assert free_bytes(torch.device("mps")) == min(ours, left)
+
+
+def test_four_times_slower_is_not_yet_without_a_kernel(monkeypatch):
+    monkeypatch.setattr(device, "bf16_slowness", lambda name: 4.0)
+    assert without_bf16("cuda") is None
+    monkeypatch.setattr(device, "bf16_slowness", lambda name: 4.5)
+    assert without_bf16("cuda") is not None
+
+
+@pytest.mark.parametrize(("rate", "sizes"), [(1e10, [256, 256]), (1.1e10, [256, 1024])])
+def test_a_slow_device_is_measured_with_small_matrices(monkeypatch, rate, sizes):
+    asked = []
+
+    def measured(size, compute_dtype, name):
+        asked.append(size)
+        assert (compute_dtype, name) == ("bf16", "cpu")
+        return rate
+
+    monkeypatch.setattr(device, "_matmul_rate", measured)
+    assert device.matmul_rate.__wrapped__("bf16", "cpu") == rate
+    assert asked == sizes
+
+
+def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
+    # Three products, of 0.125, 0.0625 and 0.25 s: the last passes 0.2 s in all.
+    times = iter([1.0, 1.125, 2.0, 2.0625, 3.0, 3.25])
+    monkeypatch.setattr(device.time, "perf_counter", lambda: next(times))
+    assert device._matmul_rate(4, "fp32", "cpu") == 2 * 4**3 / 0.0625
+    assert next(times, None) is None
+
+
+def test_bf16_is_measured_with_one_thread(monkeypatch):
+    asked, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(
+        device, "_matmul_rate", lambda *given: asked.append((*given, torch.get_num_threads())) or 1.0
+    )
+    torch.set_num_threads(2)
+    try:
+        bf16_slowness.__wrapped__("cpu")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert asked == [(256, "fp32", "cpu", 1), (256, "bf16", "cpu", 1)]

@@ -2,15 +2,18 @@ import errno
 import json
 import math
 import shutil
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tune_study.folder import schema
+from tune_study.folder.remote import RemoteError
 from tune_study.machine import resources
 from tune_study.machine.disk import DiskFull
-from tune_study.trial import checkpoint, train
+from tune_study.memory.step import StepMemory
+from tune_study.trial import checkpoint, execution, train
 from tune_study.trial.context import RunContext
 from tune_study.trial.execution import execute
 from tune_study.trial.record import Record
@@ -212,6 +215,7 @@ def test_a_diverged_trial_keeps_its_curve(tiny, tmp_path, monkeypatch):
     assert len(results["train"]["epochs"]) == 2
     assert "epoch 2" in results["error"]
     assert results["train"]["training_results"]["best_epoch"] == 1
+    assert len(checkpoint.candidates(tmp_path / results["trial_id"])) == 2  # to look at
 
 
 def out_of_memory_above(largest, monkeypatch):
@@ -373,3 +377,147 @@ def test_the_columns_of_a_trial_sum_up_its_epochs(tmp_path, tiny):
     assert found["grad_vanishing_layers"] == 3
     assert found["grad_norm_mean"] == 2.5
     assert math.isnan(found["gradient_cosine_successive"])
+
+
+def test_a_worker_is_set_up_before_a_trial_and_gives_its_memory_back_after_every_attempt(
+    tiny, tmp_path, monkeypatch
+):
+    calls, ended = [], iter([False, True])
+    for name in ("spare_imports_from_collection", "reset_rss_peak", "release_memory"):
+        monkeypatch.setattr(execution, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(execution.torch, "set_num_threads", lambda count: calls.append(count))
+    settings = {"deterministic": True}
+    monkeypatch.setattr(execution, "settle", lambda device: calls.append(str(device)) or settings)
+
+    def attempt(config, context, report, record):
+        assert record.settings == settings
+        calls.append("attempt")
+        for epoch in (1, 2):
+            report({"epoch": epoch})
+        return next(ended)
+
+    monkeypatch.setattr(execution, "_attempt", attempt)
+    _, rows = run(tiny("none"), tmp_path / "deep" / "study", num_threads=3, device="mps")
+    setting_up = [3, "spare_imports_from_collection", "reset_rss_peak", "mps"]
+    assert calls == [*setting_up, *["attempt", "release_memory"] * 2]
+    assert rows == [{"epoch": 1}, {"epoch": 2}]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_strictness_is_given_up_once_and_said(tiny, tmp_path, monkeypatch, strict):
+    record = Record(tiny("none"), tmp_path, "cpu", 1)
+    record.settings, record.training = {"deterministic": strict}, object()
+    context, asked = RunContext(study_dir=tmp_path), []
+
+    def fail(*_):
+        raise RuntimeError("set by use_deterministic_algorithms\nmore")
+
+    def settle(device, *, strict=True):
+        asked.append(strict)
+        return {"deterministic": strict}
+
+    monkeypatch.setattr(execution, "_train", fail)
+    monkeypatch.setattr(execution, "settle", settle)
+    if strict:
+        assert execution._attempt(record.config, context, print, record) is False
+        assert (asked, record.settings, record.training) == ([False], {"deterministic": False}, None)
+        assert record.warnings[0].endswith("last bits: set by use_deterministic_algorithms")
+    else:
+        record.training = None
+        with pytest.raises(RuntimeError):
+            execution._attempt(record.config, context, print, record)
+        assert (asked, record.content["status"]) == ([], "error")
+
+
+def test_an_attempt_begins_without_the_error_of_the_last(tiny, tmp_path, monkeypatch):
+    record = Record(tiny("none"), tmp_path, "cpu", 1)
+    (tmp_path / "error.json").write_text("{}")
+    monkeypatch.setattr(execution, "_train", lambda *_: None)
+    assert execution._attempt(record.config, RunContext(study_dir=tmp_path), print, record) is True
+    assert not (tmp_path / "error.json").exists()
+    assert json.loads((tmp_path / "config.json").read_text())["model"] == record.config.model
+
+    def unreachable(*_):
+        raise RemoteError("gone")
+
+    monkeypatch.setattr(execution, "_train", unreachable)
+    with pytest.raises(RemoteError):
+        execution._attempt(record.config, RunContext(study_dir=tmp_path), print, record)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_room_is_asked_for_four_states_of_the_adapter(tiny, tmp_path, monkeypatch):
+    config, asked = tiny("nf4"), []
+    monkeypatch.setattr(execution, "refuse_what_cannot_fit", lambda *given: asked.append(given))
+    monkeypatch.setattr(execution, "refuse_full_disk", lambda *given: asked.append(given))
+    execution._refuse_to_start(config, RunContext(study_dir=tmp_path), 10)
+    cpu = torch.device("cpu")
+    adapter = execution.predict(config, 10, cpu).ledger.adapter_bytes
+    assert asked == [(config, 10, cpu), (tmp_path, 4 * adapter)]
+
+
+@pytest.mark.parametrize(("keep", "pruned"), [("all", 0), ("best", 1), ("none", 1)])
+def test_old_checkpoints_go_unless_all_are_kept(tiny, tmp_path, monkeypatch, keep, pruned):
+    config, calls = tiny("none"), []
+    training = SimpleNamespace(config=config, state_dict=lambda: {"a": 1})
+    record = SimpleNamespace(folder=tmp_path, memory={"m": 2}, fidelity={"f": 3})
+    monkeypatch.setattr(checkpoint, "save", lambda *given: calls.append(given))
+    monkeypatch.setattr(checkpoint, "prune", lambda *given, **more: calls.append((given, more)))
+    execution._save(training, RunContext(study_dir=tmp_path, keep_checkpoints=keep), record)
+    extra = {"memory": {"m": 2}, "fidelity": {"f": 3}, "micro_batch": 20}
+    assert calls == [(tmp_path, {"a": 1}, extra), *[((tmp_path,), {})] * pruned]
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "measured"), [(None, "memory fidelity"), (20, ""), (40, "memory")]
+)
+def test_what_a_checkpoint_knows_is_not_measured_again(
+    tiny, tmp_path, monkeypatch, micro_batch, measured
+):
+    record, calls = Record(tiny("none"), tmp_path, "cpu", 1), []
+    extra = {"memory": {"old": 1}, "fidelity": {"start": {}}, "micro_batch": micro_batch}
+    found = tmp_path / "epoch-00003" if micro_batch else None
+    monkeypatch.setattr(checkpoint, "newest", lambda folder: (found, [tmp_path / "epoch-00004"]))
+    monkeypatch.setattr(checkpoint, "load", lambda folder: ({"state": folder}, extra))
+    monkeypatch.setattr(execution, "_memory", lambda *_: calls.append("memory") or {"new": 2})
+    monkeypatch.setattr(
+        execution, "_fidelity_at_start", lambda *_: calls.append("fidelity") or {"new": 3}
+    )
+    loaded = []
+    training = SimpleNamespace(load_state_dict=loaded.append, history=[1, 2, 3])
+    execution._continue(training, None, RunContext(study_dir=tmp_path), record)
+    assert " ".join(calls) == measured
+    assert record.memory == ({"new": 2} if "memory" in measured else {"old": 1})
+    assert record.fidelity == ({"new": 3} if "fidelity" in measured else {"start": {}})
+    assert loaded == ([{"state": found}] if found else [])
+    assert len(record.warnings) == 1
+
+
+@pytest.mark.parametrize("peak", [1000, None])
+def test_memory_columns_follow_from_the_ledger(tiny, monkeypatch, peak):
+    measured = StepMemory(1, 2, 3, 4, 5, 6, 7, peak, "a source")
+    ledger = SimpleNamespace(activation_bytes=11)
+    expected = SimpleNamespace(ledger=ledger, peak_train_bytes=12)
+    monkeypatch.setattr(train, "measure_memory", lambda training: measured)
+    monkeypatch.setattr(execution, "predict", lambda *_: expected)
+    built = SimpleNamespace(bytes_fp32=700, weights_bytes=450, quantizable_bytes=300)
+    training = SimpleNamespace(data=SimpleNamespace(class_names=["a"]), device=None)
+    found = execution._memory(tiny("nf4"), built, training)
+    fraction, saving = found.pop("quantizable_peak_fraction"), found.pop("peak_saving_fp32")
+    predicted = {"predicted_activation_bytes": 11, "predicted_peak_train_bytes": 12}
+    assert found == {**measured._asdict(), **predicted}
+    if peak:
+        assert (fraction, saving) == (0.3, 0.2)
+    else:
+        assert math.isnan(fraction)
+        assert math.isnan(saving)
+
+
+def test_the_times_of_a_trial_are_within_the_time_it_took(finished):
+    run_of, parts = finished[2]["run"], finished[2]["train"]
+    started, written = map(datetime.fromisoformat, (run_of["started_at"], run_of["written_at"]))
+    took = (written - started).total_seconds() + 1  # both are whole seconds
+    sums = parts["training_results"]
+    taken = [sums["train_time_s"], sums["eval_time_s"], parts["measuring_time_s"]]
+    assert all(seconds > 0 for seconds in taken)
+    assert sum(taken) < took

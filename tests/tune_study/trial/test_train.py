@@ -1,12 +1,14 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from tune_study.data.batches import preprocess
-from tune_study.data.splits import load
+from tune_study.data.sources import Split
+from tune_study.data.splits import Dataset, load
 from tune_study.model.build import build_model, trainable
 from tune_study.trial import train
 
@@ -241,3 +243,133 @@ def test_gradients_are_clipped_to_the_configured_norm(tiny, monkeypatch):
     monkeypatch.setattr(training.optimizer, "step", watched)
     train.train_step(training, *(tensor[:20] for tensor in training.data.train))
     assert norms == [pytest.approx(0.01, rel=1e-3)]
+
+
+def bare(tiny, images=45, **fields):
+    """A trial whose model is one layer: ``start`` without the second that a backbone takes."""
+    split = Split(torch.zeros(images, 3, 8, 8, dtype=torch.uint8), torch.zeros(images).long())
+    test = Split(split.images[:3], split.labels[:3])
+    data = Dataset(split, Split(split.images[:7], split.labels[:7]), test, ["a", "b"], "")
+    built = SimpleNamespace(model=torch.nn.Linear(2, 2), preprocessing=None)
+    return train.start(tiny("none", **fields), built, data, CPU)
+
+
+def test_a_started_trial_has_the_seed_the_steps_and_the_settings_of_its_configuration(tiny):
+    settings = {"warmup_steps": 2, "num_train_epochs": 4, "weight_decay": 0.25}
+    training = bare(tiny, seed=17, training={**settings, "learning_rate": 0.5})
+    assert torch.initial_seed() == training.generator.initial_seed() == 17
+    decayed, spared = training.optimizer.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.25, 0.0)
+    assert [p.ndim for p in decayed["params"]] == [2]
+    assert [p.ndim for p in spared["params"]] == [1]
+    assert training.schedule.base_lrs == [0.5, 0.5]
+    assert training.monitor._warmup_steps == 2
+    assert training.noise is None
+    for _ in range(11):  # of 12 steps: 45 images are 3 an epoch
+        assert training.schedule.get_last_lr()[0] >= 0
+        training.optimizer.step()
+        training.schedule.step()
+    assert training.schedule.get_last_lr()[0] == pytest.approx(
+        0.25 * (1 + math.cos(math.pi * 9 / 10))
+    )
+    assert bare(tiny, training={"gradient_noise_scale": True}).noise is not None
+
+
+def test_an_epoch_averages_over_its_images_and_says_its_last_rate(tiny, monkeypatch):
+    training = bare(tiny)
+    steps = iter([(20, 1.0, 5), (20, 2.0, 7), (5, 8.0, 0)])
+
+    def step(_, images, labels):
+        count, loss, hits = next(steps)
+        assert len(images) == len(labels) == count
+        training.optimizer.step()
+        training.schedule.step()
+        return torch.tensor(loss), torch.tensor(hits)
+
+    training.monitor = SimpleNamespace(end_epoch=lambda: ({"grad_norm_mean": 3.0}, [1.0]))
+    rates = iter([0.1, 0.2, 0.3])
+    monkeypatch.setattr(training.schedule, "get_last_lr", lambda: [next(rates)])
+    monkeypatch.setattr(train, "train_step", step)
+    training.model.eval()
+    row, layers = train._train_epoch(training)
+    assert training.model.training
+    assert row["train_loss"] == pytest.approx((20 * 1 + 20 * 2 + 5 * 8) / 45)
+    assert row["train_accuracy"] == 12 / 45
+    assert (row["learning_rate"], row["grad_norm_mean"], layers) == (0.3, 3.0, [1.0])
+
+
+def test_times_and_speed_of_an_epoch(tiny, monkeypatch):
+    training = bare(tiny, training={"num_train_epochs": 1})
+    clock, asked = iter([100.0, 104.0, 105.0]), []
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(train, "_train_epoch", lambda t: ({"train_loss": 1.0}, [2.0]))
+    monkeypatch.setattr(train, "evaluate", lambda t, split: asked.append(split) or (0.5, 0.75))
+    (row,) = train.fit(training)
+    assert row == {
+        "epoch": 1,
+        "train_loss": 1.0,
+        "val_loss": 0.5,
+        "val_accuracy": 0.75,
+        "epoch_time_s": 5.0,
+        "train_time_s": 4.0,
+        "images_per_s": 45 / 4,
+    }
+    assert training.layer_gradients == [[2.0]]
+    assert train.test(training) == {"test_accuracy": 0.75, "test_loss": 0.5}
+    assert asked == [training.data.val, training.data.test]
+
+
+@pytest.mark.parametrize(
+    ("losses", "accuracies", "patience", "status", "best"),
+    [
+        ([], [], 0, None, 0),
+        ([(1, 1)], [0.1], 0, None, 1),
+        ([(math.nan, 1)], [0.1], 0, "diverged", 0),
+        ([(1, 1), (1, math.inf)], [0.1, 0.9], 0, "diverged", 1),
+        ([(1, 1)] * 3, [0.3, 0.3, 0.2], 0, "completed", 1),
+        ([(1, 1)] * 2, [0.3, 0.3], 1, "early_stopped", 1),
+        ([(1, 1)] * 2, [0.3, 0.3], 2, None, 1),
+        ([(1, 1)] * 2, [0.3, 0.4], 1, None, 2),
+    ],
+)
+def test_when_a_trial_ends(tiny, losses, accuracies, patience, status, best):
+    settings = {"num_train_epochs": 3, "early_stopping_patience": patience}
+    training = bare(tiny, training=settings)
+    for (train_loss, val_loss), accuracy in zip(losses, accuracies, strict=True):
+        row = {"train_loss": train_loss, "val_loss": val_loss, "val_accuracy": accuracy}
+        training.history.append(row)
+        train._keep_best(training)
+    assert train.finished(training) == status
+    assert training.best_epoch == best
+    assert bool(training.best) == bool(best)
+
+
+def test_a_loaded_state_is_the_one_that_was_saved(tiny):
+    training, other = bare(tiny), bare(tiny, seed=5)
+    training.history = [{"epoch": 1, "val_accuracy": 0.5}]
+    training.layer_gradients, training.best_epoch = [[1.0, 2.0]], 1
+    training.best = {"weight": torch.ones(2, 2)}
+    training.monitor._step, training.monitor._loss_tail = 9, [3.0]
+    training.optimizer.step()
+    training.schedule.step()
+    torch.rand(3)
+    state = copy.deepcopy(training.state_dict())
+    drawn = torch.rand(1), torch.rand(1, generator=training.generator)
+    other.load_state_dict(state)
+    assert repr(other.state_dict()) == repr(state)
+    assert other.best_accuracy == 0.5
+    assert (torch.rand(1), torch.rand(1, generator=other.generator)) == drawn
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_bf16_is_autocast_and_fp32_is_plain(tiny, dtype):
+    with train.autocast(bare(tiny, training={"compute_dtype": dtype})):
+        assert torch.is_autocast_enabled("cpu") is (dtype == "bf16")
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def test_another_device_evaluates_whole_batches(tiny):
+    training = bare(tiny, training={"per_device_eval_batch_size": 100})
+    assert train.images_per_evaluation(training) == train.EVAL_IMAGES_ON_CPU == 32
+    training.device = torch.device("cuda")
+    assert train.images_per_evaluation(training) == 100
