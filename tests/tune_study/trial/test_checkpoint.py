@@ -121,3 +121,58 @@ def test_another_trials_checkpoint_is_none_of_ours(saved):
     shutil.copytree(folder.parent.parent, other)
     assert checkpoint.newest(folder.parent.parent) == (folder, [])
     assert checkpoint.newest(other) == (None, [other / "checkpoints" / folder.name])
+
+
+def small(**changed):
+    """A state of a few numbers, as ``Training.state_dict`` nests it."""
+    tensors = {name: {"w": torch.tensor([float(n)])} for n, name in enumerate(checkpoint.TENSORS)}
+    binary = {name: {"n": n} for n, name in enumerate(checkpoint.BINARY)}
+    plain = {"history": [{"epoch": 1}], "layer_gradients": [[math.nan]], "best_epoch": 1}
+    return {**tensors, **binary, **plain, **changed}
+
+
+@pytest.mark.parametrize("name", [*checkpoint.TENSORS, *checkpoint.BINARY, *checkpoint.PLAIN])
+def test_every_part_of_a_state_returns_as_itself(tmp_path, name):
+    folder = checkpoint.save(tmp_path / "trial", small(), {"e": 5})
+    assert folder == tmp_path / "trial" / "checkpoints" / "epoch-00001"
+    state, extra = checkpoint.load(folder)
+    assert state.keys() == small().keys()
+    assert repr(state[name]) == repr(small()[name])
+    assert extra == {"e": 5}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"trial_id": "another"},
+        {"extra": []},
+        {"state": []},
+        {"state": {"history": [], "layer_gradients": []}},
+        {"state": {"history": [], "layer_gradients": [], "best_epoch": 0, "more": 1}},
+        {"sha256": []},
+        {"sha256": {}},
+    ],
+)
+def test_each_part_of_the_state_file_is_asked_for(tmp_path, change):
+    folder = checkpoint.save(tmp_path / "trial", small(), {})
+    assert checkpoint.is_whole(folder, "trial")
+    plain = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**plain, **change}))
+    assert not checkpoint.is_whole(folder, "trial")
+
+
+def test_two_are_kept_and_one_where_one_is_asked_for(tmp_path):
+    folders = [
+        checkpoint.save(tmp_path, small(history=[{}] * count), {}) for count in (1, 2, 9, 10)
+    ]
+    assert checkpoint.candidates(tmp_path) == folders[::-1]
+    checkpoint.prune(tmp_path, keep=3)
+    assert checkpoint.candidates(tmp_path) == folders[:0:-1]
+    checkpoint.prune(tmp_path)
+    assert checkpoint.candidates(tmp_path) == [folders[3], folders[2]]
+    checkpoint.prune(tmp_path, keep=1)
+    assert checkpoint.candidates(tmp_path) == [folders[3]]
+    for path in folders[3].iterdir():
+        path.write_bytes(b"")
+    assert checkpoint.newest(tmp_path) == (None, [folders[3]])

@@ -1,11 +1,12 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tune_study.data.batches import preprocess
+from tune_study.data.batches import Preprocessing, preprocess
 from tune_study.data.splits import load
 from tune_study.model import build
 from tune_study.model.build import build_model
@@ -184,3 +185,74 @@ def test_the_divergence_is_that_of_the_quantized_classes_from_the_twins():
     assert found.pretrained_logit_kl == pytest.approx(by_hand, rel=1e-6)
     assert abs(by_hand - reverse) > 0.05
     assert found.pretrained_top1_agreement == 1.0
+
+
+def test_the_cosine_is_over_all_of_lora_and_the_layers_are_all_that_learn():
+    ours = {
+        "a.lora_A": torch.tensor([[3.0, 4.0]]),
+        "b.lora_B": torch.tensor([1.0]),
+        "head.weight": torch.tensor([5.0]),
+        "c.lora_A": torch.zeros(2),
+    }
+    theirs = {
+        "a.lora_A": torch.tensor([[0.0, 2.0]]),
+        "b.lora_B": torch.tensor([-3.0]),
+        "head.weight": torch.tensor([-1.0]),
+        "c.lora_A": torch.ones(2),
+    }
+    found = gradient_fidelity(ours, theirs)
+    # Products of a, b and c: 8, -3, 0; squares 25, 1, 0 against 4, 9, 2.
+    assert found.cosine == pytest.approx(5 / math.sqrt(26 * 15))
+    assert found.norm_ratio == pytest.approx(math.sqrt(26 / 15))
+    assert found.layers == {
+        "a.lora_A": {"cosine": pytest.approx(0.8), "norm_ratio": 2.5},
+        "b.lora_B": {"cosine": -1.0, "norm_ratio": pytest.approx(1 / 3)},
+        "head.weight": {"cosine": -1.0, "norm_ratio": 5.0},
+        "c.lora_A": {"cosine": None, "norm_ratio": None},
+    }
+
+
+def test_outputs_are_means_over_uneven_images():
+    head = torch.nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(2))
+    ours = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 4.0], [1.0, 0.0]]).double()
+    theirs = torch.tensor([[1.0, 0.0], [1.0, 0.0], [4.0, 3.0], [1.0, 0.0]]).double()
+    found = output_fidelity(ours, theirs, head)
+    assert found.feature_cosine == pytest.approx((1 + 0 + 0.96 + 1) / 4)
+    assert found.pretrained_top1_agreement == 0.5
+    each = (math.e - 1) / (math.e + 1)  # of the two images whose classes are exchanged
+    assert found.pretrained_logit_kl == pytest.approx(2 * each / 4, rel=1e-6)
+    without = output_fidelity(ours, theirs, None)
+    assert without.feature_cosine == found.feature_cosine
+    assert math.isnan(without.pretrained_top1_agreement)
+    assert math.isnan(without.pretrained_logit_kl)
+
+
+def test_looking_leaves_every_layer_in_its_mode_and_drops_nothing(tiny):
+    """On a model of one layer, in two micro-batches of 20 and 12 of the first 32 images."""
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(3 * 64, 3), torch.nn.ReLU()
+    )
+    images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(50) % 3
+    how = Preprocessing(8, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    config = tiny("none", training={"compute_dtype": "fp32"})
+    training = SimpleNamespace(
+        config=config,
+        device=CPU,
+        preprocessing=how,
+        data=SimpleNamespace(train=(images, labels)),
+    )
+    model.eval()
+    model[2].train()
+    before = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    found = gradients_of(training, model)
+    assert [module.training for module in model.modules()] == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model[2].weight.grad is None
+    model.eval()
+    cross_entropy(model(preprocess(images[:32], how)), labels[:32]).backward()
+    torch.testing.assert_close(found["2.weight"], model[2].weight.grad)
+    torch.testing.assert_close(found["2.bias"], model[2].bias.grad)

@@ -190,3 +190,71 @@ def test_statistics_of_nothing_finite_are_nan_and_not_zero():
     columns = norm_statistics(np.array([np.nan, np.inf]))
     assert math.isnan(columns["grad_norm_mean"])
     assert columns["stability_score"] == 0
+
+
+def test_an_explosion_is_more_than_ten_times_the_median_of_fifty_steps():
+    assert count_explosions(np.array([1.0] * 5 + [10.0]), [])[0] == 0
+    assert count_explosions(np.array([1.0] * 5 + [10.5]), [])[0] == 1
+    assert count_explosions(np.array([1.0] * 4 + [99.0]), [])[0] == 0  # no median yet
+    window = [1.0] * 25 + [9.0] * 25  # its median is 5; with one more of either it is not
+    for before in ([], [9.0] * 9):
+        count, tail = count_explosions(np.array([51.0]), [*before, *window])
+        assert (count, tail) == (1, [*window[1:], 51.0])
+        assert count_explosions(np.array([49.0]), [*before, *window])[0] == 0
+
+
+def test_a_spike_is_above_a_nat_and_six_deviations():
+    calm = np.array([2.0] * 5)
+    for last, count in ((3.0, 0), (3.01, 1), (0.0, 0)):
+        assert count_loss_spikes(np.array([*calm, last]), [])[0] == count
+    assert count_loss_spikes(np.array([*calm[1:], 9.0]), [])[0] == 0  # no median yet
+    noisy = [1.0, 2.0, 3.0] * 20  # a deviation of 1.4826 around 2: to 10.9
+    for last, count in ((10.8, 0), (11.0, 1)):
+        found, tail = count_loss_spikes(np.array([last]), noisy)
+        assert (found, tail) == (count, [*noisy[-49:], last])
+    window = [1.0] * 25 + [2.0] * 25  # the median of fifty is 1.5, the deviation 0.7413
+    for before in ([], [2.0] * 9):
+        assert count_loss_spikes(np.array([5.9]), [*before, *window])[0] == 0
+        assert count_loss_spikes(np.array([6.0]), [*before, *window])[0] == 1
+
+
+def test_norms_of_zero_have_no_variation():
+    columns = norm_statistics(np.zeros(3))
+    assert columns["grad_norm_mean"] == columns["grad_norm_max"] == 0
+    assert math.isnan(columns["grad_norm_cv"])
+    assert set(columns) == set(norm_statistics(np.array([np.nan])))
+
+
+def test_the_columns_of_an_epoch_by_hand():
+    columns, layers = monitored([[1.0, 0.0], [0.0, 2.0], [0.0, 6.0]]).end_epoch()
+    root = math.sqrt(3)  # of a layer's three equal values
+    assert columns["grad_norm_mean"] == pytest.approx(3 * root)
+    assert columns["grad_norm_std"] == pytest.approx(math.sqrt(14 / 3) * root)
+    assert columns["grad_norm_min"] == pytest.approx(root)
+    assert columns["grad_norm_max"] == pytest.approx(6 * root)
+    assert columns["gradient_cosine_successive"] == pytest.approx(0.5)  # of 0 and 1
+    assert layers == pytest.approx([root / 3, 8 * root / 3])
+
+
+def test_a_layer_is_tiny_under_a_ten_millionth_of_its_weights():
+    for value, count in ((0.99e-7, 1), (1.01e-7, 0)):
+        gradients = [[value, 1.0]] * 30
+        assert monitored(gradients).end_epoch()[0]["grad_vanishing_layers"] == count
+
+
+def test_what_the_next_epoch_counts_by_survives_a_restart():
+    monitor = monitored([[0.0, 1.0]] * 7, [2.0] * 7, warmup_steps=3)
+    monitor.end_epoch()
+    state = monitor.state_dict()
+    norm = pytest.approx([math.sqrt(3)] * 7)
+    tails = {"norm_tail": norm, "loss_tail": [2.0] * 7}
+    assert state == {"step": 7, "tiny_run": [4, 0], **tails}
+    other = monitored([[1.0, 1.0]], warmup_steps=3)
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+    for parameter in other._parameters:
+        parameter.grad = torch.full((3,), 50.0)
+    other.observe(torch.tensor(9.0))
+    columns, _ = other.end_epoch()
+    assert (columns["grad_explosions"], columns["loss_spikes"]) == (1, 1)
+    assert math.isnan(columns["gradient_cosine_successive"])  # not with what was seen before

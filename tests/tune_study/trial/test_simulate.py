@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -5,6 +7,8 @@ from analysis.load import rebuild
 from analysis.statistics.comparison import compare_modes
 from search_spaces import grids
 from tune_study.errors import UserError
+from tune_study.folder.files import read_json
+from tune_study.folder.results import read_results
 from tune_study.study import manifest, plan
 from tune_study.trial import simulate
 from tune_study.trial.context import RunContext, Simulation, parse_effect
@@ -79,3 +83,101 @@ def test_effects_that_cannot_be_are_refused(text):
     with pytest.raises(UserError, match="--effect"):
         parse_effect(text)
     assert parse_effect("nf4-dq=-0.01") == ("nf4-dq", -0.01)
+
+
+@pytest.mark.parametrize("mode", ["none", "nf4"])
+def test_every_number_of_a_drawn_trial_is_that_of_the_model(tiny, monkeypatch, mode):
+    """The draws are planted: one size for each of the model's terms."""
+    draws = {"configuration": 1.0, "interaction": -2.0, "seed": 3.0, "trial": -1.0, "epoch": 2.0}
+    monkeypatch.setattr(simulate, "_normal", lambda kind, *names: draws[kind])
+    config = tiny(mode, training={"num_train_epochs": 3})
+    planted = Simulation(effects={"nf4": -0.1, "int8": -0.5}, seed_sd=0.01)
+    rows, test = simulate.draw(config, planted)
+    accuracy = 0.9 + 0.02 + 0.03 - 0.01 - (0.1 + 0.004 if mode == "nf4" else 0)
+    assert test == pytest.approx(accuracy)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        val = accuracy * (1 - math.exp(-row["epoch"] / 2)) + 0.1 * 0.01 * 2
+        assert row["val_accuracy"] == pytest.approx(val)
+        assert row["train_loss"] == pytest.approx(0.9 * (1 - val) + 0.1)
+        assert row["train_accuracy"] == pytest.approx(val + 0.01)
+        assert row["val_loss"] == pytest.approx(1.1 - val)
+        assert row["learning_rate"] == 1e-3
+        assert math.isnan(row["images_per_s"])
+
+
+def test_an_accuracy_stays_a_share(tiny, monkeypatch):
+    for size, share in ((1e3, 1.0), (-1e3, 0.0)):
+        monkeypatch.setattr(simulate, "_normal", lambda *_, size=size: size)
+        rows, test = simulate.draw(tiny("none"), Simulation())
+        assert test == share
+        assert {row["val_accuracy"] for row in rows} == {share}
+        assert max(row["train_accuracy"] for row in rows) == pytest.approx(min(1, share + 0.01))
+
+
+def test_draws_are_standard_normal_and_the_same_on_every_machine():
+    drawn = [simulate._normal("a", n) for n in range(2000)]
+    assert abs(np.mean(drawn)) < 0.1
+    assert np.std(drawn) == pytest.approx(1, abs=0.1)
+    assert simulate._normal("seed", "x", 1) == simulate._normal("seed", "x", 1)
+    assert simulate._normal("seed", "x", 1) != simulate._normal("seed", "x", 2)
+
+
+def test_a_drawn_trial_is_reported_and_written(tiny, tmp_path, monkeypatch):
+    config = tiny("nf4", training={"num_train_epochs": 3})
+    curve = iter([0.2, 0.6, 0.4] * 3)
+    rows = [{"epoch": n, "val_accuracy": next(curve)} for n in (1, 2, 3)]
+    monkeypatch.setattr(simulate, "draw", lambda *_: (rows, 0.55))
+    waits, reported = [], []
+    monkeypatch.setattr(simulate.time, "sleep", waits.append)
+    folder = tmp_path / "deep" / "study"
+    for _ in range(2):  # again, as after a restart
+        simulate.execute(config, PLANTED, folder, reported.append, 2.5)
+    assert waits == [2.5] * 6
+    assert [row["best_val_accuracy"] for row in reported] == [0.2, 0.6, 0.6] * 2
+    found = read_json(folder / config.trial_id / "results.json")
+    assert found == read_results(folder, config.trial_id)
+    train = found["train"]
+    assert train["training_results"] == {
+        "epochs_completed": 3,
+        "best_epoch": 2,
+        "val_accuracy": 0.6,
+    }
+    assert train["test_metrics"] == {"test_accuracy": 0.55}
+    assert (found["status"], found["simulated"], found["error"]) == ("completed", True, None)
+    assert found["run"]["simulation"]["effects"] == {"nf4": -0.01}
+    model = train["model_metrics"]
+    assert model["num_classes"] == 10
+    assert model["weights_bytes_fp32"] == 2 * model["weights_bytes_16bit"]
+    assert model["weights_bytes"] < model["weights_bytes_16bit"]
+    ended = simulate.results_of(config, PLANTED, epochs=1)["train"]
+    assert ended["training_results"]["epochs_completed"] == len(ended["epochs"]) == 1
+    assert ended["training_results"]["val_accuracy"] == 0.2
+    assert ended["test_metrics"] == {}
+
+
+@pytest.mark.parametrize("text", ["nf4=1", "nf4=-1", "nf4=inf", "=0.1"])
+def test_an_effect_is_less_than_all(text):
+    with pytest.raises(UserError, match="between -1 and 1"):
+        parse_effect(text)
+
+
+def test_an_effect_may_be_almost_all_or_nothing():
+    assert parse_effect("int8=0.999") == ("int8", 0.999)
+    assert parse_effect("fp4=0") == ("fp4", 0.0)
+
+
+def test_where_a_trial_runs_unless_told(tmp_path):
+    where = RunContext(study_dir=tmp_path).model_dump(exclude={"study_dir"})
+    assert where == {
+        "data_dir": None,
+        "weights": None,
+        "device": "cpu",
+        "num_threads": 1,
+        "simulation": None,
+        "keep_checkpoints": "best",
+        "storage": None,
+        "on_cluster": False,
+        "epoch_s": 0.0,
+    }
+    assert Simulation().model_dump() == {"effects": {}, "seed_sd": 0.004}
