@@ -5,7 +5,14 @@ from PIL import Image
 from torch.nn.functional import pad
 
 from tune_study.config import DataConfig
-from tune_study.data.batches import Preprocessing, augment, augmentation, preprocess, train_batches
+from tune_study.data.batches import (
+    Preprocessing,
+    augment,
+    augmentation,
+    eval_batches,
+    preprocess,
+    train_batches,
+)
 from tune_study.data.sources import Split
 
 
@@ -61,3 +68,57 @@ def test_train_batches_show_every_image_once_in_an_order_of_the_generator():
     assert labels.tolist() != list(range(50))
     for images, targets in batches:
         assert torch.equal(images[:, 0, 0, 0].long(), targets)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "asked", "taken"),
+    [
+        ("digits", "flip-crop", "flip-crop"),
+        ("digits", "none", "none"),
+        ("digits", "auto", "crop"),
+        ("folder:x", "auto", "flip-crop"),
+        ("cifar10", "crop", "crop"),
+    ],
+)
+def test_augmentation_is_what_was_asked_for_else_what_fits(dataset, asked, taken):
+    assert augmentation(dataset, DataConfig(augment=asked)) == taken
+
+
+@pytest.mark.parametrize(("side", "border"), [(4, 1), (8, 1), (15, 1), (16, 2), (40, 5)])
+def test_a_crop_moves_by_an_eighth_at_most_and_reaches_it(side, border):
+    images = torch.zeros(500, 3, side, side, dtype=torch.uint8)
+    images[:, :, side // 2, side // 2] = 1
+    cropped = augment(images, "crop", torch.Generator().manual_seed(0))
+    _, rows, columns = cropped[:, 0].nonzero().T
+    for moved in (rows - side // 2, columns - side // 2):
+        assert (int(moved.min()), int(moved.max())) == (-border, border)
+    assert augment(images, "none", torch.Generator()) is images
+
+
+def test_a_mirrored_image_is_the_mirror_of_its_crop():
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    plain = augment(images, "crop", torch.Generator().manual_seed(5))
+    mirrored = augment(images, "flip-crop", torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    torch.randint(0, 3, (2, 40), generator=generator)
+    turned = torch.rand(40, generator=generator) < 0.5
+    assert torch.equal(mirrored[~turned], plain[~turned])
+    assert torch.equal(mirrored[turned], plain[turned].flip(-1))
+
+
+def test_evaluation_keeps_the_order_and_the_last_images():
+    split = Split(torch.arange(7).view(7, 1, 1, 1).byte(), torch.arange(7))
+    batches = list(eval_batches(split, 3))
+    assert [labels.tolist() for _, labels in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert all(torch.equal(images[:, 0, 0, 0].long(), labels) for images, labels in batches)
+
+
+def test_training_batches_are_augmented_in_the_order_of_the_generator():
+    images = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(2)
+    order = torch.randperm(9, generator=generator)
+    expected = augment(images[order[:9]], "crop", generator)
+    split = Split(images, torch.arange(9))
+    ((batch, labels),) = train_batches(split, 9, "crop", torch.Generator().manual_seed(2))
+    assert torch.equal(batch, expected)
+    assert torch.equal(labels, order)

@@ -169,3 +169,102 @@ def test_the_checksum_is_of_images_labels_and_parts():
     }
     assert len(sums) == 5
     assert sources._checksum(plain, None) in sums
+
+
+def folders(root, **counts):
+    """Class folders of grey images: ``name=count``; image n has the grey value n."""
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            (root / name / f"{index}.png").write_bytes(png(np.full((4, 4, 3), index, np.uint8)))
+
+
+def test_class_folders_are_read_in_the_order_of_their_names(tmp_path):
+    folders(tmp_path, dog=2, cat=3)
+    folders(tmp_path, **{".hidden": 1})
+    (tmp_path / "notes.txt").write_text("no class")
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "cat" / "2.png").rename(tmp_path / "cat" / "2.PNG")
+    source = sources.read_source(f"folder:{tmp_path}", None)
+    assert source.class_names == ["cat", "dog"]
+    assert source.test is None
+    assert source.train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert source.train.labels.dtype == torch.int64
+    assert source.train.images.shape == (5, 3, 256, 256)
+    assert source.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_a_train_folder_alone_is_a_class(tmp_path):
+    folders(tmp_path, train=2, other=1)
+    source = sources.read_source(f"folder:{tmp_path}", None)
+    assert (source.class_names, source.test) == (["other", "train"], None)
+
+
+def test_class_folders_that_cannot_be_are_named(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        sources.read_source(f"folder:{tmp_path / 'none'}", None)
+    folders(tmp_path, one=1)
+    with pytest.raises(UserError, match="at least two class folders with images, and .* has 1"):
+        sources.read_source(f"folder:{tmp_path}", None)
+    folders(tmp_path, two=0)
+    with pytest.raises(UserError, match="two holds no images"):
+        sources.read_source(f"folder:{tmp_path}", None)
+
+
+def test_parquet_files_are_read_in_order_and_classes_without_names_are_numbered(tmp_path, images):
+    pixels, labels = images
+    write_parquet(tmp_path / "cifar10", pixels[:10], labels[:10])
+    first = tmp_path / "cifar10" / "train-00000-of-00001.parquet"
+    first.rename(first.with_name("train-00001-of-00002.parquet"))
+    write_parquet(tmp_path / "other", pixels[10:], labels[10:])
+    (tmp_path / "other" / first.name).rename(tmp_path / "cifar10" / "train-00000-of-00002.parquet")
+    source = sources.read_source("cifar10", tmp_path)
+    assert source.train.labels.tolist() == labels[10:] + labels[:10]
+    assert len(source.test.labels) == 10
+    assert source.class_names == ["0", "1", "2", "3"]
+
+
+def test_parquet_images_of_two_sizes_are_refused(tmp_path, images):
+    write_parquet(tmp_path / "cifar10", [images[0][0], images[0][1][:16]], [0, 1])
+    with pytest.raises(UserError, match="not all of one size"):
+        sources.read_source("cifar10", tmp_path)
+
+
+def test_a_train_file_without_its_test_is_no_data_set(tmp_path, images):
+    write_parquet(tmp_path / "cifar10", *images)
+    next((tmp_path / "cifar10").glob("test-*")).unlink()
+    with pytest.raises(UserError, match="no cifar10 in it"):
+        sources.read_source("cifar10", tmp_path)
+
+
+def test_what_was_provided_comes_before_what_lies_there(monkeypatch):
+    monkeypatch.setattr(sources, "_provided", {})
+    found = sources.source_of("digits", None)
+    assert found is sources.read_source("digits", None)  # read once
+    other = found._replace(sha256="of another node")
+    sources.provide("digits", other)
+    assert sources.source_of("digits", None) is other
+
+
+def test_digits_are_grey_values_of_sixteenths():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = sources.read_source("digits", None).train.images
+    assert torch.equal(images[:, 0], images[:, 2])
+    expected = np.rint(digits.images * 15.9375)
+    assert np.array_equal(images[:, 1].numpy(), expected)
+    labels = sources.read_source("digits", None).train.labels
+    assert labels.tolist() == digits.target.tolist()
+
+
+@pytest.mark.parametrize("asked", [None, "here"])
+def test_cifar_is_downloaded_only_where_no_folder_was_given(tmp_path, monkeypatch, asked):
+    calls = []
+    monkeypatch.setattr(
+        sources, "_torchvision_cifar", lambda *given, **more: calls.append((*given, more))
+    )
+    (tmp_path / "cifar10" / "cifar-10-batches-py").mkdir(parents=True)
+    sources._cifar("cifar10", tmp_path if asked else None)
+    root = tmp_path / "cifar10" if asked else sources.DEFAULT_DATA_DIR
+    assert calls == [("cifar10", root, {"download": asked is None})]

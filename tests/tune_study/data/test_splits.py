@@ -1,8 +1,9 @@
 import pytest
 import torch
+from sklearn.model_selection import train_test_split
 
 from tune_study.config import DataConfig
-from tune_study.data import sources
+from tune_study.data import sources, splits
 from tune_study.data.splits import load
 from tune_study.errors import UserError
 
@@ -55,3 +56,37 @@ def test_real_cifar(cifar_dir):
         dataset = load(name, cifar_dir, sizes)
         assert len(dataset.class_names) == classes
         assert dataset.train.images.shape == (200, 3, 32, 32)
+
+
+def test_shares_sizes_and_their_boundaries():
+    digits = load("digits", None, DataConfig())
+    # A fifth of 1,797 for the test, then a tenth of the rest for validation.
+    assert [len(split.labels) for split in digits[:3]] == [1294, 144, 359]
+    whole = load("digits", None, DataConfig(train_size=1294, test_size=359))
+    assert torch.equal(whole.train.images, digits.train.images)
+    assert torch.equal(whole.test.labels, digits.test.labels)
+    for size in ({"train_size": 1295}, {"test_size": 360}):
+        with pytest.raises(UserError, match="has (1294|359) images for it"):
+            load("digits", None, DataConfig(**size))
+
+
+def test_a_split_holds_an_image_of_every_class_in_the_order_of_the_source():
+    labels = torch.arange(40) % 10
+    rest, chosen = splits._split_off(labels, None, 0.1, "planted", "val")  # a tenth is 4
+    assert sorted(labels[chosen].tolist()) == list(range(10))
+    assert len(rest) == 30
+    assert rest.tolist() == sorted(rest.tolist())
+    assert chosen.tolist() == sorted(chosen.tolist())
+    assert not set(rest) & set(chosen)
+    assert len(splits._split_off(labels, None, 0.5, "planted", "val")[1]) == 20
+
+
+def test_the_digits_and_the_seed_of_their_split_are_these():
+    """A study is continued by another version: its images must not be others."""
+    digits = load("digits", None, DataConfig(val_size=20))
+    assert digits.class_names == [str(n) for n in range(10)]
+    assert digits.sha256 == "172254ee56bbb5aa4594b7b39ef2320dca2ffe80cb37d0fac4fac5394c3fa3c5"
+    labels = torch.arange(40) % 4
+    _, chosen = splits._split_off(labels, 8, 0.1, "planted", "val")
+    expected = train_test_split(range(40), test_size=8, stratify=labels, random_state=2024)[1]
+    assert chosen.tolist() == sorted(expected)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,55 @@ def test_what_is_written_reaches_the_disk_before_its_name(write, tmp_path, monke
     written = tmp_path / "name"
     written = written / "inner" if written.is_dir() else written
     assert calls == [written.stat().st_ino, "rename", tmp_path.stat().st_ino]
+
+
+def test_a_folder_takes_the_place_of_another_and_of_what_a_kill_left(tmp_path: Path) -> None:
+    path, left = tmp_path / "deep" / "name", tmp_path / "deep" / ".name.tmp"
+    left.mkdir(parents=True)
+    (left / "half").write_text("of a writer that was killed")
+    for text in ("first", "second"):
+        write_folder_whole(path, lambda folder, text=text: (folder / text).write_text(text))
+        assert [file.name for file in path.iterdir()] == [text]
+        assert [file.name for file in path.parent.iterdir()] == ["name"]
+
+
+def test_a_folder_that_cannot_be_filled_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "name"
+    write_folder_whole(path, lambda folder: (folder / "file").write_text("whole"))
+
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder_whole(path, fail)
+    assert [file.name for file in tmp_path.rglob("*")] == ["name", "file"]
+
+
+def test_json_as_it_is_written_and_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {1: [math.nan, (2.5, True)], "é": -math.inf})
+    assert path.read_text(encoding="utf-8") == (
+        '{\n "1": [\n  null,\n  [\n   2.5,\n   true\n  ]\n ],\n "\\u00e9": null\n}\n'
+    )
+    assert files.read_json(path) == {"1": [None, [2.5, True]], "é": None}
+    assert files.read_json(tmp_path) is None  # a folder
+    path.write_bytes(b"\xff")
+    assert files.read_json(path) is None
+
+
+def test_a_path_through_what_is_no_mapping_is_empty() -> None:
+    value = {"a": {"b": {"c": 1}, "n": 3}}
+    assert files.mapping(value, "a", "b") == {"c": 1}
+    assert files.mapping(value) is value
+    for keys in (("x",), ("a", "n"), ("a", "n", "m"), ("x", "y")):
+        assert files.mapping(value, *keys) == {}
+    assert files.mapping([1]) == {}
+
+
+def test_bytes_their_digest_and_the_time(tmp_path: Path) -> None:
+    files.write_bytes(tmp_path / "file", b"abc")
+    assert (tmp_path / "file").read_bytes() == b"abc"
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.file_sha256(tmp_path / "file") == expected  # FIPS 180-2's example
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", files.now())

@@ -2,9 +2,11 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -98,3 +100,82 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written to"):
         lock.lock(tmp_path / "file" / "s").__enter__()
+
+
+def holder(**changed):
+    return {**json.loads(lock._record("another", 7)), **changed}
+
+
+def test_a_record_names_its_owner_and_its_process():
+    found = holder()
+    assert (found["owner"], found["beat"], found["pid"]) == ("another", 7, os.getpid())
+    assert len(found["machine"]) == 16
+    assert platform.node() not in found["machine"]
+
+
+@pytest.mark.parametrize(
+    ("apart", "dead"), [(0.0, False), (0.9, False), (-0.9, False), (1.1, True), (-1.1, True)]
+)
+def test_a_process_that_began_at_another_time_is_another(apart, dead):
+    found = holder()
+    found["process_started"] += apart
+    assert lock._is_dead(found) is dead
+    assert not lock._is_dead({**found, "machine": "another"})
+
+
+def test_a_process_that_is_gone_is_dead_and_an_unreadable_holder_is_not():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    assert lock._is_dead(holder(pid=child.pid))
+    assert not lock._is_dead(None)
+    for content in (None, b"", b"{", b"[1]"):
+        assert lock._owner(content) is None
+
+
+def test_who_wrote_last_of_two_that_began_at_once_holds_it(quick, place, monkeypatch):
+    where = open_remote(place[0])
+    settles = []
+
+    def other_writes(seconds):
+        settles.append(seconds)
+        remote.write(where, lock.NAME, foreign())
+
+    monkeypatch.setattr(lock.time, "sleep", other_writes)
+    with (
+        pytest.raises(UserError, match="began on this study at the same moment"),
+        lock.lease(where, pytest.fail, pytest.fail),
+    ):
+        pytest.fail("held")
+    assert settles == [lock.SETTLES_S]
+    assert json.loads(remote.read(where, lock.NAME))["owner"] == "another"
+
+
+def test_a_lease_beats_while_it_is_held(quick, place):
+    where, beats = open_remote(place[0]), set()
+    with lock.lease(where, print, pytest.fail):
+        until = time.monotonic() + 30
+        while len(beats) < 3 and time.monotonic() < until:
+            beats.add(json.loads(remote.read(where, lock.NAME))["beat"])
+    assert len(beats) == 3
+
+
+def test_a_lease_that_is_given_back_is_free_at_once(quick, place, monkeypatch):
+    monkeypatch.setattr(lock, "WATCHED_S", 3600)
+    where, said = open_remote(place[0]), []
+    remote.write(where, lock.NAME, foreign(machine="another", time="then"))
+    monkeypatch.setattr(
+        lock.time, "sleep", lambda seconds: seconds and remote.delete(where, [lock.NAME])
+    )
+    with lock.lease(where, said.append, pytest.fail):
+        pass
+    assert "a run from then has not given" in said[0]
+
+
+def test_a_lock_is_given_back_after_a_failure(tmp_path):
+    for _ in range(2):
+        with (
+            pytest.raises(ValueError, match="planted"),
+            lock.lock(tmp_path / "deep" / "s"),
+        ):
+            raise ValueError("planted")
+        assert not (tmp_path / "deep" / "s" / ".run.json").exists()

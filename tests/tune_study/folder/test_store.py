@@ -1,13 +1,24 @@
 """A study's place behind a URI, on a local disk: what is pulled, pushed, masked and refused."""
 
 import json
+import shutil
 
 import pytest
 
 from tune_study.errors import UserError
 from tune_study.folder import remote
 from tune_study.folder.remote import RemoteError, masked, open_remote
-from tune_study.folder.store import StorageLost, open_store, plainly
+from tune_study.folder.store import (
+    StorageLost,
+    _within,
+    held,
+    kept,
+    open_store,
+    place_of,
+    plainly,
+    push_all,
+    push_end,
+)
 
 TRIAL = "m-digits-r4-nf4-s1-00000000"
 
@@ -202,3 +213,114 @@ def test_a_store_that_goes_away_is_waited_for_and_then_said(study, place, monkey
     study.push("running")
     assert waits == [0.01]
     assert (place[1] / "running" / "late.json").is_file()
+
+
+class Pushes:
+    """In place of a store: what was pushed, and how it went."""
+
+    def __init__(self, folder=None, fails=False):
+        self.folder, self.remote, self.fails, self.pushed = folder, None, fails, []
+
+    def push(self, *parts):
+        if self.fails:
+            raise RemoteError("gone")
+        self.pushed.append(parts)
+
+
+def test_an_epoch_is_pushed_before_it_is_reported_and_a_trial_at_its_end():
+    pushes, rows = Pushes(), []
+
+    def report(row):
+        assert len(pushes.pushed) == len(rows) + 1
+        rows.append(row)
+
+    with kept(pushes, TRIAL, report) as pushing:
+        pushing({"epoch": 1})
+        pushing({"epoch": 2})
+    assert rows == [{"epoch": 1}, {"epoch": 2}]
+    assert pushes.pushed == [(TRIAL,)] * 3
+    with kept(None, TRIAL, report) as plain:
+        assert plain is report
+
+
+@pytest.mark.parametrize(("error", "count"), [(ValueError, 1), (RemoteError, 0), (KeyError, 1)])
+def test_what_a_failed_trial_leaves_is_pushed_where_there_is_a_store(error, count):
+    pushes = Pushes()
+    with pytest.raises(error), kept(pushes, TRIAL, print):
+        raise error("planted")
+    assert pushes.pushed == [(TRIAL,)] * count
+
+
+def test_a_runs_end_pushes_the_failed_trials_and_the_report(tmp_path):
+    statuses = ("completed", "early_stopped", "diverged", "oom", "error", "interrupted", "pending")
+    for status in statuses:
+        put(tmp_path, f"{status}/results.json", {"status": status})
+    pushes = Pushes(tmp_path)
+    push_end(pushes, statuses)
+    bad = [("diverged",), ("oom",), ("error",)]
+    assert pushes.pushed == [*bad, ("report", "tensorboard", "")]
+    with pytest.raises(StorageLost):
+        push_end(Pushes(tmp_path, fails=True), [])
+
+
+def test_a_runs_start_pushes_what_is_here_or_there(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(remote, "listing", lambda where: ["there/results.json", "study.json"])
+    pushes = Pushes(tmp_path)
+    push_all(pushes, ["here", "there", "nowhere"])
+    assert pushes.pushed == [("here", "there"), ("report", "tensorboard", "")]
+
+
+def test_the_place_of_a_study_is_under_the_uri():
+    assert place_of(None, "name") is None
+    assert place_of("s3://bucket/path", "my study") == "s3://bucket/path/my%20study"
+    with pytest.raises(UserError, match="--storage folder: write a URI"):
+        place_of("folder", "name")
+
+
+def test_a_run_without_a_store_holds_none_and_one_with_it_has_pulled(study, place, tmp_path):
+    with held(None, tmp_path, print, print) as none:
+        assert none is None
+    folder = tmp_path / "pulled"
+    folder.mkdir()
+    with held(place[0], folder, print, pytest.fail) as store:
+        assert (folder / "study.json").is_file()
+        assert store.folder == folder
+        assert (place[1] / ".lease.json").is_file()
+    assert not (place[1] / ".lease.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "expected"),
+    [
+        ("a/b", "a", True),
+        ("a/b/c", "a", True),
+        ("ab/c", "a", False),
+        ("a", "", True),
+        ("a/b", "", False),
+    ],
+)
+def test_what_lies_within_a_part(name, part, expected):
+    assert _within(name, part) is expected
+
+
+def test_pushing_one_trial_leaves_the_others_there_alone(study, place):
+    other = open_store(place[0], study.folder)
+    shutil.rmtree(study.folder / TRIAL)
+    (study.folder / "running/results.json").unlink()
+    other.push("running")
+    assert f"{TRIAL}/results.json" in names(place[1])
+    assert "running/results.json" not in names(place[1])
+    other.push(TRIAL)
+    assert f"{TRIAL}/results.json" not in names(place[1])
+    assert "study.json" in names(place[1])
+
+
+@pytest.mark.parametrize("there", ["completed", "newer"])
+def test_an_ended_trial_is_fetched_where_the_store_says_otherwise(study, place, there):
+    put(place[1], f"{TRIAL}/results.json", {"status": "completed", "note": there})
+    put(study.folder, f"{TRIAL}/results.json", {"status": "completed", "note": "completed"})
+    put(study.folder, f"{TRIAL}/extra.txt", "only here")
+    assert open_store(place[0], study.folder).pull_study()
+    assert (study.folder / TRIAL / "extra.txt").exists() is (there == "completed")
+    assert json.loads((study.folder / TRIAL / "results.json").read_text())["note"] == there

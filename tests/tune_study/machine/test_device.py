@@ -149,7 +149,9 @@ def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
 def test_bf16_is_measured_with_one_thread(monkeypatch):
     asked, threads = [], torch.get_num_threads()
     monkeypatch.setattr(
-        device, "_matmul_rate", lambda *given: asked.append((*given, torch.get_num_threads())) or 1.0
+        device,
+        "_matmul_rate",
+        lambda *given: asked.append((*given, torch.get_num_threads())) or 1.0,
     )
     torch.set_num_threads(2)
     try:

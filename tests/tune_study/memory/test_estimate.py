@@ -1,3 +1,6 @@
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -87,3 +90,70 @@ def test_no_modes_step_takes_more_than_is_left_for_it(tiny, compute_dtype, batch
         for mode in MODES[:4]
     )
     assert max(others) < estimates.ROOMY * none / 2
+
+
+class Skeleton(torch.nn.Module):
+    """Two layers, 11 tokens of width 6, two blocks: all that an estimate looks at."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 5), torch.nn.Linear(5, 7)
+        self.norm = torch.nn.LayerNorm(5)
+        self.pos_embed = torch.nn.Parameter(torch.zeros(1, 11, 6))
+        self.blocks, self.num_features = [self.norm, self.norm], 6
+
+
+@pytest.mark.parametrize(("checkpointing", "passes"), [(False, 2), (True, 3)])
+@pytest.mark.parametrize("peak", [None, 77])
+def test_seconds_are_work_over_the_measured_rate(tiny, monkeypatch, checkpointing, passes, peak):
+    asked = []
+    monkeypatch.setattr(estimates, "matmul_rate", lambda *given: asked.append(given) or 1e6)
+    monkeypatch.setattr(estimates, "skeleton_of", lambda *_: Skeleton())
+    expected = SimpleNamespace(weights_bytes=8, peak_train_bytes=peak)
+    monkeypatch.setattr(estimates, "predict", lambda *_: expected)
+    settings = {"gradient_checkpointing": checkpointing, "num_train_epochs": 3}
+    config = tiny("nf4", training={**settings, "compute_dtype": "fp32"})
+    data = load("digits", None, config.data)
+    found = estimate(config, data, torch.device("cpu"))
+    forward = 2 * 11 * (3 * 5 + 5 * 7) + 4 * 11**2 * 6 * 2
+    images = 40 * passes + 20
+    assert found.train_time_s == pytest.approx(forward * images * 3 / (1e6 * 0.4))
+    assert found.weights_bytes == 8
+    assert found.peak_train_bytes == 77 if peak else math.isnan(found.peak_train_bytes)
+    assert asked == [("fp32", "cpu")]
+
+
+def test_tokens_are_those_of_the_positions_else_of_a_vit_at_224():
+    skeleton = Skeleton()
+    assert estimates._tokens(skeleton) == 11
+    skeleton.pos_embed = torch.nn.Parameter(torch.zeros(11, 6))
+    assert estimates._tokens(skeleton) == 197
+    assert estimates._tokens(torch.nn.Linear(1, 1)) == 197
+
+
+def test_checkpointing_is_named_where_it_is_not_taken(tiny, monkeypatch):
+    monkeypatch.setattr(estimates, "free_bytes", lambda device: 0)
+    for taken in (False, True):
+        config = tiny("none", training={"gradient_checkpointing": taken})
+        with pytest.raises(UserError) as caught:
+            refuse_what_cannot_fit(config, 10, torch.device("cpu"))
+        assert ("gradient_checkpointing=true" in str(caught.value)) is not taken
+        assert "size (20; " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("peak", "free", "times", "excess"),
+    [
+        (100, 100, 1, None),
+        (100, 99, 1, (100, 99)),
+        (100, 300, 3, None),
+        (100, 299, 3, (100, 299)),
+        (None, 1, 1, None),
+        (100, None, 1, None),
+    ],
+)
+def test_what_is_more_than_is_free(tiny, monkeypatch, peak, free, times, excess):
+    prediction = SimpleNamespace(peak_train_bytes=peak)
+    monkeypatch.setattr(estimates, "predict", lambda *_: prediction)
+    monkeypatch.setattr(estimates, "free_bytes", lambda device: free)
+    assert estimates._excess(tiny("none"), 10, torch.device("cpu"), times) == excess

@@ -3,7 +3,7 @@ import torch
 
 from tune_study.data.splits import load
 from tune_study.machine.device import without_bf16
-from tune_study.memory.predict import predict
+from tune_study.memory.predict import _Held, of_a_step, predict
 from tune_study.model.build import build_model
 from tune_study.trial import train
 
@@ -50,3 +50,48 @@ def test_gradient_checkpointing_shrinks_the_activations_and_changes_no_bit(tiny,
         assert checkpointed.ledger.activation_bytes < share * plain.ledger.activation_bytes
         assert checkpointed.peak_train_bytes < 0.6 * plain.peak_train_bytes
     assert runs[True][2] == runs[False][2]
+
+
+def test_trials_share_a_prediction_where_their_steps_hold_the_same_bytes(tiny):
+    """What is kept of a configuration is what the bytes depend on, and no more."""
+    plain = of_a_step(tiny("nf4"))
+    same = tiny("nf4", seed=9, lora={"lora_alpha": 32}, training={"learning_rate": 0.5})
+    assert of_a_step(same) == plain
+    assert of_a_step(tiny("nf4", data={"train_size": 100})) == plain
+    others = [
+        tiny("int8"),
+        tiny("nf4", lora={"r": 8}),
+        tiny("nf4", lora={"lora_dropout": 0.5}),
+        tiny("nf4", data={"image_size": 64}),
+        tiny("nf4", quantization={"mode": "nf4", "overrides": {"blocks.0.*": "int8"}}),
+        *(
+            tiny("nf4", training=changed)
+            for changed in (
+                {"per_device_train_batch_size": 21},
+                {"compute_dtype": "fp32" if plain.training.compute_dtype == "bf16" else "bf16"},
+                {"gradient_checkpointing": True},
+            )
+        ),
+    ]
+    assert len({of_a_step(other).model_dump_json() for other in [tiny("nf4"), *others]}) == 9
+    assert of_a_step(others[5]).training.per_device_train_batch_size == 21
+
+
+def test_what_is_held_falls_when_a_tensor_goes_and_the_most_stays():
+    given = torch.zeros(100)
+    with _Held([given]) as held:
+        first = torch.ones(10)
+        assert (held.now, held.most) == (40, 40)
+        view = first[2:]
+        given.add_(1)
+        assert held.now == 40  # a view, and what was there before
+        second = torch.ones(5)
+        assert (held.now, held.most) == (60, 60)
+        del first
+        assert held.now == 60
+        del view
+        assert (held.now, held.most) == (20, 60)
+        third = torch.ones(5)
+        assert (held.now, held.most) == (40, 60)
+        del second, third
+    assert held.now == 0

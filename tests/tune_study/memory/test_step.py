@@ -3,7 +3,15 @@ import torch
 from torch import nn
 
 from tune_study.data.splits import load
-from tune_study.memory.step import SavedTensors, measure_step, optimizer_tensors, replay
+from tune_study.memory import step
+from tune_study.memory.step import (
+    Ledger,
+    SavedTensors,
+    StepMemory,
+    measure_step,
+    optimizer_tensors,
+    replay,
+)
 from tune_study.model.build import build_model
 from tune_study.model.footprint import model_tensors
 from tune_study.model.quantize import tensor_bytes
@@ -148,3 +156,36 @@ def test_activations_grow_with_the_batch_in_a_straight_line(tiny):
 def test_an_event_exactly_at_the_mark_is_before_it():
     assert replay([(1, 5), (2, 3)], 2) == (8, 8)
     assert replay([(1, 5), (2, 3), (3, -4)], 2) == (8, 8)
+
+
+def test_at_rest_are_all_but_gradients_and_activations():
+    measured = StepMemory(1, 20, 300, 4_000, 50_000, 600_000, 7, 8, "a source")
+    assert measured.ledger == Ledger(1, 20, 300, 4_000, 50_000, 600_000)
+    assert measured.ledger.at_rest_bytes == 50_321
+
+
+@pytest.mark.parametrize("extra", [1000, None])
+def test_the_peak_is_what_the_step_held_beyond_the_bytes_at_rest(monkeypatch, extra):
+    """A layer of 24 bytes of weights and 8 of bias, only the weights learning, by plain SGD."""
+    model, asked = nn.Linear(3, 2), []
+    model.bias.requires_grad_(False)
+    optimizer = torch.optim.SGD([model.weight], lr=1.0, momentum=0.5)
+
+    def forward(count):
+        asked.append(count)
+        return model(torch.ones(4, 3)).sum()
+
+    def meter(watched, given):
+        watched().backward()
+        assert given is optimizer
+        return 99, extra, "planted"
+
+    monkeypatch.setitem(step._METERS, "cpu", meter)
+    before = model.weight.detach().clone()
+    found = measure_step(model, optimizer, forward, CPU)
+    assert asked == [1, None]
+    assert found.ledger == Ledger(8, 0, 24, 24, 24, 99)
+    assert found.peak_train_bytes == (None if extra is None else 8 + 24 + 24 + 1000)
+    assert found.peak_source == "planted"
+    assert torch.equal(model.weight, before)
+    assert not optimizer.state

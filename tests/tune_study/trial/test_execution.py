@@ -420,7 +420,11 @@ def test_strictness_is_given_up_once_and_said(tiny, tmp_path, monkeypatch, stric
     monkeypatch.setattr(execution, "settle", settle)
     if strict:
         assert execution._attempt(record.config, context, print, record) is False
-        assert (asked, record.settings, record.training) == ([False], {"deterministic": False}, None)
+        assert (asked, record.settings, record.training) == (
+            [False],
+            {"deterministic": False},
+            None,
+        )
         assert record.warnings[0].endswith("last bits: set by use_deterministic_algorithms")
     else:
         record.training = None
