@@ -204,7 +204,7 @@ def test_class_folders_that_cannot_be_are_named(tmp_path):
     with pytest.raises(UserError, match="there is no such folder"):
         sources.read_source(f"folder:{tmp_path / 'none'}", None)
     folders(tmp_path, one=1)
-    with pytest.raises(UserError, match="at least two class folders with images, and .* has 1"):
+    with pytest.raises(UserError, match=r"at least two class folders with images, and .* has 1"):
         sources.read_source(f"folder:{tmp_path}", None)
     folders(tmp_path, two=0)
     with pytest.raises(UserError, match="two holds no images"):

@@ -66,7 +66,7 @@ def test_shares_sizes_and_their_boundaries():
     assert torch.equal(whole.train.images, digits.train.images)
     assert torch.equal(whole.test.labels, digits.test.labels)
     for size in ({"train_size": 1295}, {"test_size": 360}):
-        with pytest.raises(UserError, match="has (1294|359) images for it"):
+        with pytest.raises(UserError, match=r"has (1294|359) images for it"):
             load("digits", None, DataConfig(**size))
 
 

@@ -114,7 +114,7 @@ def test_a_record_names_its_owner_and_its_process():
 
 
 @pytest.mark.parametrize(
-    ("apart", "dead"), [(0.0, False), (0.9, False), (-0.9, False), (1.1, True), (-1.1, True)]
+    ("apart", "dead"), [(0.0, False), (1.0, False), (-1.0, False), (1.1, True), (-1.1, True)]
 )
 def test_a_process_that_began_at_another_time_is_another(apart, dead):
     found = holder()

@@ -101,9 +101,14 @@ def test_random_draws_leave_no_trace_even_when_they_fail():
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    with pytest.raises(ValueError, match="planted"), device.kept_random_states(torch.device("cpu")):
-        torch.rand(5)
-        raise ValueError("planted")
+
+    def draw():
+        with device.kept_random_states(torch.device("cpu")):
+            torch.rand(5)
+            raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        draw()
     assert torch.equal(torch.rand(2), expected)
 
 

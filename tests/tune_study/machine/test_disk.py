@@ -46,15 +46,12 @@ def test_room_is_that_of_the_nearest_folder_which_is_there(free, tmp_path):
 
 def caused(inner, *, by_chance=False):
     """An error that ``inner`` led to, said or by chance."""
-    try:
-        try:
-            raise inner
-        except Exception as error:
-            raise ValueError("outer") from (None if by_chance else error)
-    except ValueError as outer:
-        if by_chance:
-            outer.__context__ = inner
-        return outer
+    outer = ValueError("outer")
+    if by_chance:
+        outer.__context__ = inner
+    else:
+        outer.__cause__ = inner
+    return outer
 
 
 @pytest.mark.parametrize(

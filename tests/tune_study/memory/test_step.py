@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from tune_study.data.splits import load
-from tune_study.memory import step
+from tune_study.memory import step as steps
 from tune_study.memory.step import (
     Ledger,
     SavedTensors,
@@ -180,7 +180,7 @@ def test_the_peak_is_what_the_step_held_beyond_the_bytes_at_rest(monkeypatch, ex
         assert given is optimizer
         return 99, extra, "planted"
 
-    monkeypatch.setitem(step._METERS, "cpu", meter)
+    monkeypatch.setitem(steps._METERS, "cpu", meter)
     before = model.weight.detach().clone()
     found = measure_step(model, optimizer, forward, CPU)
     assert asked == [1, None]
