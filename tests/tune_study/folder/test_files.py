@@ -96,3 +96,39 @@ def test_bytes_their_digest_and_the_time(tmp_path: Path) -> None:
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert files.file_sha256(tmp_path / "file") == expected  # FIPS 180-2's example
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", files.now())
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"x": 1})
+    with pytest.raises(TypeError):
+        files.write_json(path, {"x": object()})
+
+    def half(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    def nothing(temporary: Path) -> None:
+        raise OSError("disk full")
+
+    for fail in (half, nothing):
+        with pytest.raises(OSError, match="disk full"):
+            write_whole(path, fail)
+    assert files.read_json(path) == {"x": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert files.read_json(tmp_path / "none.json") is None
+
+
+def test_folders_above_are_made_and_none_is_left_open(tmp_path: Path, monkeypatch) -> None:
+    descriptors, opened = [], os.open
+
+    def noted(*given: object) -> int:
+        descriptors.append(opened(*given))  # type: ignore[arg-type]
+        return descriptors[-1]
+
+    monkeypatch.setattr(files.os, "open", noted)
+    write_folder_whole(tmp_path / "deep" / "er", lambda folder: None)
+    assert descriptors
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)

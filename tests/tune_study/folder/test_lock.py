@@ -153,22 +153,28 @@ def test_who_wrote_last_of_two_that_began_at_once_holds_it(quick, place, monkeyp
 def test_a_lease_beats_while_it_is_held(quick, place):
     where, beats = open_remote(place[0]), set()
     with lock.lease(where, print, pytest.fail):
+        assert all(one.daemon for one in threading.enumerate() if one.name == "lease")
         until = time.monotonic() + 30
         while len(beats) < 3 and time.monotonic() < until:
             beats.add(json.loads(remote.read(where, lock.NAME))["beat"])
     assert len(beats) == 3
+    assert min(beats) >= 0
 
 
 def test_a_lease_that_is_given_back_is_free_at_once(quick, place, monkeypatch):
     monkeypatch.setattr(lock, "WATCHED_S", 3600)
-    where, said = open_remote(place[0]), []
+    where, said, slept = open_remote(place[0]), [], []
     remote.write(where, lock.NAME, foreign(machine="another", time="then"))
-    monkeypatch.setattr(
-        lock.time, "sleep", lambda seconds: seconds and remote.delete(where, [lock.NAME])
-    )
+
+    def given_back(seconds):
+        slept.append(seconds)
+        remote.delete(where, [lock.NAME] * (len(slept) == 1))
+
+    monkeypatch.setattr(lock.time, "sleep", given_back)
     with lock.lease(where, said.append, pytest.fail):
         pass
     assert "a run from then has not given" in said[0]
+    assert slept == [1.0, lock.SETTLES_S]
 
 
 def test_a_lock_is_given_back_after_a_failure(tmp_path):
@@ -179,3 +185,5 @@ def test_a_lock_is_given_back_after_a_failure(tmp_path):
         ):
             raise ValueError("planted")
         assert not (tmp_path / "deep" / "s" / ".run.json").exists()
+    with lock.lock(tmp_path / "deep" / "s"):
+        (tmp_path / "deep" / "s" / ".run.json").unlink()  # somebody tidied up

@@ -252,22 +252,13 @@ def test_what_a_failed_trial_leaves_is_pushed_where_there_is_a_store(error, coun
 
 
 def test_a_runs_end_pushes_the_failed_trials_and_the_report(tmp_path):
-    statuses = [
-        "completed",
-        "early_stopped",
-        "pruned",
-        "diverged",
-        "oom",
-        "error",
-        "interrupted",
-        "pending",
-    ]
+    good, ended = ["completed", "early_stopped"], ["pruned", "diverged", "oom", "error"]
+    statuses = [*good, *ended, "interrupted", "pending"]
     for status in statuses:
         put(tmp_path, f"{status}/results.json", {"status": status})
     pushes = Pushes(tmp_path)
     push_end(pushes, statuses)
-    bad = [("pruned",), ("diverged",), ("oom",), ("error",)]
-    assert pushes.pushed == [*bad, ("report", "tensorboard", "")]
+    assert pushes.pushed == [*((status,) for status in ended), ("report", "tensorboard", "")]
     with pytest.raises(StorageLost):
         push_end(Pushes(tmp_path, fails=True), [])
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tune_study.data.splits import load
-from tune_study.folder.files import file_sha256, read_json, write_json, write_whole
+from tune_study.folder.files import file_sha256
 from tune_study.model.build import build_model
 from tune_study.trial import checkpoint, train
 
@@ -93,26 +93,6 @@ def test_loading_a_checkpoint_runs_no_code(saved):
     with pytest.raises(pickle.UnpicklingError):
         checkpoint.load(folder)
     assert not (folder / "ran").exists()
-
-
-def test_json_files_are_strict_and_whole(tmp_path):
-    path = tmp_path / "a.json"
-    write_json(path, {"x": math.nan, "y": [math.inf, 1.5], "z": (1, None)})
-    assert path.read_text().count("null") == 3
-    assert read_json(path) == {"x": None, "y": [None, 1.5], "z": [1, None]}
-    before = path.read_text()
-    with pytest.raises(TypeError):
-        write_json(path, {"x": object()})
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, fail)
-    assert path.read_text() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-    assert read_json(tmp_path / "none.json") is None
 
 
 def test_another_trials_checkpoint_is_none_of_ours(saved):

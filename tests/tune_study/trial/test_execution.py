@@ -103,6 +103,19 @@ def test_every_epoch_is_a_row_with_the_same_keys(finished):
     assert len({tuple(sorted(row)) for row in rows}) == 1
 
 
+def test_the_log_tells_of_the_start_of_each_epoch_and_of_the_end(finished):
+    config, study_dir, results, _ = finished
+    lines = (study_dir / config.trial_id / "trial.log").read_text().splitlines()
+    assert [line.partition(" ")[2] for line in lines] == [
+        "starts on cpu",
+        *(
+            f"epoch {row['epoch']}: validation accuracy {row['val_accuracy']:.4f}"
+            for row in results["train"]["epochs"]
+        ),
+        "completed",
+    ]
+
+
 def test_the_quantization_of_every_layer_is_written(finished):
     config, study_dir, *_ = finished
     analysis = json.loads((study_dir / config.trial_id / "quantization_analysis.json").read_text())
@@ -143,6 +156,8 @@ def test_an_interrupted_trial_continues_and_ends_equal(finished, tmp_path):
     tmp_path.rename(moved)
     results, again = run(config, moved)
     assert [row["epoch"] for row in again] == [1, 2, 3]  # replayed, then trained
+    log = (moved / config.trial_id / "trial.log").read_text()
+    assert "continues after epoch 2, from epoch-00002\n" in log  # it was saved, then reported
     assert comparable(results) == comparable(whole)
     assert results["train"]["test_metrics"] == whole["train"]["test_metrics"]
 

@@ -1,5 +1,7 @@
 import copy
 import math
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from tune_study.data.batches import Preprocessing, preprocess
 from tune_study.data.splits import load
+from tune_study.errors import UserError
 from tune_study.model import build
 from tune_study.model.build import build_model
 from tune_study.trial import fidelity, train
@@ -256,3 +259,73 @@ def test_looking_leaves_every_layer_in_its_mode_and_drops_nothing(tiny):
     cross_entropy(model(preprocess(images[:32], how)), labels[:32]).backward()
     torch.testing.assert_close(found["2.weight"], model[2].weight.grad)
     torch.testing.assert_close(found["2.bias"], model[2].bias.grad)
+
+
+def test_a_look_is_shared_only_where_all_that_it_depends_on_is_the_same(tiny, monkeypatch):
+    looks = []
+    monkeypatch.setattr(fidelity, "_latest", {})
+    monkeypatch.setattr(fidelity, "_look", lambda *_: fidelity.Look({}, torch.zeros(1)))
+    monkeypatch.setattr(fidelity, "_pretrained_head", lambda *_: looks.append(0))
+    monkeypatch.setattr(fidelity, "_full_precision", lambda *_: nullcontext())
+    monkeypatch.setattr(fidelity, "gradient_fidelity", lambda *_: None)
+    monkeypatch.setattr(fidelity, "output_fidelity", lambda *_: None)
+
+    def look(mode="nf4", *, weights=None, sha256="a", state=(1.0, 2.0), **fields):
+        parameters = {str(n): torch.tensor(value) for n, value in enumerate(state)}
+        data = SimpleNamespace(sha256=sha256)
+        config = tiny(mode, **fields)
+        training = SimpleNamespace(
+            config=config, data=data, device=CPU, parameters=parameters, model=None
+        )
+        before = len(looks)
+        fidelity.at_start(training, weights)
+        assert len(fidelity._latest) == 1
+        return len(looks) > before
+
+    assert look()
+    assert not look()
+    assert not look("int8")
+    assert not look("none")
+    others = [
+        {"weights": Path("file")},
+        {"sha256": "b"},
+        {"seed": 9},
+        {"lora": {"r": 8}},
+        {"state": (1.0, 3.0)},
+    ]
+    for other in others:
+        assert look(**other)
+        assert look()
+
+
+def test_the_pretrained_head_is_the_one_linear_classifier_there_is(tiny, monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU())
+    cfg, names, asked = SimpleNamespace(num_classes=3), ["0"], []
+    monkeypatch.setattr(fidelity.timm, "get_pretrained_cfg", lambda name: cfg)
+    monkeypatch.setattr(fidelity, "load_base", lambda *given: asked.append(given) or model)
+    monkeypatch.setattr(fidelity, "classifier_names", lambda model: names)
+
+    def head(**fields):
+        training = SimpleNamespace(config=tiny("none", **fields))
+        return fidelity._pretrained_head(training, Path("weights"))
+
+    assert head() is model[0]
+    assert [given[1:] for given in asked] == [(3, Path("weights"))]
+    assert head(pretrained=False) is None
+    for found in (["1"], ["0", "1"], []):
+        names[:] = found
+        assert head() is None
+    names[:] = ["0"]
+    cfg.num_classes = 0
+    assert head() is None
+    cfg.num_classes = 1
+    assert head() is model[0]
+
+    def features_alone(*_):
+        torch.rand(1)
+        raise UserError("no head")
+
+    monkeypatch.setattr(fidelity, "load_base", features_alone)
+    state = torch.get_rng_state()
+    assert head() is None
+    assert torch.equal(torch.get_rng_state(), state)

@@ -116,7 +116,7 @@ def test_means_sums_and_maxima_over_uneven_epochs():
         row(2, grad_norm_mean=2.0, grad_norm_cv=math.inf, gradient_cosine_successive=math.nan),
         row(3, grad_norm_mean=9.0, stability_score=0.5, gradient_cosine_successive=math.nan),
     ]
-    for one, noise, square in zip(history, (1.0, 2.0, 9.0), (1.0, 1.0, 4.0), strict=True):
+    for one, noise, square in zip(history, (1.0, 2.0, 9.0), (0.25, 0.25, 1.0), strict=True):
         one |= {"gradient_noise_trace": noise, "gradient_square": square}
     assert records._over_epochs(history) == {
         "grad_explosions": 7,
@@ -127,9 +127,9 @@ def test_means_sums_and_maxima_over_uneven_epochs():
         "grad_norm_cv": 3.0,
         "stability_score": pytest.approx(8.5 / 3),
         "gradient_cosine_successive": 5.0,
-        "gradient_noise_scale": 2.0,
+        "gradient_noise_scale": 8.0,
     }
-    history[2]["gradient_square"] = -2.0  # an estimate without bias may be that; here 0 on average
+    history[2]["gradient_square"] = -0.5  # an estimate without bias may be that; here 0 on average
     assert math.isnan(records._over_epochs(history)["gradient_noise_scale"])
     assert math.isnan(records._over_epochs([row(1)])["gradient_noise_scale"])
 
