@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -268,3 +269,26 @@ def test_cifar_is_downloaded_only_where_no_folder_was_given(tmp_path, monkeypatc
     sources._cifar("cifar10", tmp_path if asked else None)
     root = tmp_path / "cifar10" if asked else sources.DEFAULT_DATA_DIR
     assert calls == [("cifar10", root, {"download": asked is None})]
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_torchvision_is_asked_for_both_parts_and_each_stays_itself(monkeypatch, tmp_path, download):
+    def reader(root, train, download):
+        asked.append((root, train, download))
+        data = np.full((3 if train else 2, 4, 5, 3), 7 if train else 9, np.uint8)
+        data[..., 2] = 1
+        labels = [2, 0, 1] if train else [1, 1]
+        return SimpleNamespace(data=data, targets=labels, classes=("a", "b", "c"))
+
+    asked = []
+    monkeypatch.setattr(sources, "_torchvision_class", lambda dataset: reader)
+    train, test, names = sources._torchvision_cifar("cifar10", tmp_path, download=download)
+    assert asked == [(tmp_path, True, download), (tmp_path, False, download)]
+    assert (train.labels.tolist(), test.labels.tolist()) == ([2, 0, 1], [1, 1])
+    assert (train.images.shape, test.images.shape) == ((3, 3, 4, 5), (2, 3, 4, 5))
+    assert [train.images[0, :, 0, 0].tolist(), test.images[0, :, 0, 0].tolist()] == [
+        [7, 7, 1],
+        [9, 9, 1],
+    ]
+    assert train.labels.dtype == torch.int64
+    assert names == ["a", "b", "c"]

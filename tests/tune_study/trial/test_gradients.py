@@ -258,3 +258,10 @@ def test_what_the_next_epoch_counts_by_survives_a_restart():
     columns, _ = other.end_epoch()
     assert (columns["grad_explosions"], columns["loss_spikes"]) == (1, 1)
     assert math.isnan(columns["gradient_cosine_successive"])  # not with what was seen before
+
+
+def test_small_norms_vary_as_large_ones_do():
+    for scale in (0.01, 1.0, 100.0):
+        columns = norm_statistics(scale * np.array([1.0, 1.0, 4.0]))
+        assert columns["grad_norm_cv"] == pytest.approx(math.sqrt(2) / 2)
+        assert columns["stability_score"] == pytest.approx(1 / (1 + math.sqrt(2) / 2))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tune_study.data.batches import preprocess
+from tune_study.data.batches import Preprocessing, preprocess
 from tune_study.data.sources import Split
 from tune_study.data.splits import Dataset, load
 from tune_study.model.build import build_model, trainable
@@ -373,3 +373,30 @@ def test_another_device_evaluates_whole_batches(tiny):
     assert train.images_per_evaluation(training) == train.EVAL_IMAGES_ON_CPU == 32
     training.device = torch.device("cuda")
     assert train.images_per_evaluation(training) == 100
+
+
+def test_evaluation_drops_nothing_and_memory_is_that_of_training(tiny, monkeypatch):
+    settings = {"compute_dtype": "fp32", "per_device_eval_batch_size": 3}
+    training = bare(tiny, training={**settings, "per_device_train_batch_size": 4})
+    assert training.optimizer.defaults["fused"] is True
+    layers = torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(3 * 64, 2)
+    training.model = torch.nn.Sequential(*layers)
+    training.preprocessing = Preprocessing(8, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    images = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8)
+    split = Split(images, torch.tensor([0, 1, 1, 0, 1, 1, 1]))
+    training.model.train()
+    loss, accuracy = train.evaluate(training, split)
+    assert not training.model.training
+    scores = training.model(preprocess(images, training.preprocessing)).detach()
+    assert loss == pytest.approx(float(cross_entropy(scores, split.labels)))
+    assert accuracy == int((scores.argmax(-1) == split.labels).sum()) / 7
+
+    def measured(model, optimizer, forward, device):
+        assert model.training
+        seen = []
+        monkeypatch.setattr(train, "_forward", lambda t, x, y: seen.append((len(x), len(y))) or [0])
+        forward(None), forward(1)
+        return seen
+
+    monkeypatch.setattr(train, "measure_step", measured)
+    assert train.measure_memory(training) == [(4, 4), (1, 1)]
