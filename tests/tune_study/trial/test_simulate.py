@@ -85,15 +85,15 @@ def test_effects_that_cannot_be_are_refused(text):
     assert parse_effect("nf4-dq=-0.01") == ("nf4-dq", -0.01)
 
 
-@pytest.mark.parametrize("mode", ["none", "nf4"])
-def test_every_number_of_a_drawn_trial_is_that_of_the_model(tiny, monkeypatch, mode):
+@pytest.mark.parametrize(("mode", "effect"), [("none", 0), ("nf4", -0.104), ("fp4", -0.004)])
+def test_every_number_of_a_drawn_trial_is_that_of_the_model(tiny, monkeypatch, mode, effect):
     """The draws are planted: one size for each of the model's terms."""
     draws = {"configuration": 1.0, "interaction": -2.0, "seed": 3.0, "trial": -1.0, "epoch": 2.0}
     monkeypatch.setattr(simulate, "_normal", lambda kind, *names: draws[kind])
     config = tiny(mode, training={"num_train_epochs": 3})
     planted = Simulation(effects={"nf4": -0.1, "int8": -0.5}, seed_sd=0.01)
     rows, test = simulate.draw(config, planted)
-    accuracy = 0.9 + 0.02 + 0.03 - 0.01 - (0.1 + 0.004 if mode == "nf4" else 0)
+    accuracy = 0.9 + 0.02 + 0.03 - 0.01 + effect
     assert test == pytest.approx(accuracy)
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     for row in rows:
