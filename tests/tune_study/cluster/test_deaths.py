@@ -189,7 +189,9 @@ def test_a_trial_that_is_given_up_keeps_what_it_had(tiny, tmp_path):
     assert results["train"] == had["train"]
     assert results["simulated"] is True
     assert json.loads((folder / "error.json").read_text())["last_epoch"] == 3
-    assert deaths.to_continue([config]) == []  # once
+    failed(deaths, dead(other))
+    assert deaths.to_continue([config, other]) == [other]
+    assert deaths.to_continue([config, other]) == []  # once a death
 
 
 def test_one_that_left_nothing_is_an_error_without_epochs(tiny, tmp_path):
