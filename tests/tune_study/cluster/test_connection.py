@@ -120,7 +120,7 @@ def test_trials_at_a_time_are_what_the_living_nodes_hold(tmp_path, cluster, envi
     assert cluster.asked == [("a" * 56, False), ("b" * 56, False)]  # the others run none
     assert joined(tmp_path, 6).limit is None
     assert joined(tmp_path, 5)[1:] == (5, 5)
-    assert environment.ENV_VARS_TO_PROPAGATE == {"AWS_REGION"}
+    assert {"AWS_REGION"} == environment.ENV_VARS_TO_PROPAGATE
     assert environment.DEFAULT_ENV_VARS
     assert joined(tmp_path, cpus=8).at_a_time == 1
     with pytest.raises(UserError, match="no node has 9 CPUs and 0 GPUs"):

@@ -17,6 +17,8 @@ from tune_study.errors import UserError
 from tune_study.machine.environment import spared_from_collection
 from tune_study.study.schedule import run  # noqa: F401  (what the command imports)
 
+PRELOADS = "RAY_preload_python_modules"
+
 
 @pytest.mark.parametrize(
     ("devices", "alone"),
@@ -89,8 +91,8 @@ def test_ray_has_a_cpu_and_a_slot_for_each_trial_at_a_time(monkeypatch, slots, d
     monkeypatch.setattr(ray, "init", lambda **options: seen.append(options))
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(local, "one_gpu_at_most", lambda devices: True)
-    monkeypatch.setenv("RAY_preload_python_modules", "")
-    monkeypatch.delenv("RAY_preload_python_modules")
+    monkeypatch.setenv(PRELOADS, "")
+    monkeypatch.delenv(PRELOADS)
     local.start(slots, dashboard=dashboard)
     assert seen == [
         {
@@ -102,16 +104,16 @@ def test_ray_has_a_cpu_and_a_slot_for_each_trial_at_a_time(monkeypatch, slots, d
             "logging_level": logging.ERROR,
         }
     ]
-    assert os.environ["RAY_preload_python_modules"] == local.PRELOADED
+    assert os.environ[PRELOADS] == local.PRELOADED
 
 
 def test_workers_of_several_gpus_preload_nothing(monkeypatch):
     monkeypatch.setattr(ray, "init", lambda **options: None)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(local, "one_gpu_at_most", lambda devices: False)
-    monkeypatch.delenv("RAY_preload_python_modules", raising=False)
+    monkeypatch.delenv(PRELOADS, raising=False)
     local.start(1, dashboard=False)
-    assert "RAY_preload_python_modules" not in os.environ
+    assert PRELOADS not in os.environ
 
 
 def test_ray_starts_beside_the_imports_and_waits_for_them(monkeypatch):

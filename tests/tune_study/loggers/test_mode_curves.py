@@ -176,7 +176,9 @@ def test_the_figures_of_the_report_are_shown_once_under_their_names(tmp_path):
 def test_a_mean_is_no_median_and_an_unknown_seed_makes_it_unknown():
     cell = Cell(TITLE, "nf4")
     for name, accuracies in (("a", [0.0, 0.5]), ("b", [0.25, None]), ("c", [1.25, 0.5])):
-        cell.ended[name] = [row(i, a) if a else {"val_accuracy": a} for i, a in enumerate(accuracies)]
+        cell.ended[name] = [
+            row(i, a) if a else {"val_accuracy": a} for i, a in enumerate(accuracies)
+        ]
     first, second = cell.means("val_accuracy")
     assert first == 0.5
     assert math.isnan(second)
@@ -227,5 +229,7 @@ def test_a_trial_that_failed_leaves_the_curve_of_its_mode(tmp_path):
     assert (cell.running, cell.ended) == ({}, {})
     end(tmp_path, PLAN[1], [0.5])
     curves.on_trial_complete(0, [], trial)
-    report(curves, PLAN[3], 1, 0.9)  # of a mode that has ended trials: nothing to write
-    assert curves._stale == {}
+    curves.on_step_end(0, [])
+    running = SimpleNamespace(config={"trial_id": PLAN[3]["trial_id"]})
+    curves.on_trial_result(0, [], running, row(1, 0.9))
+    assert curves._stale == {}  # a trial of its mode has ended: there is nothing to write

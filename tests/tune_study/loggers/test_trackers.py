@@ -144,6 +144,7 @@ def test_a_tracker_is_told_numbers_and_parameters_alone(tmp_path, config):
             told.append((status, metrics, error))
 
     session = Session(tmp_path, config, Asked())
+    session.trial.config["trial"]["trial_id"] = config.trial_id
     session.callback.on_trial_start(0, [], session.trial)
     given = {"epoch": 1, "val_accuracy": 1, "train_loss": "x", "val_loss": None, "other": 3}
     session.callback.on_trial_result(0, [], session.trial, {**given, "best_val_accuracy": True})

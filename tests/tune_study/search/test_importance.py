@@ -53,9 +53,7 @@ def test_a_parameter_that_only_some_trials_have_is_counted_among_those(evaluated
         trial([1.0, float(n)], a=float(n), e=3.0, **({"b": float(n)} if n < 8 else {"c": 1.0 * n}))
         for n in range(15)
     ]
-    assert importances(None, trials, 0, seed=0) == {
-        "unavailable": "all trials have the same value"
-    }
+    assert importances(None, trials, 0, seed=0) == {"unavailable": "all trials have the same value"}
     assert importances(None, trials, 1, seed=0) == [
         {"parameter": "b", "importance": 2.0, "trials": 8},
         {"parameter": "a", "importance": 1.0, "trials": 15},

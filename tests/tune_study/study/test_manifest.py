@@ -130,9 +130,9 @@ def test_a_simulated_study_says_what_is_planted_and_stays_so(tiny, tmp_path):
     assert found["device"] == "cpu"
     assert found["sessions"][0]["command"] == "c"
     assert "search" not in found
-    with pytest.raises(UserError, match="that study is simulated with .* would be real"):
+    with pytest.raises(UserError, match=r"that study is simulated with .* would be real"):
         open_study(trials, context(tmp_path))
-    with pytest.raises(UserError, match="that study is simulated with .* would be simulated with"):
+    with pytest.raises(UserError, match=r"that study is simulated with .* would be simulated with"):
         open_study(trials, context(tmp_path, simulation=Simulation()))
 
 
@@ -140,9 +140,9 @@ def test_a_plan_of_another_version_is_refused(tiny):
     trial = tiny("none")
     cell = {"trial_id": trial.trial_id, **trial.model_dump(mode="json")}
     assert manifest.planned("s", [cell]) == [trial]
-    with pytest.raises(UserError, match="study s: its plan is of another version .'other' would"):
+    with pytest.raises(UserError, match=r"study s: its plan is of another version .'other' would"):
         manifest.planned("s", [{**cell, "trial_id": "other"}])
-    with pytest.raises(UserError, match="study s: its plan is of another version .unknown field"):
+    with pytest.raises(UserError, match=r"study s: its plan is of another version .unknown field"):
         manifest.planned("s", [{**cell, "x": 1}])
 
 

@@ -177,9 +177,7 @@ def test_cells_are_counted_before_they_are_made(monkeypatch):
 def test_the_note_on_the_compute_dtype_says_what_the_trials_compute_in(tmp_path, monkeypatch):
     trial = plan.plan({"model": "m", "dataset": "digits"})[0]
     reason = {"why": "it has no kernel"}
-    monkeypatch.setattr(
-        "tune_study.study.compute_dtype.without_bf16", lambda device: reason["why"]
-    )
+    monkeypatch.setattr("tune_study.study.compute_dtype.without_bf16", lambda device: reason["why"])
 
     def noted(**planned):
         output = Console(file=io.StringIO(), width=300)

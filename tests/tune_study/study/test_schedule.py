@@ -176,9 +176,7 @@ def run(tmp_path, monkeypatch):
                 Stop.request("interrupt")
 
         monkeypatch.setattr(schedule, "_fit", fit)
-        monkeypatch.setattr(
-            schedule.Deaths, "to_continue", lambda self, trials: next(again)
-        )
+        monkeypatch.setattr(schedule.Deaths, "to_continue", lambda self, trials: next(again))
         context = RunContext(study_dir=tmp_path, on_cluster=on_cluster)
         progress = SimpleNamespace(say=print)
         schedule.run(["a", "b"], context, progress, on_dead_ray=print, **options)

@@ -93,9 +93,7 @@ def study(tmp_path, monkeypatch):
     monkeypatch.setattr(session, "collect", lambda folder: calls.append("collect"))
     monkeypatch.setattr("analysis.report.write_report", lambda folder: calls.append("report"))
     monkeypatch.setattr("tune_study.loggers.event_files.show_figures", lambda folder: None)
-    monkeypatch.setattr(
-        session, "push_end", lambda store, ids: calls.append(("push", store, ids))
-    )
+    monkeypatch.setattr(session, "push_end", lambda store, ids: calls.append(("push", store, ids)))
 
     def call(ends, later=(), stop=None, now=False, store=None, logged=None, **given):
         def leave(statuses):
