@@ -189,7 +189,11 @@ def test_a_single_part_is_left_out():
     weight.grad = torch.ones(1)
     scale.observe_part(1.0)
     scale.observe_step(weight.grad.norm(), [4])
-    assert math.isnan(scale.end_epoch()["gradient_square"])
+    for now in (1.0, 2.0):
+        weight.grad = torch.tensor([now])
+        scale.observe_part(0.5)
+    scale.observe_step(weight.grad.norm(), [2, 2])
+    assert scale.end_epoch()["gradient_square"] == pytest.approx(4)  # of the second step alone
 
 
 def test_a_watched_layer_leaves_the_first_half_of_its_rows():
