@@ -206,3 +206,69 @@ def test_folders_that_cannot_be_merged(make, tmp_path):
     with pytest.raises(UserError, match="it is a search"):
         merge.merge([one, two], tmp_path / "all", "c")
     assert not (tmp_path / "all").exists()
+
+
+def test_the_order_in_which_a_trial_got_far():
+    ends = ("completed", "early_stopped", "pruned", "oom", "error", "diverged", "interrupted")
+    assert [merge._rank({"status": end}) for end in ends] == [0, 0, 0, 1, 1, 1, 2]
+    assert merge._rank({}) == merge._rank({"status": "pending"}) == 3
+
+
+def test_conditions_are_all_that_computes():
+    meta = {"versions": {"torch": "1"}, "hardware": {"cpu": "x"}, "commit": "a", "else": 1}
+    results = {"meta": meta, "run": {"device": "cpu", "num_threads": 2}}
+    found = merge._conditions(results)
+    for part, name in (
+        *(("meta", name) for name in ("versions", "hardware", "commit")),
+        ("run", "device"),
+        ("run", "num_threads"),
+    ):
+        other = {**results, part: {**results[part], name: "other"}}
+        assert merge._conditions(other) != found
+    assert merge._conditions({**results, "meta": {**meta, "else": 2}}) == found
+    repeats = [merge._repeats({"run": {"device": name}}) for name in ("cpu", "cuda", "mps", None)]
+    assert repeats == [True, False, False, True]
+
+
+def test_what_an_epoch_repeats():
+    row = {"train_loss": 1, "train_accuracy": 2, "val_loss": 3, "val_accuracy": 4}
+    results = {"status": "completed", "train": {"epochs": [row], "test_metrics": {"a": 1}}}
+    found = merge._learned(results)
+    for name in row:
+        other = {"epochs": [{**row, name: 9}], "test_metrics": {"a": 1}}
+        assert merge._learned({**results, "train": other}) != found
+    timed = {"epochs": [{**row, "epoch_time_s": 9}], "test_metrics": {"a": 1}}
+    assert merge._learned({**results, "train": timed}) == found
+
+
+def test_the_first_study_counts_in_the_merged_manifest():
+    def source(name, grid, sha256, sessions):
+        cells = [{"trial_id": trial, "of": name} for trial in ("a", name)]
+        inputs = {"data": {"d": {"sha256": sha256}, name: {}}, "weights": {}}
+        there = {"grid": grid, "plan": cells, "provenance": {**inputs, "commit": name}}
+        return merge.Source(name, None, {**there, "created": name, "sessions": sessions}, [])
+
+    one, two = source("one", "g", "1", [{"n": 1}]), source("two", "h", "2", [{"n": 2}, {"n": 3}])
+    three = source("three", "g", "3", [])
+    chosen = {"a": one, "two": two, "one": one}
+    found = merge.merged_manifest([one, two, three], chosen, "all", "c")
+    assert found["plan"] == [
+        {"trial_id": "a", "of": "one"},
+        {"trial_id": "two", "of": "two"},
+        {"trial_id": "one", "of": "one"},
+    ]
+    assert found["provenance"]["data"]["d"] == {"sha256": "1"}
+    assert set(found["provenance"]["data"]) == {"d", "one", "two", "three"}
+    assert found["provenance"]["commit"] == "one"
+    assert (found["grid"], found["study"], found["command"], found["format"]) == (
+        "g, h",
+        "all",
+        "c",
+        1,
+    )
+    assert found["created"] != "one"
+    assert [(s["study"], s["n"]) for s in found["sessions"]] == [("one", 1), ("two", 2), ("two", 3)]
+    assert found["merged"] == {
+        "studies": ["one", "two", "three"],
+        "trials": {"a": "one", "two": "two", "one": "one"},
+    }

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tune_study.config import (
+    SPLIT_SEED,
     QuantizationConfig,
     TrialConfig,
     assign,
@@ -164,3 +165,154 @@ def test_any_set_text_is_a_trial_or_a_user_error(text):
 def test_any_values_are_a_trial_or_a_user_error(values):
     with contextlib.suppress(UserError):
         assert parse_trial(values).trial_id
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most", "too_little", "too_much"),
+    [
+        ("lora.r", 1, 1024, 0, 1025),
+        ("lora.lora_alpha", 1, 65536, 0, 65537),
+        ("lora.lora_dropout", 0, 0.999, -0.001, 1),
+        ("seed", 0, 2**31 - 1, -1, 2**31),
+        ("data.train_size", 1, 10**9, 0, None),
+        ("data.val_size", 1, 10**9, 0, None),
+        ("data.test_size", 1, 10**9, 0, None),
+        ("data.image_size", 8, 2048, 7, 2049),
+        ("training.num_train_epochs", 1, 10_000, 0, 10_001),
+        ("training.per_device_train_batch_size", 1, 65536, 0, 65537),
+        ("training.gradient_accumulation_steps", 1, 4096, 0, 4097),
+        ("training.per_device_eval_batch_size", 1, 65536, 0, 65537),
+        ("training.learning_rate", 1e-9, 10, 0, 10.001),
+        ("training.weight_decay", 0, 10, -0.001, 10.001),
+        ("training.warmup_steps", 0, 10**9, -1, None),
+        ("training.max_grad_norm", 1e-9, 1e9, 0, None),
+        ("training.early_stopping_patience", 0, 10**9, -1, None),
+        ("model", "m", "m" * 200, "", "m" * 201),
+        ("dataset", "folder:x", "folder:" + "x" * 993, "", "folder:" + "x" * 994),
+    ],
+)
+def test_a_field_takes_its_range_and_nothing_beyond(name, least, most, too_little, too_much):
+    for value in (least, most):
+        assert parse_trial(assign(GOOD, name, value))
+    for value in (too_little, too_much):
+        if value is not None:
+            with pytest.raises(UserError):
+                parse_trial(assign(GOOD, name, value))
+
+
+def test_defaults():
+    """An id is a hash of them, and cannot say which one has changed."""
+    assert parse_trial(GOOD).model_dump(mode="json") == {
+        **GOOD,
+        "lora": {
+            "r": 8,
+            "lora_alpha": 16,
+            "lora_dropout": 0.1,
+            "target_modules": r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])",
+        },
+        "quantization": {"mode": "none", "skip_layers": [], "overrides": {}},
+        "seed": 42,
+        "pretrained": True,
+        "data": {
+            "train_size": None,
+            "val_size": None,
+            "test_size": None,
+            "image_size": None,
+            "augment": "auto",
+        },
+        "training": {
+            "num_train_epochs": 15,
+            "per_device_train_batch_size": 32,
+            "gradient_accumulation_steps": 1,
+            "per_device_eval_batch_size": 128,
+            "learning_rate": 1e-4,
+            "weight_decay": 0.01,
+            "warmup_steps": 100,
+            "max_grad_norm": 1.0,
+            "early_stopping_patience": 5,
+            "compute_dtype": "bf16",
+            "gradient_checkpointing": False,
+            "gradient_noise_scale": False,
+        },
+    }
+    assert SPLIT_SEED == 2024
+
+
+def test_a_step_has_the_same_images_however_they_come():
+    trial = parse_trial(
+        assign(
+            assign(GOOD, "training.per_device_train_batch_size", 6),
+            "training.gradient_accumulation_steps",
+            4,
+        )
+    )
+    assert trial.images_per_step == 24
+    smaller = trial.with_micro_batch(3)
+    assert smaller.training.per_device_train_batch_size == 3
+    assert smaller.training.gradient_accumulation_steps == 8
+    assert smaller.images_per_step == 24
+
+
+def test_the_order_of_overrides_changes_the_id_and_that_of_other_fields_does_not():
+    overrides = [("blocks.*", "int8"), ("blocks.0.*", "nf4")]
+    ids = {
+        parse_trial(assign(GOOD, "quantization.overrides", dict(pairs))).trial_id
+        for pairs in (overrides, overrides[::-1])
+    }
+    assert len(ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("a/b c", "a_b_c"), ("...x", "x"), ("m" * 90, "m" * 80), ("...", "_"), ("a-b", "a_b")],
+)
+def test_a_models_name_in_an_id(name, part):
+    assert parse_trial({**GOOD, "model": name}).trial_id.split("-")[0] == part
+
+
+def test_a_folder_of_images_is_named_by_its_last_part():
+    trial = parse_trial({**GOOD, "dataset": "folder:/a/flowers"})
+    assert trial.trial_id.split("-")[1] == "folder_flowers"
+    assert trial.configuration == ("deit_tiny_patch16_224", "folder:/a/flowers", 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("-2E4", -2e4),
+        ("1.e3", 1e3),
+        ("+1.5e+3", 1.5e3),
+        ("e3", "e3"),
+        ("x1e3", "x1e3"),
+        ("1e3x", "1e3x"),
+        ("a=b", "a=b"),
+    ],
+)
+def test_an_exponent_is_a_number_where_the_whole_text_is_one(text, value):
+    assert parse_assignment(f" model = {text}") == ("model", value)
+
+
+@pytest.mark.parametrize("text", ["model=!!str x", "model=[&a x, *a]"])
+def test_set_takes_no_tags_and_aliases(text):
+    with pytest.raises(UserError, match="without YAML's tags and aliases"):
+        parse_assignment(text)
+
+
+def test_a_field_that_is_missing_or_unknown_is_named():
+    for values, words in (
+        ({"dataset": "digits"}, "model is missing: the grid must name a model"),
+        ({**GOOD, "zzz": 1}, "unknown field zzz; the fields are model, dataset, "),
+        ({**GOOD, "data": {"r": 1}}, "unknown field data.r; did you mean lora.r?"),
+    ):
+        with pytest.raises(UserError) as refused:
+            parse_trial(values)
+        assert str(refused.value).startswith(words)
+
+
+def test_what_a_sentence_repeats_of_the_user_is_cut():
+    with pytest.raises(UserError) as refused:
+        parse_trial({**GOOD, "dataset": "x" * 1000})
+    assert 200 <= len(str(refused.value)) < 300
+    with pytest.raises(UserError, match="a int that is too long to print"):
+        parse_trial({**GOOD, "seed": 10**5000})

@@ -1,9 +1,13 @@
 """Addresses, and nodes that differ."""
 
+from types import SimpleNamespace
+
 import pytest
+import ray
 
 from tune_study.cluster import connection
 from tune_study.errors import UserError
+from tune_study.trial.context import RunContext
 
 
 @pytest.mark.parametrize("address", ["local", "auto", "127.0.0.1:6379", "head:6379", "[::1]:6379"])
@@ -30,3 +34,112 @@ def test_a_node_that_differs_is_told_by_its_difference():
     assert "device cpu is not there" in str(
         connection.first_difference(ours, {**ours, "device cpu": "not there"})
     )
+
+
+def test_a_cluster_needs_a_store_and_takes_no_search():
+    connection.check_options("local", None, "optuna")
+    connection.check_options("auto", "s3://b/p", None)
+    with pytest.raises(UserError, match="add --storage"):
+        connection.check_options("auto", None, None)
+    with pytest.raises(UserError, match="--search runs on one machine"):
+        connection.check_options("auto", "s3://b/p", "optuna")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Tune's lists of what workers inherit, restored afterwards."""
+    names = {*connection.AWS_SECRETS, "AWS_REGION"}
+    cache = SimpleNamespace(ENV_VARS_TO_PROPAGATE=set(names), DEFAULT_ENV_VARS={"A": "1"})
+    monkeypatch.setattr(connection, "class_cache", cache)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "gpus"), [("cpu", None, 0), ("cuda", None, 1), ("cuda", 0.5, 0.5)]
+)
+def test_on_this_machine_a_trial_takes_a_slot_and_no_cpu(
+    tmp_path, monkeypatch, environment, device, share, gpus
+):
+    started = []
+    monkeypatch.setattr(
+        connection.local, "start", lambda slots, dashboard: started.append((slots, dashboard))
+    )
+    context = RunContext(study_dir=tmp_path, device=device, num_threads=3)
+    for most, dashboard in ((None, False), (4, True)):
+        found = connection.connect(
+            "local", context, max_concurrent=most, gpus_per_trial=share, dashboard=dashboard
+        )
+        assert found.resources == {"CPU": 0, "GPU": gpus, "trial_slot": 1}
+        assert (found.at_a_time, found.limit) == (most or 1, None)
+    connection.connect("local", context, max_concurrent=None, gpus_per_trial=None)
+    assert started == [(1, False), (4, True), (1, False)]
+    assert not environment.ENV_VARS_TO_PROPAGATE
+    assert not environment.DEFAULT_ENV_VARS
+
+
+def node(name, alive=True, **resources):
+    return {"NodeID": name * 56, "NodeManagerAddress": "h", "Alive": alive, "Resources": resources}
+
+
+@pytest.fixture
+def cluster(monkeypatch, environment):
+    """Nodes of 8, 5 and 1 CPUs, and a dead one; ``answers`` by name. Trials take 2 CPUs."""
+    nodes = [node("a", CPU=8.0), node("b", CPU=5.0), node("c", CPU=1.0), node("d", False, CPU=64.0)]
+    asked, answers = [], {}
+
+    class Remote:
+        def options(self, scheduling_strategy):
+            asked.append((scheduling_strategy.node_id, scheduling_strategy.soft))
+            return self
+
+        def remote(self, device):
+            return asked[-1][0]
+
+    def get(reference, timeout):
+        assert timeout == 600
+        answer = answers.get(reference[0], {"torch": "2.7"})
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "remote", lambda **options: lambda function: Remote())
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(connection.provenance, "what_computes", lambda device: {"torch": "2.7"})
+    return SimpleNamespace(nodes=nodes, asked=asked, answers=answers)
+
+
+def joined(tmp_path, most=None, cpus=2):
+    context = RunContext(study_dir=tmp_path, num_threads=cpus, on_cluster=True)
+    return connection.connect("auto", context, max_concurrent=most, gpus_per_trial=None)
+
+
+def test_trials_at_a_time_are_what_the_living_nodes_hold(tmp_path, cluster, environment):
+    assert joined(tmp_path) == connection.Slots({"CPU": 2, "GPU": 0}, 6, None)
+    assert cluster.asked == [("a" * 56, False), ("b" * 56, False)]  # the others run none
+    assert joined(tmp_path, 6).limit is None
+    assert joined(tmp_path, 5)[1:] == (5, 5)
+    assert {"AWS_REGION"} == environment.ENV_VARS_TO_PROPAGATE
+    assert environment.DEFAULT_ENV_VARS
+    assert joined(tmp_path, cpus=8).at_a_time == 1
+    with pytest.raises(UserError, match="no node has 9 CPUs and 0 GPUs"):
+        joined(tmp_path, cpus=9)
+
+
+def test_a_node_that_differs_or_does_not_answer_is_named(tmp_path, cluster):
+    cluster.answers["b"] = {"torch": "2.6"}
+    with pytest.raises(UserError, match=r"on node bbbbbbbb \(h\), torch is 2.6 and here it is 2.7"):
+        joined(tmp_path)
+    cluster.answers["a"] = TimeoutError("first\nno module tune_study")
+    with pytest.raises(
+        UserError, match=r"node aaaaaaaa \(h\) can't run trials \(no module tune_study\)"
+    ):
+        joined(tmp_path)
+
+
+def test_a_trial_takes_what_there_is_least_of():
+    assert connection._fit({"CPU": 8, "GPU": 1}, {"CPU": 2, "GPU": 0.5}) == 2
+    assert connection._fit({"CPU": 3, "GPU": 9}, {"CPU": 2, "GPU": 0.5}) == 1
+    assert connection._fit({"CPU": 8}, {"CPU": 2, "GPU": 0.5}) == 0
+    assert connection._fit({"CPU": 8}, {"CPU": 2, "GPU": 0}) == 4

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import ray
 
-from tune_study.cluster.deaths import Deaths, RayWatch, own_raylet
+from tune_study.cluster.deaths import Deaths, RayWatch, _lives, own_raylet
 from tune_study.cluster.stop import Stop
 from tune_study.folder.files import write_json
 from tune_study.trial.micro_batch import out_of_memory_events, within_memory
@@ -159,3 +159,67 @@ def test_a_full_disk_is_noticed_where_it_left_no_message(tiny, tmp_path, monkeyp
     assert Stop.reason == "disk"
     assert said == []  # no death is counted
     assert watcher.to_continue([config]) == []
+
+
+def test_running_trials_are_known_by_tunes_name(tiny, tmp_path):
+    Stop.reset()
+    deaths, one = Deaths(tmp_path, print), dead(tiny("none"))
+    two = dead(tiny("nf4"))
+    two.trial_id = "u"
+    for trial in (one, two):
+        deaths.on_trial_start(0, [], trial)
+    assert Stop.running == {"t", "u"}
+    deaths.on_trial_complete(0, [], one)
+    assert Stop.running == {"u"}
+    deaths.on_trial_error(0, [], two)
+    assert Stop.running == set()
+
+
+def test_a_trial_that_is_given_up_keeps_what_it_had(tiny, tmp_path):
+    config, other = tiny("none"), tiny("nf4")
+    folder = tmp_path / config.trial_id
+    folder.mkdir()
+    had = {"status": "interrupted", "simulated": True, "train": {"epochs": [{"epoch": 1}] * 3}}
+    write_json(folder / "results.json", had)
+    deaths = Deaths(tmp_path, lambda line: None)
+    for _ in range(3):
+        failed(deaths, dead(config))
+    assert deaths.to_continue([other, config]) == []
+    results = json.loads((folder / "results.json").read_text())
+    assert results["train"] == had["train"]
+    assert results["simulated"] is True
+    assert json.loads((folder / "error.json").read_text())["last_epoch"] == 3
+    failed(deaths, dead(other))
+    assert deaths.to_continue([config, other]) == [other]
+    assert deaths.to_continue([config, other]) == []  # once a death
+
+
+def test_one_that_left_nothing_is_an_error_without_epochs(tiny, tmp_path):
+    config = tiny("nf4")
+    (tmp_path / config.trial_id).mkdir()
+    deaths = Deaths(tmp_path, lambda line: None)
+    for _ in range(3):
+        failed(deaths, dead(config))
+    deaths.to_continue([config])
+    results = json.loads((tmp_path / config.trial_id / "results.json").read_text())
+    assert results["simulated"] is False
+    assert results["train"] == {"epochs": []}
+    assert results["run"]["config"]["quantization"]["mode"] == "nf4"
+
+
+def test_what_is_watched_are_rays_processes_and_the_others(monkeypatch):
+    child = SimpleNamespace(name=lambda: "gcs_server", is_running=lambda: True, status=lambda: "s")
+    stranger = SimpleNamespace(name=lambda: "bash")
+    me = SimpleNamespace(children=lambda recursive: [child, stranger] if recursive else [])
+    monkeypatch.setattr(psutil, "Process", lambda: me)
+    with RayWatch(print, [("raylet", child)]) as watch:
+        assert watch._processes == [("gcs_server", child), ("raylet", child)]
+
+
+@pytest.mark.parametrize(
+    ("running", "status", "lives"),
+    [(True, psutil.STATUS_SLEEPING, True), (True, psutil.STATUS_ZOMBIE, False), (False, "", False)],
+)
+def test_a_zombie_does_not_live(running, status, lives):
+    process = SimpleNamespace(is_running=lambda: running, status=lambda: status)
+    assert _lives(process) is lives

@@ -2,7 +2,11 @@
 
 import gc
 import importlib.util
+import logging
+import os
 import signal
+import sys
+import threading
 
 import pytest
 import ray
@@ -12,6 +16,8 @@ from tune_study.cluster import local
 from tune_study.errors import UserError
 from tune_study.machine.environment import spared_from_collection
 from tune_study.study.schedule import run  # noqa: F401  (what the command imports)
+
+PRELOADS = "RAY_preload_python_modules"
 
 
 @pytest.mark.parametrize(
@@ -77,3 +83,53 @@ def test_imports_are_spared_from_collection_and_what_comes_later_is_not():
 def test_tune_does_not_count_callbacks_which_would_import_every_tracker(monkeypatch):
     monkeypatch.setattr(usage, "_count_callbacks", lambda _: pytest.fail("counts"))
     assert not ray.tune.tune.air_usage.tag_callbacks([ray.tune.Callback()])
+
+
+@pytest.mark.parametrize(("slots", "dashboard"), [(1, False), (3, True)])
+def test_ray_has_a_cpu_and_a_slot_for_each_trial_at_a_time(monkeypatch, slots, dashboard):
+    seen = []
+    monkeypatch.setattr(ray, "init", lambda **options: seen.append(options))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(local, "one_gpu_at_most", lambda devices: True)
+    monkeypatch.setenv(PRELOADS, "")
+    monkeypatch.delenv(PRELOADS)
+    local.start(slots, dashboard=dashboard)
+    assert seen == [
+        {
+            "address": "local",
+            "num_cpus": slots,
+            "resources": {"trial_slot": slots},
+            "include_dashboard": dashboard,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
+    ]
+    assert os.environ[PRELOADS] == local.PRELOADED
+
+
+def test_workers_of_several_gpus_preload_nothing(monkeypatch):
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(local, "one_gpu_at_most", lambda devices: False)
+    monkeypatch.delenv(PRELOADS, raising=False)
+    local.start(1, dashboard=False)
+    assert PRELOADS not in os.environ
+
+
+def test_ray_starts_beside_the_imports_and_waits_for_them(monkeypatch):
+    began, order = threading.Event(), []
+
+    def imports(name):
+        assert name == local.NEEDED
+        assert began.wait(60)
+        order.append("imported")
+
+    def start(slots, *, dashboard):
+        order.append((slots, dashboard))
+        began.set()
+
+    monkeypatch.delitem(sys.modules, local.NEEDED, raising=False)
+    monkeypatch.setattr(local.importlib, "import_module", imports)
+    monkeypatch.setattr(local, "start", start)
+    local.start_during_imports(2, dashboard=True)
+    assert order == [(2, True), "imported"]

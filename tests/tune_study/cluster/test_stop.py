@@ -77,6 +77,19 @@ def test_the_time_limit_is_a_reason_to_stop(monkeypatch):
     assert Stop.reason == "time"
 
 
+def test_hours_are_counted_from_the_reset_to_the_second(monkeypatch):
+    now = [500.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    Stop.running.add("of an earlier run")
+    Stop.reset(max_hours=0.5)
+    assert not Stop.running
+    for later, over in ((2299.9, False), (2300.0, True)):
+        now[0] = later
+        assert Stop.requested() is over
+    Stop.reset()
+    assert not Stop.requested()
+
+
 @pytest.mark.parametrize(
     ("number", "reason"), [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminate")]
 )

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.tune_study.loggers import board
 from tune_study.folder.files import write_json
-from tune_study.loggers import mode_curves
+from tune_study.loggers import event_files, mode_curves
 from tune_study.loggers.event_files import replace_run, scalar, show_figures
 from tune_study.loggers.mode_curves import Cell, ModeCurves, cells_of
 
@@ -169,3 +169,67 @@ def test_the_figures_of_the_report_are_shown_once_under_their_names(tmp_path):
     assert list(found) == ["report/pareto_weights"]
     ((image,),) = found.values()
     assert (image.width, image.height, image.encoded_image_string) == (3, 2, PNG)
+    (value,) = event_files._image("x", PNG).value
+    assert (value.tag, value.image.colorspace) == ("report/x", 4)
+
+
+def test_a_mean_is_no_median_and_an_unknown_seed_makes_it_unknown():
+    cell = Cell(TITLE, "nf4")
+    for name, accuracies in (("a", [0.0, 0.5]), ("b", [0.25, None]), ("c", [1.25, 0.5])):
+        cell.ended[name] = [
+            row(i, a) if a else {"val_accuracy": a} for i, a in enumerate(accuracies)
+        ]
+    first, second = cell.means("val_accuracy")
+    assert first == 0.5
+    assert math.isnan(second)
+    assert [step for step, _ in mode_curves._points(cell)].count(2) == 0
+
+
+def test_all_charts_are_drawn_by_epoch_from_1():
+    cell = Cell("t", "nf4")
+    values = {name: number / 8 for number, name in enumerate(mode_curves.CHARTS, start=1)}
+    cell.ended["a"] = [values]
+    found = [(s, p.value[0].tag, p.value[0].simple_value) for s, p in mode_curves._points(cell)]
+    assert found == [
+        (1, "modes/t/val_accuracy", 0.125),
+        (1, "modes/t/val_loss", 0.25),
+        (1, "modes/t/train_loss", 0.375),
+        (1, "modes/t/grad_norm_mean", 0.5),
+    ]
+
+
+def test_a_title_names_what_else_differs_between_configurations():
+    plan = [{**entry(seed=seed), "model": "a/b", "rate": rate} for seed, rate in ((1, 2), (2, 3))]
+    plan[1]["trial_id"] = "other"
+    assert [cell.title for cell in cells_of(plan).values()] == [
+        "a_b, d, r8, alpha 16, rate=2",
+        "a_b, d, r8, alpha 16, rate=3",
+    ]
+
+
+def test_a_layout_has_each_title_once_and_its_tags_as_they_are(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(mode_curves, "replace_run", lambda folder, found: written.append(found))
+    monkeypatch.setattr(mode_curves, "custom_scalars", lambda layout: layout)
+    mode_curves.write_study_run(tmp_path, [])
+    mode_curves.write_study_run(tmp_path, [], ["t.1", "t.1"])
+    assert [len(found) for found in written] == [1, 2]
+    (layout,) = [layout for _, layout in written[1][1:]]
+    assert list(layout) == ["t.1"]
+    assert layout["t.1"]["training loss"] == ["Multiline", [r"^modes/t\.1/train_loss$"]]
+
+
+def test_a_trial_that_failed_leaves_the_curve_of_its_mode(tmp_path):
+    curves = ModeCurves(tmp_path, PLAN)
+    report(curves, PLAN[1], 1, 0.5)
+    trial = SimpleNamespace(config={"trial_id": PLAN[1]["trial_id"]})
+    curves.on_trial_error(0, [], trial)
+    assert curves._stale == {"nf4": None}
+    cell = curves._cells[PLAN[1]["trial_id"]]
+    assert (cell.running, cell.ended) == ({}, {})
+    end(tmp_path, PLAN[1], [0.5])
+    curves.on_trial_complete(0, [], trial)
+    curves.on_step_end(0, [])
+    running = SimpleNamespace(config={"trial_id": PLAN[3]["trial_id"]})
+    curves.on_trial_result(0, [], running, row(1, 0.9))
+    assert curves._stale == {}  # a trial of its mode has ended: there is nothing to write

@@ -8,7 +8,7 @@ from tensorboard.plugins.hparams import api_pb2
 from tests.tune_study.loggers import board
 from tune_study.folder.files import write_json
 from tune_study.loggers.hparams import axes_of
-from tune_study.loggers.tensorboard import TensorBoardCallback
+from tune_study.loggers.tensorboard import SCALARS, TensorBoardCallback
 
 
 @pytest.fixture
@@ -107,3 +107,38 @@ def test_a_failed_trial_is_no_success_and_an_interrupted_one_has_not_ended(
     callback.log_trial_end(trial)
     _, rows = board.hparams(tmp_path / "tensorboard")
     assert rows[trial.config["trial_id"]].sessions[0].status == expected
+
+
+def test_every_column_has_its_tag_and_bytes_are_shown_as_megabytes(trial, plan, tmp_path):
+    callback = TensorBoardCallback(tmp_path, axes_of(plan))
+    columns = {name: float(number) for number, name in enumerate(SCALARS, start=1)}
+    in_megabytes = ("weights_bytes", "peak_train_bytes", "activation_bytes")
+    columns |= {name: columns[name] * 1e6 for name in in_megabytes}
+    callback.log_trial_result(0, trial, {**columns, "epoch": 1})
+    (tmp_path / trial.config["trial_id"]).mkdir()
+    measured = {"test_metrics": {"test_accuracy": 0.5, "test_loss": 1.5}}
+    results = {"status": "pruned", "train": {**measured, "model_metrics": {"weights_bytes": 9}}}
+    write_json(tmp_path / trial.config["trial_id"] / "results.json", results)
+    callback.log_trial_end(trial)
+    found = events(tmp_path / "tensorboard" / trial.config["trial_id"])
+    values = {tag: [e.value for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    assert values == {
+        **{tag: [float(number)] for number, tag in enumerate(SCALARS.values(), start=1)},
+        "compare/test_accuracy": [0.5],
+        "compare/test_loss": [1.5],
+    }
+    _, rows = board.hparams(tmp_path / "tensorboard")
+    assert rows[trial.config["trial_id"]].sessions[0].status == api_pb2.STATUS_SUCCESS
+    callback.log_trial_end(trial)  # twice is no error
+
+
+def test_a_trial_begins_its_run_anew(trial, plan, tmp_path):
+    stale = tmp_path / "tensorboard" / trial.config["trial_id"] / "events.old"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    callback = TensorBoardCallback(tmp_path, axes_of(plan))
+    callback.log_trial_start(trial)
+    first = callback._trial_writer[trial]
+    assert not stale.exists()
+    callback.log_trial_start(trial)
+    assert callback._trial_writer[trial] is not first

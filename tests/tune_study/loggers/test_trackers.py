@@ -129,6 +129,61 @@ def test_what_had_ended_before_is_logged_too(tmp_path, config):
     assert [call[0] for call in service.calls] == ["start", "epoch", "epoch", "epoch", "end"]
 
 
+def test_a_tracker_is_told_numbers_and_parameters_alone(tmp_path, config):
+    told = []
+
+    class Asked(Service):
+        def start(self, trial_id, params):
+            told.append(params)
+            return 0
+
+        def epoch(self, trial_id, epoch, metrics):
+            told.append(metrics)
+
+        def end(self, trial_id, status, metrics, error):
+            told.append((status, metrics, error))
+
+    session = Session(tmp_path, config, Asked())
+    session.trial.config["trial"]["trial_id"] = config.trial_id
+    session.callback.on_trial_start(0, [], session.trial)
+    given = {"epoch": 1, "val_accuracy": 1, "train_loss": "x", "val_loss": None, "other": 3}
+    session.callback.on_trial_result(0, [], session.trial, {**given, "best_val_accuracy": True})
+    results(tmp_path, config, "error", 1)
+    session.callback.on_trial_error(0, [], session.trial)
+    params, epoch, (status, final, error) = told
+    assert "trial_id" not in params
+    assert params["lora.r"] == 4
+    assert epoch == {"epoch": 1.0, "val_accuracy": 1.0}
+    assert (status, final, error) == ("error", {}, "RuntimeError: it broke")
+    results(tmp_path, config, "completed", 1)
+    session.run([], "completed")
+    assert told[-1] == ("completed", {"final/test_accuracy": 0.7}, "")
+    session.callback.on_trial_complete(0, [], session.trial)
+    assert len(told) == 5  # it has ended already
+
+
+def test_what_has_not_ended_is_not_caught_up(tmp_path, config):
+    results(tmp_path, config, "interrupted", 3)
+    service = Service()
+    Session(tmp_path, config, service).callback.catch_up([config])
+    assert service.calls == []
+
+
+def test_an_error_is_one_line_of_300_letters_without_a_password():
+    assert trackers.plainly(ValueError("x" * 400)) == "x" * 300
+    assert trackers.plainly(ValueError("at http://me:secret@host/a@b")) == "at http://host/a@b"
+
+
+def test_trackers_are_connected_to_the_study_by_its_creation(tmp_path):
+    assert trackers.opened([], tmp_path, print) is None
+    write_json(tmp_path / "study.json", {"created": CREATED})
+    asked = []
+    module = SimpleNamespace(connect=lambda *given: asked.append(given) or Service())
+    found = trackers.opened([module], tmp_path, print)
+    assert asked == [(tmp_path, CREATED)]
+    assert isinstance(found, trackers.Trackers)
+
+
 def test_unknown_and_missing_trackers_are_one_sentence(monkeypatch):
     with pytest.raises(UserError, match="--log comet: choose one of mlflow, wandb"):
         trackers.modules(["comet"])

@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,3 +171,67 @@ def test_the_quantized_blocks_are_named(tiny):
     assert blocks(mode="nf4") == "0-5"
     assert blocks(mode="nf4", skip_layers=["blocks.1.*"]) == "0,2-5"
     assert blocks(mode="none", overrides={"blocks.3.attn.*": "int8"}) == "3"
+
+
+def test_what_is_adapted_is_what_the_configuration_says(tiny):
+    config = tiny("nf4", lora={"r": 3, "lora_alpha": 12, "lora_dropout": 0.25})
+    built = build_model(config, 10)
+    layer = built.model.base_model.model.blocks[1].attn.qkv
+    assert (layer.r["default"], layer.scaling["default"]) == (3, 4.0)
+    assert layer.lora_dropout["default"].p == 0.25
+    assert layer.lora_A["default"].weight.shape == (3, 128)
+    assert not layer.lora_B["default"].weight.any()
+
+
+@pytest.mark.parametrize("mode", ["none", "nf4-dq"])
+def test_bytes_at_other_widths_and_of_what_can_be_quantized(tiny, mode):
+    built = build_model(tiny(mode), 10)
+    assert built.bytes_fp32 == 4 * built.base_parameters
+    assert built.bytes_16bit == 2 * built.base_parameters
+    weights = 6 * (128 * 384 + 128 * 128 + 2 * 128 * 512)  # of the six blocks
+    if mode == "none":
+        assert built.quantizable_bytes == 4 * weights
+    else:
+        layers = built.layers
+        expected = sum(layer.weight_bytes + layer.state_bytes for layer in layers)
+        assert built.quantizable_bytes == expected
+        assert sum(layer.weight_bytes for layer in layers) == weights // 2
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "fused"),
+    [("cpu", "bf16", False), ("cpu", "fp32", True), ("meta", "bf16", True)],
+)
+def test_plain_attention_is_for_bf16_on_the_cpu(tiny, device, dtype, fused):
+    module = nn.Module()
+    module.fused_attn = True
+    config = tiny("none", training={"compute_dtype": dtype})
+    models.choose_attention(nn.ModuleList([module]), config, torch.device(device))
+    assert module.fused_attn is fused
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "taken"),
+    [("bilinear", "bilinear"), ("bicubic", "bicubic"), ("random", "bicubic")],
+)
+def test_images_are_prepared_as_timm_says(tiny, monkeypatch, interpolation, taken):
+    wanted = {"input_size": (3, 20, 24), "interpolation": interpolation}
+    wanted |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    monkeypatch.setattr(models, "resolve_model_data_config", lambda model: wanted)
+    model = nn.Module()
+    model.patch_embed = SimpleNamespace(patch_size=(8, 8))
+    found = models.preprocessing_of(model, tiny("none"))
+    assert found == (24, taken, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert models.preprocessing_of(model, tiny("none", data={"image_size": 16}))[0] == 16
+    for size, near in ((9, 8), (29, 32)):
+        with pytest.raises(UserError, match=f"patches of 8 px; choose a multiple, such as {near}$"):
+            models.preprocessing_of(model, tiny("none", data={"image_size": size}))
+    assert models.preprocessing_of(nn.Module(), tiny("none", data={"image_size": 9}))[0] == 9
+
+
+def test_the_error_over_all_layers_weighs_them_by_their_norms():
+    layer = models.LayerReport("blocks.0.x", "nf4", "c", "d", (1, 1), 1, 1, 3.0, 6.0)
+    layers = [layer, layer._replace(error_norm=4.0, weight_norm=8.0)]
+    built = models.BuiltModel(None, layers, None, 0, 0, 0, 0, 0)
+    assert built.quantization_error == pytest.approx(5 / 10)
+    assert built._replace(layers=[]).quantization_error == 0

@@ -1,8 +1,14 @@
 import pytest
+import torch
 
 from tests.tune_study.model.test_build import WHOLE_MODEL_BYTES
 from tune_study.model.build import build_model
-from tune_study.model.footprint import expected_weights_bytes
+from tune_study.model.footprint import (
+    bytes_at,
+    expected_state_bytes,
+    expected_weights_bytes,
+    linear_bytes,
+)
 from tune_study.model.layers import skeleton_of
 
 MODES = ["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
@@ -24,3 +30,37 @@ def test_expected_bytes_equal_the_built_model_to_the_byte(tiny, mode):
     )
     skeleton = skeleton_of(config.model, 10, None)
     assert expected_weights_bytes(skeleton, config) == build_model(config, 10).weights_bytes
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    [
+        ("int8", 5 * 13 + 4 * 5),
+        ("nf4", 33 + 4 * 2 + 64),  # 65 weights: 33 bytes, 2 blocks
+        ("fp4-dq", 33 + 2 + 4 + 64 + 256 * 4 + 4),
+    ],
+)
+def test_bytes_of_a_layer_whose_weights_fill_no_block(mode, size):
+    assert linear_bytes(5, 13, mode) == size
+
+
+def test_scales_of_scales_come_in_blocks_of_256():
+    for blocks, nested in ((256, 4), (257, 8)):
+        weights = 64 * blocks
+        expected = weights // 2 + blocks + nested + 64 + 1028
+        assert linear_bytes(blocks, 64, "nf4-dq") == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_state_bytes_are_those_of_the_built_layers(tiny, mode):
+    config = tiny(mode)
+    layers = build_model(config, 10).layers
+    expected = expected_state_bytes(skeleton_of(config.model, 10, None), config.quantization)
+    assert expected == sum(layer.state_bytes for layer in layers)
+    assert (expected > 0) is (mode != "none")
+
+
+def test_integers_keep_their_width():
+    tensors = [torch.zeros(3), torch.zeros(2, dtype=torch.int64), torch.zeros(5).bfloat16()]
+    assert bytes_at(tensors, 2) == 6 + 16 + 10
+    assert bytes_at(tensors, 4) == 12 + 16 + 20

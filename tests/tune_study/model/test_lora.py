@@ -186,3 +186,25 @@ def test_the_sum_takes_the_memory_of_the_base_layers_output() -> None:
     out = _AddAdapter.apply(base, x, a, b, 0.5, 0.0)
     assert out.data_ptr() == base.data_ptr()
     assert torch.allclose(out, 1 + 0.5 * (x @ a.T @ b.T))
+
+
+@pytest.mark.parametrize(("p", "kept"), [(0.1, 58982), (0.3, 45875), (0.999999, 1)])
+def test_elsewhere_the_share_is_a_whole_number_of_65536ths(p: float, kept: int) -> None:
+    mask, share = draw_mask(torch.empty(2, 3, device="meta"), p)
+    assert share == kept / 2**16
+    assert (mask.shape, mask.dtype) == ((2, 3), torch.bool)
+
+
+def test_what_an_adapter_adds_and_learns_in_closed_form() -> None:
+    """base + 0.5 B A x, with unequal sizes."""
+    x, a, b = torch.randn(4, 3), torch.randn(2, 3), torch.randn(5, 2)
+    tensors = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
+    base = torch.randn(4, 5)
+    out = _AddAdapter.apply(base.clone(), *tensors, 0.5, 0.0)
+    torch.testing.assert_close(out, base + 0.5 * x @ a.T @ b.T)
+    weights = torch.randn(4, 5)
+    (out * weights).sum().backward()
+    into_x, of_a, of_b = (tensor.grad for tensor in tensors)
+    torch.testing.assert_close(into_x, 0.5 * weights @ b @ a)
+    torch.testing.assert_close(of_a, 0.5 * (weights @ b).T @ x)
+    torch.testing.assert_close(of_b, 0.5 * weights.T @ (x @ a.T))

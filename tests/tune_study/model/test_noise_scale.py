@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from tune_study.config import parse_trial
 from tune_study.model.build import build_model, trainable
-from tune_study.model.noise_scale import NoiseScale, gradients_of_first_half
+from tune_study.model.noise_scale import NoiseScale, gradients_of_first_half, watch
 
 SWIN = "swin_tiny_patch4_window7_224"
 IMAGES = 6
@@ -138,3 +138,73 @@ def test_noise_scale_of_unequal_parts_is_left_out():
         scale.observe_part(share)
     scale.observe_step(torch.tensor(1.0), [3, 2])
     assert math.isnan(scale.end_epoch()["gradient_noise_scale"])
+
+
+def test_halves_of_one_step_are_parts_of_half_its_images():
+    """The first half added 1 and 0 to the mean gradient, the second 0 and 3."""
+    weight, idle = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
+    scale = NoiseScale({"w": weight, "idle": idle})
+    weight.grad = torch.tensor([1.0, 3.0])
+    scale.observe_halves({weight: torch.tensor([1.0, 0.0])})
+    scale.observe_step(weight.grad.norm(), [4, 4])
+    part, whole = (4 * 1 + 4 * 9) / 2, 10
+    found = scale.end_epoch()
+    assert found["gradient_square"] == pytest.approx((8 * whole - 4 * part) / 4)
+    assert found["gradient_noise_trace"] == pytest.approx((part - whole) / (1 / 4 - 1 / 8))
+
+
+def test_an_epoch_is_the_mean_of_its_steps_and_the_next_begins_anew():
+    weight = nn.Parameter(torch.zeros(1))
+    scale = NoiseScale({"w": weight})
+    for first in (1.0, 1.0, 4.0):
+        weight.grad = torch.tensor([first / 2])
+        scale.observe_part(0.5)
+        weight.grad = weight.grad + 1.5
+        scale.observe_part(0.5)
+        scale.observe_step(weight.grad.norm(), [1, 1])
+    squares = [2 * ((f + 3) / 2) ** 2 - (f**2 + 9) / 2 for f in (1, 1, 4)]
+    traces = [2 * ((f**2 + 9) / 2 - ((f + 3) / 2) ** 2) for f in (1, 1, 4)]
+    found = scale.end_epoch()
+    assert found["gradient_square"] == pytest.approx(sum(squares) / 3)
+    assert found["gradient_noise_trace"] == pytest.approx(sum(traces) / 3)
+    assert found["gradient_noise_scale"] == pytest.approx(sum(traces) / sum(squares))
+    assert all(math.isnan(value) for value in scale.end_epoch().values())
+
+
+def test_no_scale_without_a_positive_square():
+    weight = nn.Parameter(torch.zeros(1))
+    scale = NoiseScale({"w": weight})
+    for now in (1.0, 0.0):
+        weight.grad = torch.tensor([now])
+        scale.observe_part(0.5)
+    scale.observe_step(weight.grad.norm(), [2, 2])
+    found = scale.end_epoch()
+    assert found["gradient_square"] == pytest.approx(-4)
+    assert math.isnan(found["gradient_noise_scale"])
+
+
+def test_a_single_part_is_left_out():
+    weight = nn.Parameter(torch.zeros(1))
+    scale = NoiseScale({"w": weight})
+    weight.grad = torch.ones(1)
+    scale.observe_part(1.0)
+    scale.observe_step(weight.grad.norm(), [4])
+    for now in (1.0, 2.0):
+        weight.grad = torch.tensor([now])
+        scale.observe_part(0.5)
+    scale.observe_step(weight.grad.norm(), [2, 2])
+    assert scale.end_epoch()["gradient_square"] == pytest.approx(4)  # of the second step alone
+
+
+def test_a_watched_layer_leaves_the_first_half_of_its_rows():
+    layer = nn.Linear(3, 2)
+    watch(layer)
+    rows = torch.randn(5, 3)
+    with gradients_of_first_half() as found:
+        loss = layer(rows).square().sum()
+    loss.backward()
+    alone = nn.Linear(3, 2)
+    alone.load_state_dict(layer.state_dict())
+    alone(rows[:2]).square().sum().backward()
+    torch.testing.assert_close(found[layer.weight], alone.weight.grad)
+    torch.testing.assert_close(found[layer.bias], alone.bias.grad)

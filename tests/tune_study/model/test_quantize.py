@@ -1,4 +1,5 @@
 import copy
+import math
 
 import bitsandbytes as bnb
 import pytest
@@ -220,3 +221,73 @@ def test_train_eval_train_keeps_weights_and_gradient():
         layer(images.detach())
     assert torch.equal(gradient(), first)
     assert torch.equal(quantize.dequantize(layer), before)
+
+
+def report(**fields):
+    values = {"name": "n", "mode": "nf4", "layer_class": "Linear4bit", "dtype": "uint8"}
+    values |= {"shape": (4, 6), "weight_bytes": 12, "state_bytes": 5}
+    return quantize.LayerReport(**{**values, "error_norm": 1.0, "weight_norm": 10.0, **fields})
+
+
+def test_a_report_without_error_or_weights():
+    assert report().relative_error == 0.1
+    assert report().sqnr_db == pytest.approx(20)
+    assert report(error_norm=0.0).sqnr_db == math.inf
+    assert math.isnan(report(weight_norm=0.0).relative_error)
+
+
+@pytest.mark.parametrize(
+    ("mode", "most"), [("int8", 0.1), ("nf4", 0.25), ("nf4-dq", 0.25), ("fp4", 0.3)]
+)
+def test_the_weight_error_has_a_limit_of_its_mode(mode, most):
+    kind = {"layer_class": "Linear8bitLt", "dtype": "int8", "weight_bytes": 24}
+    kind = kind if mode == "int8" else {}
+    quantize._prove(report(mode=mode, error_norm=10 * most - 0.01, **kind))
+    with pytest.raises(QuantizationFailed, match="weight error"):
+        quantize._prove(report(mode=mode, error_norm=10 * most, **kind))
+    with pytest.raises(QuantizationFailed, match="bytes are not"):
+        quantize._prove(report(mode=mode, **{**kind, "weight_bytes": 25}))
+
+
+@pytest.mark.parametrize(
+    ("mode", "band"),
+    [
+        ("int8", (0.004, 0.015)),
+        ("nf4", (0.08, 0.11)),
+        ("nf4-dq", (0.08, 0.11)),
+        ("fp4", (0.10, 0.14)),
+        ("fp4-dq", (0.10, 0.14)),
+    ],
+)
+def test_the_bands_of_gaussian_errors(mode, band):
+    assert quantize.GAUSSIAN_ERROR_BANDS[mode] == band
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_without_a_bias_is_frozen_and_has_none(mode):
+    layer = quantize.quantize_linear(linear(bias=False), mode, torch.float32, "cpu")
+    assert layer.bias is None
+    layer = quantize.quantize_linear(linear(), mode, torch.float32, "cpu")
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert torch.equal(layer.bias, linear().bias)
+    scales = 4 * 192 if mode == "int8" else None
+    assert scales in (None, quantize.tensor_bytes(quantize.state_tensors(layer)))
+    assert layer(torch.zeros(1, 128)).shape == (1, 192)
+
+
+def test_bytes_count_a_tensor_once():
+    one, other = torch.zeros(3), torch.zeros(5, dtype=torch.uint8)
+    assert quantize.tensor_bytes([one, other, one, one.view(3), torch.zeros(3)]) == 29
+
+
+def test_what_autocast_would_cast_is_cast():
+    x = torch.zeros(2)
+    assert quantize.autocasted(x) is x
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quantize.autocasted(x).dtype == torch.bfloat16
+
+
+def test_a_layer_that_is_not_quantized_has_no_state():
+    assert quantize.state_tensors(linear()) == []
+    with pytest.raises(TypeError, match="Linear is not a quantized layer"):
+        quantize.dequantize(linear())

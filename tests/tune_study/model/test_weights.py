@@ -5,7 +5,13 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 from tune_study.errors import UserError
-from tune_study.model.weights import load_base
+from tune_study.model.weights import (
+    _prove_loaded,
+    classifier_names,
+    load_base,
+    refuse_unknown_model,
+    weights_file,
+)
 
 
 def test_pretrained_base_is_the_shipped_file_and_random_is_not(tiny):
@@ -110,3 +116,54 @@ def test_hub_weights_load_from_the_cached_file(tiny, weights, monkeypatch):
     assert torch.equal(
         base.state_dict()["blocks.2.mlp.fc2.weight"], state["blocks.2.mlp.fc2.weight"]
     )
+
+
+def test_a_folder_is_searched_in_the_order_of_its_suffixes(tmp_path):
+    for suffix in ("bin", "pt", "pth", "safetensors"):
+        (tmp_path / f"m.{suffix}").touch()
+        assert weights_file("m", tmp_path).suffix == f".{suffix}"
+    assert weights_file("other", tmp_path / "m.pt") == tmp_path / "m.pt"
+    with pytest.raises(UserError, match=r"no n\.safetensors in it"):
+        weights_file("n", tmp_path)
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        weights_file("m", tmp_path / "none")
+
+
+def test_an_unknown_model_is_answered_with_a_near_one():
+    refuse_unknown_model("deit_tiny_patch16_224")
+    for name, near in (
+        ("deit_tiny", "deit_tiny_distilled_patch16_224"),
+        ("zzz", "deit_tiny_patch16_224"),
+    ):
+        with pytest.raises(UserError, match=f"timm has no such model; try {near}$"):
+            refuse_unknown_model(name)
+
+
+class Small(torch.nn.Module):
+    def __init__(self, cfg=None):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)
+        self.pretrained_cfg = cfg or {}
+
+
+def test_every_tensor_but_the_heads_is_the_files(tmp_path):
+    model = Small()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    without_head = {name: t.half() for name, t in state.items() if "body" in name}
+    with torch.no_grad():
+        model.body.weight.copy_(without_head["body.weight"])
+        model.body.bias.copy_(without_head["body.bias"])
+    _prove_loaded(model, {**without_head, "more": torch.zeros(1)}, tmp_path)
+    with pytest.raises(UserError, match=r"1 of its 2 tensors .* the first is body\.bias"):
+        _prove_loaded(model, {"body.weight": without_head["body.weight"]}, tmp_path)
+    other = without_head["body.weight"].clone()
+    other[2, 1] += 1
+    with pytest.raises(UserError, match=r"body\.weight of the model is not what the file holds"):
+        _prove_loaded(model, {**without_head, "body.weight": other}, tmp_path)
+    _prove_loaded(model, {**without_head, "body.weight": torch.zeros(4, 2)}, tmp_path)  # resampled
+
+
+def test_the_head_is_what_timm_calls_the_classifier():
+    assert classifier_names(Small()) == ["head"]
+    assert classifier_names(Small({"classifier": "fc"})) == ["fc"]
+    assert classifier_names(Small({"classifier": ("head", "head_dist")})) == ["head", "head_dist"]

@@ -69,3 +69,22 @@ def test_asha_prunes_and_remembers_after_a_kill(tmp_path):
     rebuilt = Suggestions(opened(tmp_path, ASHA))
     assert states(rebuilt) == told
     assert rebuilt.study.trials[told.index("PRUNED")].last_step == pruned.last_step
+
+
+def test_a_third_goes_on_at_epochs_1_3_and_9(tmp_path):
+    long = settings(objectives=["val_accuracy"], assignments=[("training.num_train_epochs", 12)])
+    config = probes(long)[0]
+    where = RunContext(study_dir=tmp_path, simulation=Simulation())
+    scheduler = asha.Asha([], where, [probes(ASHA)[0], config])
+    assert [milestone for milestone, _ in scheduler._brackets[0]._rungs] == [9, 3, 1]
+    found = []
+    for seed, accuracy in enumerate((0.5, 0.6, 0.4, 0.55)):
+        one = config.model_copy(update={"seed": seed})
+        (tmp_path / one.trial_id).mkdir()
+        trial = SimpleNamespace(trial_id=str(seed), config={"trial": one.model_dump(mode="json")})
+        scheduler.on_trial_add(None, trial)
+        row = {"epoch": 1, "val_accuracy": accuracy}
+        found.append(scheduler.on_trial_result(None, trial, row))
+    assert found == ["CONTINUE", "CONTINUE", "STOP", "CONTINUE"]
+    last = {"epoch": 12, "val_accuracy": 0.0}
+    assert scheduler.on_trial_result(None, trial, last) == "CONTINUE"

@@ -1,6 +1,7 @@
 """``--batch auto``: the fastest micro-batch that fits in every mode, chosen once, and no trace."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -241,3 +242,87 @@ def two(tiny, mode):
     """A trial that steps on 2 images."""
     data = {"train_size": 12, "val_size": 10, "test_size": 10}
     return tiny(mode, training={"per_device_train_batch_size": 2}, data=data)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": "deit_tiny_patch16_224"},
+        {"data": {"image_size": 64}},
+        {"training": {"per_device_train_batch_size": 12}},
+        {"training": {"gradient_accumulation_steps": 2}},
+        {"training": {"compute_dtype": "bf16"}},
+        {"training": {"gradient_checkpointing": True}},
+    ],
+)
+def test_what_decides_the_speed_of_a_step_is_not_compared(tiny, fields):
+    first = tiny("none", training={"compute_dtype": "fp32"})
+    training = {"compute_dtype": "fp32", **fields.get("training", {})}
+    other = tiny("none", **{**fields, "training": training})
+    assert auto_batch.comparable(other) != auto_batch.comparable(first)
+
+
+@pytest.mark.parametrize(
+    ("device", "at_a_time", "gpus", "goes"),
+    [
+        ("cpu", None, None, True),
+        ("cpu", 1, None, True),
+        ("cpu", 2, None, False),
+        ("cuda", 2, None, True),
+        ("cuda", 2, 1.0, True),
+        ("cuda", 2, 0.5, False),
+        ("cuda", 1, 0.5, True),
+        ("mps", 2, None, False),
+    ],
+)
+def test_trials_at_a_time_need_a_gpu_each(tmp_path, device, at_a_time, gpus, goes):
+    where = RunContext(study_dir=tmp_path, device=device)
+    others = {"search": None, "max_concurrent": at_a_time, "gpus_per_trial": gpus}
+    assert auto_batch.wanted(None, where, **others) is False
+    if goes:
+        assert auto_batch.wanted("auto", where, **others) is True
+    else:
+        with pytest.raises(UserError, match="--max-concurrent 2: --batch auto times a trial"):
+            auto_batch.wanted("auto", where, **others)
+
+
+def test_speed_is_of_the_fastest_of_two_steps_after_one_that_warms_up(monkeypatch):
+    """Steps of 9, 4 and 2 s on six images, of which the data set has four."""
+    clock = iter([0.0, 9.0, 10.0, 14.0, 20.0, 22.0])
+    seen = []
+
+    def step(training, images, labels):
+        seen.append((images.tolist(), labels.tolist()))
+        return (torch.tensor(1.0),)
+
+    monkeypatch.setattr(auto_batch.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(train, "train_step", step)
+    training = SimpleNamespace(
+        model=torch.nn.Linear(1, 1).eval(),
+        config=SimpleNamespace(images_per_step=6),
+        data=SimpleNamespace(train=(torch.arange(4) * 10, torch.arange(4))),
+        device=torch.device("cpu"),
+    )
+    assert auto_batch._images_per_s(training) == 3.0
+    assert seen == [([0, 10, 20, 30, 0, 10], [0, 1, 2, 3, 0, 1])] * 3
+    assert training.model.training
+
+
+def test_every_mode_is_timed_once_at_its_largest_rank(tiny, tmp_path, monkeypatch):
+    timed = []
+
+    def measured(trials, context, candidates):
+        timed.extend((t.quantization.mode, t.lora.r) for t in trials)
+        assert candidates == [1, 2, 3, 6]
+        return {2: [2.0, 6.0, 6.0], 3: [2.5] * 3}, []
+
+    monkeypatch.setattr(auto_batch, "_timed", measured)
+    trials = [six(tiny, m, lora={"r": r}) for m in ("none", "nf4") for r in (16, 4)]
+    where = RunContext(study_dir=tmp_path, num_threads=1)
+    choice = auto_batch.measure(trials, where, lambda line: None)
+    assert sorted(timed) == [("nf4", 16), ("none", 16)]
+    assert choice["images_per_s"] == {2: pytest.approx(3.6), 3: 2.5}  # the median would be 6
+    assert (choice["micro_batch"], choice["largest_micro_batch"]) == (2, 3)
+    assert choice["gradient_accumulation_steps"] == 3
+    assert (choice["device"], choice["num_threads"]) == ("cpu", 1)
+    assert auto_batch.CPU_SHARE == 0.8

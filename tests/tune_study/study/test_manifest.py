@@ -6,7 +6,7 @@ from tune_study.errors import UserError
 from tune_study.folder.files import write_json
 from tune_study.machine import provenance
 from tune_study.study import manifest
-from tune_study.trial.context import RunContext
+from tune_study.trial.context import RunContext, Simulation
 
 CHECKSUMS = {"data": {"digits": {"sha256": "d"}}, "weights": {"m": {"sha256": "w"}}}
 
@@ -99,3 +99,98 @@ def test_an_extension_keeps_the_checksums_of_what_came_before(tiny, tmp_path):
     assert found["weights"] == {"m": {"sha256": "w"}, "n": {"sha256": "v"}}
     with pytest.raises(UserError, match="the data of digits"):
         open_study([one], where, {**other, "data": {"digits": {"sha256": "changed"}}})
+
+
+def test_each_session_is_held_against_the_one_before_it(tiny, tmp_path, monkeypatch):
+    where, trials = context(tmp_path, num_threads=2), [tiny("none")]
+    monkeypatch.setattr(provenance, "commit", lambda: "a")
+    monkeypatch.setattr(provenance, "hardware", lambda: {"cpu": "x", "cores": 2})
+    open_study(trials, where)
+    monkeypatch.setattr(provenance, "commit", lambda: "b")
+    monkeypatch.setattr(provenance, "hardware", lambda: {"cpu": "y", "cores": 2})
+    again = where.model_copy(update={"num_threads": 3})
+    (note,) = manifest.review(trials, again, CHECKSUMS).notes
+    assert "(cpu was x and is y; commit was a and is b; num_threads was 2 and is 3)" in note
+    open_study(trials, again)
+    assert manifest.review(trials, again, CHECKSUMS).notes == []
+
+
+def test_a_simulated_study_says_what_is_planted_and_stays_so(tiny, tmp_path):
+    trials, effects = [tiny("none")], {"nf4": -0.25}
+    where = context(tmp_path, simulation=Simulation(effects=effects))
+    found = open_study(trials, where)
+    assert found["simulated"] is True
+    assert found["simulation"] == {"effects": effects, "seed_sd": 0.004}
+    assert (found["format"], found["study"], found["grid"], found["command"]) == (
+        1,
+        "study",
+        "g",
+        "c",
+    )
+    assert found["device"] == "cpu"
+    assert found["sessions"][0]["command"] == "c"
+    assert "search" not in found
+    with pytest.raises(UserError, match=r"that study is simulated with .* would be real"):
+        open_study(trials, context(tmp_path))
+    with pytest.raises(UserError, match=r"that study is simulated with .* would be simulated with"):
+        open_study(trials, context(tmp_path, simulation=Simulation()))
+
+
+def test_a_plan_of_another_version_is_refused(tiny):
+    trial = tiny("none")
+    cell = {"trial_id": trial.trial_id, **trial.model_dump(mode="json")}
+    assert manifest.planned("s", [cell]) == [trial]
+    with pytest.raises(UserError, match=r"study s: its plan is of another version .'other' would"):
+        manifest.planned("s", [{**cell, "trial_id": "other"}])
+    with pytest.raises(UserError, match=r"study s: its plan is of another version .unknown field"):
+        manifest.planned("s", [{**cell, "x": 1}])
+
+
+def test_four_changes_are_listed_and_the_others_counted():
+    assert manifest.listed_changes(list("abcd")) == "a; b; c; d"
+    assert manifest.listed_changes(list("abcdef")) == "a; b; c; d; and 2 more"
+
+
+def test_inputs_differ_by_their_checksum_and_new_ones_do_not():
+    before = {"data": {"d": {"sha256": "1" * 20}}, "weights": {"m": {"sha256": None}}}
+    now = {"data": {"d": {"sha256": "1" * 20}, "e": {"sha256": "2"}}, "weights": {}}
+    assert manifest.changed_inputs(before, now) == []
+    now = {"data": {"d": {"sha256": "3" * 20}}, "weights": {"m": {"sha256": "4"}}}
+    assert manifest.changed_inputs(before, now) == [
+        f"the data of d (sha256 {'3' * 12}, then {'1' * 12})",
+        "the weights of m (sha256 4, then None)",
+    ]
+
+
+def test_a_study_of_two_compute_dtypes_has_none(tiny, tmp_path):
+    trials = [tiny("none", training={"compute_dtype": name}) for name in ("bf16", "fp32")]
+    where = context(tmp_path)
+    open_study(trials[:1], where)
+    assert manifest.settled_compute_dtype(where.study_dir) == "bf16"
+    open_study(trials, where)
+    assert manifest.settled_compute_dtype(where.study_dir) is None
+
+
+def test_hidden_files_do_not_make_a_folder_full(tiny, tmp_path):
+    where = context(tmp_path)
+    where.study_dir.mkdir()
+    (where.study_dir / ".lock").touch()
+    assert manifest.review([tiny("none")], where, CHECKSUMS) == (None, _cells(tiny), [])
+    assert [path.name for path in where.study_dir.iterdir()] == [".lock"]
+
+
+def _cells(tiny):
+    trial = tiny("none")
+    return {trial.trial_id: {"trial_id": trial.trial_id, **trial.model_dump(mode="json")}}
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [({"format": 2}, "format"), ({"plan": [{}]}, "plan.0.trial_id"), ({"created": 3}, "created")],
+)
+def test_a_study_json_of_another_version_is_refused(tiny, tmp_path, change, where):
+    there = context(tmp_path)
+    found = open_study([tiny("none")], there)
+    write_json(there.study_dir / "study.json", {**found, **change})
+    with pytest.raises(UserError, match=f"not of this version of tune-study .{where}: "):
+        manifest.planned_ids(there.study_dir)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from tune_study import run
 from tune_study.errors import UserError
+from tune_study.study import options
 from tune_study.study.options import Options, resolved
 
 
@@ -121,3 +123,78 @@ def test_the_help_fits_a_screen_and_is_grouped() -> None:
         "A search instead of a grid",
     ]
     assert "…" not in done.stdout
+
+
+def test_exit_codes_are_the_documented_ones() -> None:
+    assert (options.EXIT_FAILED, options.EXIT_USER) == (1, 2)
+    assert options.EXIT_STOPPED == {
+        "storage": 1,
+        "lease": 1,
+        "disk": 1,
+        "time": 124,
+        "interrupt": 130,
+        "terminate": 143,
+    }
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\nb", "x" * 201, "é" * 101])
+def test_a_name_that_is_no_folders_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="--name"):
+        options.safe_name(name)
+
+
+def test_a_name_may_have_200_bytes() -> None:
+    for name in ("x" * 200, "é" * 100, ".hidden", "a b"):
+        assert options.safe_name(name) == name
+
+
+def test_sizes_come_after_what_set_names_and_only_where_given() -> None:
+    given = Options(set_=["seed=3", "data.val_size=7"], test_size=9, train_size=5)
+    assert given.assignments == [
+        ("seed", 3),
+        ("data.val_size", 7),
+        ("data.train_size", 5),
+        ("data.test_size", 9),
+    ]
+    assert Options().assignments == []
+
+
+def test_a_study_works_unless_it_is_only_looked_at() -> None:
+    assert Options().works
+    assert Options(simulate=True).works
+    assert not Options(dry_run=True).works
+    assert not Options(validate_only=True).works
+
+
+@pytest.mark.parametrize(
+    "field", ["gpus_per_trial", "max_hours", "seed_sd", "epoch_s"], ids=lambda field: field
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_numbers_must_be_finite(field: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"--{field.replace('_', '-')} .*finite"):
+        options.checked(replace(Options(simulate=True), **{field: value}))
+    options.checked(replace(Options(simulate=True), **{field: 0.5}))
+
+
+def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w").touch()
+    (tmp_path / "d").mkdir()
+    found = options.checked(Options(data_dir=Path("d"), weights=Path("w")))
+    assert (found.data_dir, found.weights) == (tmp_path / "d", tmp_path / "w")
+    assert options.checked(Options()) == Options()
+
+
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [("ray://head:10001", "head"), ("ray://head", "head"), ("ray://", "HOST")],
+)
+def test_a_client_address_is_answered_with_the_job_to_submit(address: str, host: str) -> None:
+    words = ["--grid", "demo", "--address", address, "--name", "x", f"--address={address}"]
+    with pytest.raises(UserError) as refused:
+        options.refuse_client(address, words)
+    assert str(refused.value).endswith(
+        f"ray job submit --address http://{host}:8265 --working-dir . -- "
+        "python -m tune_study.run --address auto --grid demo --name x"
+    )
+    options.refuse_client("head:10001", words)

@@ -1,9 +1,14 @@
+import io
+
 import pytest
 from ray import tune
+from rich.console import Console
 
 from search_spaces import grids
 from tune_study.errors import UserError
+from tune_study.search import settings as spaces
 from tune_study.study import plan
+from tune_study.study.options import Options
 from tune_study.trial.context import RunContext
 
 
@@ -115,3 +120,80 @@ def test_a_grids_values_are_not_copied_for_each_cell(counted):
     models = tune.grid_search([counted(f"model-{number}") for number in range(30)])
     assert len(plan.plan({"model": models, "dataset": "digits", "seed": 42})) == 30
     assert counted.copies <= 2 * 30
+
+
+def asked(**given):
+    return plan.trials_of(Options(**given))
+
+
+def test_a_command_without_a_grid_is_the_demo_and_the_first_n_of_it():
+    settings, name, trials = asked()
+    assert (settings, name, trials) == (None, "demo", plan.plan(grids.demo()))
+    assert asked(max_experiments=5)[2] == trials[:5]
+    assert asked(grid="smoke", set_=["lora.r=3"])[1] == "smoke"
+    assert {t.lora.r for t in asked(grid="smoke", set_=["lora.r=3"])[2]} == {3}
+
+
+def test_a_search_is_looked_at_by_the_largest_that_it_can_draw():
+    settings, name, trials = asked(
+        search="optuna", space="demo", num_samples=7, search_seed=3, objective=["val_accuracy"]
+    )
+    assert (name, settings.num_samples, settings.seed) == ("demo", 7, 3)
+    assert (settings.objectives, settings.scheduler) == (("val_accuracy",), "fifo")
+    assert trials == spaces.largest(spaces.probes(settings))
+
+
+def test_trials_come_seed_by_seed_and_within_mode_by_mode():
+    space = {
+        "model": tune.grid_search(["b", "a"]),
+        "dataset": "digits",
+        "quantization": tune.grid_search(["nf4", "none"]),
+        "seed": tune.grid_search([2, 1]),
+    }
+    assert [(t.seed, t.model, t.quantization.mode) for t in plan.plan(space)] == [
+        (seed, model, mode) for seed in (2, 1) for model in "ba" for mode in ("nf4", "none")
+    ]
+
+
+def test_cells_are_counted_before_they_are_made(monkeypatch):
+    cells = {"a": tune.grid_search([1, 2, 3]), "b": [tune.grid_search([1, 2])], "c": (1, "x")}
+    assert plan._cells(cells) == 6
+    assert plan._cells(tune.grid_search([tune.grid_search([1, 2]), 3])) == 3
+    assert plan.MOST_TRIALS == 100_000
+    monkeypatch.setattr(plan, "MOST_TRIALS", 3)
+    seeds = {"model": "m", "dataset": "digits", "seed": tune.grid_search([1, 2, 3])}
+    assert len(plan.plan(seeds)) == 3
+    with pytest.raises(UserError, match="it has 4 cells, 3 are allowed"):
+        plan.plan({**seeds, "seed": tune.grid_search([1, 2, 3, 4])})
+    for wrong, words in (
+        ({"seed": {"grid_search": []}}, "at least one value"),
+        ({1: 2}, "must be text"),
+        ({"seed": {"eval": "1"}}, "draws values"),
+    ):
+        with pytest.raises(UserError, match=words):
+            plan._cells(wrong)
+
+
+def test_the_note_on_the_compute_dtype_says_what_the_trials_compute_in(tmp_path, monkeypatch):
+    trial = plan.plan({"model": "m", "dataset": "digits"})[0]
+    reason = {"why": "it has no kernel"}
+    monkeypatch.setattr("tune_study.study.compute_dtype.without_bf16", lambda device: reason["why"])
+
+    def noted(**planned):
+        output = Console(file=io.StringIO(), width=300)
+        monkeypatch.setattr(plan.manifest, "planned_ids", lambda folder: planned.get("ids", ()))
+        found = plan.with_compute_dtype(output, [trial], context(tmp_path))
+        return found[0].training.compute_dtype, output.file.getvalue()
+
+    assert noted() == (
+        "fp32",
+        "note: it has no kernel, so the trials compute in fp32; --set "
+        "training.compute_dtype=bf16 overrides\n",
+    )
+    monkeypatch.setattr(plan.manifest, "settled_compute_dtype", lambda folder: "bf16")
+    dtype, said = noted()
+    assert dtype == "bf16"
+    assert "the study in this folder computes in bf16" in said
+    assert noted(ids={trial.trial_id}) == ("bf16", "")
+    reason["why"] = None
+    assert noted() == ("bf16", "")

@@ -1,5 +1,6 @@
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -39,3 +40,34 @@ def test_preflight_refuses_before_anything_is_written(tiny, tmp_path, fields, wo
     with pytest.raises(UserError, match=words):
         preflight.check([tiny("nf4", **fields)], context(tmp_path, data_dir=tmp_path / "empty"))
     assert not (tmp_path / "study").exists()
+
+
+def test_the_checksum_of_weights_says_where_they_come_from(tiny, tmp_path, monkeypatch):
+    given = tmp_path / "mine.safetensors"
+    given.write_bytes(b"weights")
+    where = context(tmp_path, weights=given)
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    told = {"pretrained": True, "file": "mine.safetensors", "sha256": sha256}
+    assert preflight._weights_sha256(tiny("none"), where) == told
+    monkeypatch.setattr(preflight, "hub_weights", lambda model: given)
+    assert preflight._weights_sha256(tiny("none"), context(tmp_path)) == told
+    assert preflight._weights_sha256(tiny("none", pretrained=False), where) == {
+        "pretrained": False,
+        "sha256": None,
+    }
+
+
+def test_each_model_is_built_once_however_many_seeds_there_are(tiny, tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setattr(
+        preflight,
+        "build_model",
+        lambda trial, classes, weights, device: built.append((trial, classes, weights, device)),
+    )
+    weights = tmp_path / "w"
+    trials = [tiny(mode, seed=seed) for mode in ("none", "nf4") for seed in (1, 2)]
+    trials += [tiny("none", lora={"r": 3}), tiny("none", data={"image_size": 64})]
+    images = SimpleNamespace(class_names=list("abc"))
+    checked = preflight.Checked(dict.fromkeys([t.trial_id for t in trials], images), {})
+    preflight.validate(trials, checked, context(tmp_path, weights=weights))
+    assert built == [(trials[n], 3, weights, "cpu") for n in (0, 2, 4, 5)]
