@@ -180,7 +180,10 @@ def test_a_spoiled_study_has_a_report_or_is_refused(tmp_path, template, data):
 @fuzz(30)
 @given(TEXT.filter(lambda text: "\0" not in text))
 def test_the_name_of_a_study_is_found_or_refused(tmp_path, name):
-    with contextlib.chdir(tmp_path):
+    # So deep that "../.." is a folder of this test, and none that others have filled.
+    here = tmp_path / "a" / "b" / "c"
+    here.mkdir(parents=True, exist_ok=True)
+    with contextlib.chdir(here):
         assert_refused_by_all(name)
 
 
