@@ -11,14 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from benchmarks.processes import Row, attempt
-from tune_study.config import TrialConfig, parse_trial
+from tune_study.checks.modes import small_trial
+from tune_study.config import TrialConfig
 from tune_study.folder.files import read_json
 from tune_study.folder.schema import MODES
 from tune_study.machine import provenance, resources
-from tune_study.study.compute_dtype import settle_compute_dtype
 from tune_study.trial.context import RunContext
 from tune_study.trial.execution import execute
 
@@ -58,23 +59,10 @@ def repeats(settings: dict[str, Any]) -> Iterator[Row]:
 
 
 def _trial(mode: str, device: str) -> TrialConfig:
-    """Two epochs of three steps, the last of them smaller, with dropout."""
-    trial = parse_trial(
-        {
-            "model": "vit_glyphs_patch4_32",
-            "dataset": "digits",
-            "lora": {"r": 4, "lora_alpha": 8},
-            "quantization": mode,
-            "data": {"train_size": 40, "val_size": 20, "test_size": 20},
-            "training": {
-                "num_train_epochs": 2,
-                "learning_rate": 1e-3,
-                "warmup_steps": 1,
-                "per_device_train_batch_size": 16,
-            },
-        }
-    )
-    return settle_compute_dtype([trial], device)[0][0]
+    """The doctor's trial for two epochs of three steps, the last of them smaller, with dropout."""
+    trial = small_trial(mode, torch.device(device))
+    training = trial.training.model_copy(update={"num_train_epochs": 2})
+    return trial.model_copy(update={"training": training})
 
 
 def _run(config: TrialConfig, folder: Path, device: str) -> Path:

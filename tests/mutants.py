@@ -102,6 +102,7 @@ def _drop(number: int) -> Mutation:
 def mutants(source: str) -> Iterator[tuple[int, str, str]]:
     """(line, what changed, the mutant's source) of every mutation of ``source``."""
     tree = ast.parse(source)
+    before = ast.unparse(tree)
     nodes = [node for node in ast.walk(tree) if not isinstance(node, ast.expr_context)]
     for number, node in enumerate(nodes):
         for mutate in list(mutations(node)):
@@ -109,7 +110,7 @@ def mutants(source: str) -> Iterator[tuple[int, str, str]]:
             place = [n for n in ast.walk(changed) if not isinstance(n, ast.expr_context)][number]
             mutate(place)
             text = ast.unparse(ast.fix_missing_locations(changed))
-            yield getattr(node, "lineno", 0), _difference(ast.unparse(tree), text), text
+            yield getattr(node, "lineno", 0), _difference(before, text), text
 
 
 def _difference(before: str, after: str) -> str:

@@ -64,10 +64,9 @@ def what_computes(device: str) -> dict[str, Any]:
     """
     there = device == "cpu"
     if not there:
-        import torch
+        from tune_study.machine.device import available
 
-        backend = torch.cuda if device == "cuda" else torch.backends.mps
-        there = backend.is_available()
+        there = available(device)
     return {
         **versions(),
         "commit of tune-study": commit(),

@@ -215,8 +215,9 @@ def _run(command: Command, store: Store | None, logged: Trackers | None) -> int:
     try:
         if logged:
             logged.catch_up(trials)
-        progress = _progress(command, waiting, planned, done)
-        now = done < planned and _train(command, waiting, progress, search, store, logged)
+        now = done < planned and _train(
+            command, waiting, _progress(command, waiting, planned, done), search, store, logged
+        )
         trials = search.trials if search else trials
         if logged:
             logged.close(trials)

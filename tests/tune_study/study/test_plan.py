@@ -101,20 +101,6 @@ def test_grid_search_inside_a_nested_field():
     assert len(plan.plan(space)) == 4
 
 
-@pytest.fixture
-def counted():
-    """A class of text that counts its copies."""
-
-    class Counted(str):
-        copies = 0
-
-        def __deepcopy__(self, memo):
-            Counted.copies += 1
-            return self
-
-    return Counted
-
-
 def test_a_grids_values_are_not_copied_for_each_cell(counted):
     """Tune would copy all 30 for each of the 30 cells: planning would take the square of time."""
     models = tune.grid_search([counted(f"model-{number}") for number in range(30)])

@@ -29,20 +29,6 @@ def test_the_larger_the_study_the_more_seldom_tune_saves_its_state(tmp_path, mon
         assert float(os.environ[name]) == period
 
 
-@pytest.fixture
-def counted():
-    """A class of text that counts its copies."""
-
-    class Counted(str):
-        copies = 0
-
-        def __deepcopy__(self, memo):
-            Counted.copies += 1
-            return self
-
-    return Counted
-
-
 def test_a_studys_ids_are_not_copied_for_each_trial(counted):
     """Of a grid of ids Tune would copy all 30 for each of 30 trials, before the first begins."""
     trials = [SimpleNamespace(trial_id=counted(f"trial-{number}")) for number in range(30)]

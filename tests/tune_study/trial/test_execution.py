@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.repeats import TIMES
 from tune_study.folder import schema
 from tune_study.folder.remote import RemoteError
 from tune_study.machine import resources
@@ -39,19 +40,10 @@ def kill_after(epochs, rows):
 
 def without_times(results):
     """The numbers of results.json that must repeat to the bit, a NaN as its name."""
-    times = (
-        "epoch_time_s",
-        "train_time_s",
-        "eval_time_s",
-        "measuring_time_s",
-        "images_per_s",
-        "rss_peak_bytes",
-    )
 
     def kept(value):
         if isinstance(value, dict):
-            skip = (*times, *resources.COLUMNS)
-            return {key: kept(inner) for key, inner in value.items() if key not in skip}
+            return {key: kept(inner) for key, inner in value.items() if key not in TIMES}
         return [kept(inner) for inner in value] if isinstance(value, list) else repr(value)
 
     return kept(results["train"])
