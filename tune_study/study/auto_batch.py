@@ -25,7 +25,7 @@ from tune_study.config import TrialConfig
 from tune_study.data.splits import load
 from tune_study.errors import UserError
 from tune_study.folder.files import now, write_json
-from tune_study.machine.device import free_bytes
+from tune_study.machine.device import free_bytes, settle
 from tune_study.machine.resources import is_out_of_memory, release_memory
 from tune_study.memory.predict import predict
 from tune_study.model.build import build_model
@@ -191,6 +191,8 @@ def measure(
         f"--batch auto: timing micro-batches of {first.model} that make {images} images a step, "
         f"{len(kinds)} modes, up to {len(candidates)} sizes each"
     )
+    # As a trial does, but a kernel that is not deterministic is no reason to time nothing.
+    settle(torch.device(context.device), strict=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(context.num_threads)
     try:

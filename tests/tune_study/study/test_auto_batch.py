@@ -309,14 +309,18 @@ def test_speed_is_of_the_fastest_of_two_steps_after_one_that_warms_up(monkeypatc
 
 
 def test_every_mode_is_timed_once_at_its_largest_rank(tiny, tmp_path, monkeypatch):
-    timed = []
+    timed, settled = [], []
 
     def measured(trials, context, candidates):
+        assert settled == [(torch.device("cpu"), False)]  # before the first step
         timed.extend((t.quantization.mode, t.lora.r) for t in trials)
         assert candidates == [1, 2, 3, 6]
         return {2: [2.0, 6.0, 6.0], 3: [2.5] * 3}, []
 
     monkeypatch.setattr(auto_batch, "_timed", measured)
+    monkeypatch.setattr(
+        auto_batch, "settle", lambda device, *, strict: settled.append((device, strict))
+    )
     trials = [six(tiny, m, lora={"r": r}) for m in ("none", "nf4") for r in (16, 4)]
     where = RunContext(study_dir=tmp_path, num_threads=1)
     choice = auto_batch.measure(trials, where, lambda line: None)
