@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import nn
 
-from tune_study.model import backbone
-from tune_study.model.backbone import pretrain
-from tune_study.model.backbone.glyphs import make_glyphs, render
-from tune_study.model.backbone.probe import (
+from examples.backbone import pretrain
+from examples.backbone.glyphs import make_glyphs, render
+from examples.backbone.probe import (
     extract_features,
     feature_cosine,
     load_digits_images,
     nf4_twin,
     probe_accuracies,
 )
+from tune_study.model import backbone
 
 FEW_DIGITS = 600
 README = backbone.WEIGHTS_FILE.with_name("README.md")
@@ -135,7 +135,7 @@ def test_every_class_is_drawn_and_differs_from_every_other():
 
 
 def test_loops_are_closed_and_strokes_end_where_they_should():
-    from tune_study.model.backbone.glyphs import CORNERS, CURVE, LOOP, _bases
+    from examples.backbone.glyphs import CORNERS, CURVE, LOOP, _bases
 
     bases = _bases()
     assert torch.allclose(bases.sum(-1), torch.ones(bases.shape[:2]), atol=1e-5)

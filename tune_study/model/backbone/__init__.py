@@ -5,8 +5,8 @@ Importing this package registers `vit_glyphs_patch4_32` with timm and does nothi
     import tune_study.model.backbone
     model = timm.create_model("vit_glyphs_patch4_32", pretrained=True, num_classes=10)
 
-The weights lie beside this file, so nothing is downloaded. `pretrain.py` made them and can make
-them again; README.md says how good they are.
+The weights lie beside this file, so nothing is downloaded. README.md says how good they are, and
+`examples/backbone`, which made them, can make them again.
 """
 
 from functools import partial

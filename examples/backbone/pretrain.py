@@ -1,4 +1,4 @@
-"""Make the demo's backbone again: `python -m tune_study.model.backbone.pretrain`.
+"""Make the demo's backbone again: `python -m examples.backbone.pretrain`.
 
 Trains the ViT to tell procedural glyphs apart (glyphs.py), writes its weights as fp16
 safetensors, probes them on digits (probe.py), and writes `record.json` beside the weights.
@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from timm.layers import set_fused_attn
 from torch import nn
 
+from examples.backbone.glyphs import Glyphs, make_glyphs, render
+from examples.backbone.probe import evaluate_on_digits
 from tune_study.model.backbone import MODEL_NAME, NUM_GLYPHS, RECORD_FILE, WEIGHTS_FILE
-from tune_study.model.backbone.glyphs import Glyphs, make_glyphs, render
-from tune_study.model.backbone.probe import evaluate_on_digits
 
 LIBRARIES = ("torch", "timm", "bitsandbytes", "scikit-learn", "safetensors", "numpy")
 
@@ -157,7 +157,7 @@ def make_record(options: argparse.Namespace, **figures: Any) -> dict[str, Any]:
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
     return {
         "model": MODEL_NAME,
-        "command": f"python -m tune_study.model.backbone.pretrain {flags}",
+        "command": f"python -m examples.backbone.pretrain {flags}",
         **settings,
         **environment(),
         **figures,

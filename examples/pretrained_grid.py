@@ -1,0 +1,35 @@
+"""The study published in docs/results: the full grid's design with weights that were at hand.
+
+    python -m tune_study.run --grid examples/pretrained_grid.py:pretrained_grid \
+        --weights FOLDER_WITH_WEIGHTS --data-dir FOLDER_WITH_CIFAR
+
+Its learning rate, epochs, warm-up and dropout were chosen by the search below, in full precision,
+with another seed, and on validation images alone.
+"""
+
+from typing import Any
+
+MODELS = ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"]
+DATA = {"image_size": 84, "train_size": 800, "val_size": 300, "test_size": 1000}
+
+
+def tuning(trial: Any) -> dict[str, Any]:
+    """``--space examples/pretrained_grid.py:tuning``: how long, how fast, how much dropout."""
+    return {
+        "model": MODELS[0],
+        "dataset": "cifar100",
+        "lora": {
+            "r": 8,
+            "lora_alpha": 16,
+            "lora_dropout": trial.suggest_categorical("lora.lora_dropout", [0.0, 0.1]),
+        },
+        "quantization": "none",
+        "seed": 7,
+        "data": DATA,
+        "training": {
+            "per_device_train_batch_size": 16,
+            "learning_rate": trial.suggest_float("training.learning_rate", 3e-4, 6e-3, log=True),
+            "num_train_epochs": trial.suggest_categorical("training.num_train_epochs", [4, 6, 9]),
+            "warmup_steps": trial.suggest_categorical("training.warmup_steps", [5, 50]),
+        },
+    }
