@@ -72,6 +72,8 @@ def test_the_refusal_of_rays_client_can_be_pasted(monkeypatch, capsys):
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_commands_run(bucket, tmp_path, monkeypatch, capsys):
     work = tmp_path / "work"
     work.mkdir()

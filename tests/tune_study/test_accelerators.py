@@ -57,8 +57,19 @@ def run(config, study_dir, kind, stop_after=None):
     return results, operators
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["mps", "cuda"])
+QUICK = [("mps", "int8"), ("cuda", "nf4-dq")]
+"""The others take a minute and a half together."""
+SLOW = [pytest.mark.slow, pytest.mark.ci]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        pytest.param(kind, mode, marks=[] if (kind, mode) in QUICK else SLOW)
+        for kind in ("mps", "cuda")
+        for mode in MODES
+    ],
+)
 def test_a_trial_is_built_measured_killed_continued_and_tested(kind, mode, small, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(small(mode), tmp_path, kind, stop_after=1)

@@ -146,6 +146,8 @@ def test_validate_only_builds_every_model(command, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_full_grid_on_real_images(command, tmp_path, cifar_dir):
     options = ["--grid", "full", "--data-dir", cifar_dir, "--set", "pretrained=false"]
     code, output, _ = command(*options, "--dry-run")
