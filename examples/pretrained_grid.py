@@ -33,3 +33,23 @@ def tuning(trial: Any) -> dict[str, Any]:
             "warmup_steps": trial.suggest_categorical("training.warmup_steps", [5, 50]),
         },
     }
+
+
+def pretrained_grid() -> dict[str, Any]:
+    """2 models x 2 data sets x 3 LoRA settings x 4 modes x 3 seeds = 144 trials."""
+    return {
+        "model": tune.grid_search(MODELS),
+        "dataset": tune.grid_search(["cifar10", "cifar100"]),
+        "lora": tune.grid_search(
+            [{"r": r, "lora_alpha": 2 * r, "lora_dropout": 0.0} for r in (4, 8, 16)]
+        ),
+        "quantization": tune.grid_search(["none", "int8", "nf4", "nf4-dq"]),
+        "seed": tune.grid_search([42, 123, 456]),
+        "data": DATA,
+        "training": {
+            "per_device_train_batch_size": 16,
+            "learning_rate": 1e-3,
+            "num_train_epochs": 6,
+            "warmup_steps": 5,
+        },
+    }

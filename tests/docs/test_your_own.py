@@ -82,12 +82,12 @@ def test_the_commands_run(folder, monkeypatch, capsys):
     assert "all 2 trials ended well" in found[2]
     assert "RANDOM" in found[3]
     assert "eva02_tiny_patch14_224-folder_folder_leaves" in found[4]
-    assert "8 to run: 8 new; 4 finished stay as they are" in found[6]
-    assert "all 12 trials ended well" in found[7]
-    assert "12 that this command does not name stay as they are" in found[8]
-    assert "8 trials: 4 of one, 4 of two" in found[11]
+    assert "12 to run: 12 new; 12 finished stay as they are" in found[6]
+    assert "all 24 trials ended well" in found[7]
+    assert "24 that this command does not name stay as they are" in found[8]
+    assert "24 trials: 12 of one, 12 of two" in found[11]
     results = folder / "ray_results"
-    for name, planned in (("leaves", 2), ("growing", 16), ("both", 8)):
+    for name, planned in (("leaves", 2), ("growing", 36), ("both", 24)):
         trials = pd.read_parquet(results / name / "trials.parquet")
         assert len(trials) == planned
         assert set(trials["status"]) <= {"completed", "early_stopped"}

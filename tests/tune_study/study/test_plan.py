@@ -47,7 +47,7 @@ def test_every_axis_of_the_built_in_grids_is_a_grid_search():
         space = grid()
         for axis in ("model", "dataset", "lora", "quantization", "seed"):
             assert set(space[axis]) == {"grid_search"}
-    assert len(plan.plan(grids.demo())) == 12
+    assert len(plan.plan(grids.demo())) == 24
     assert {t.quantization.mode for t in plan.plan(grids.smoke())} == set(grids.MODES)
 
 
