@@ -298,7 +298,7 @@ def _checked(study: Study) -> Study:
         ids = list(trials.loc[silent, "trial_id"])
         problems.append(f"ended well, but without a test accuracy: {listed(ids)}")
     epochs, dropped = _in_order(study.epochs, trials)
-    named = configurations.named(trials.assign(configuration=pd.NA))
+    named = configurations.named(trials.assign(configuration=None))
     return Study(named, epochs, manifest, problems + dropped, study.path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from tune_study.folder import names, schema
@@ -47,6 +49,6 @@ def named(trials: pd.DataFrame) -> pd.DataFrame:
     distinct = trials.loc[first, columns].astype(object)
     distinct = distinct.where(distinct.notna(), None)
     long = {short: field for field, short in names.SHORT.items()}
-    cells = distinct.rename(columns=long).to_dict("records")
+    cells: list[Any] = distinct.rename(columns=long).to_dict("records")
     texts = pd.array(names.configurations(cells), dtype="string")
     return trials.assign(configuration=texts[number] if len(trials) else texts)

@@ -37,8 +37,7 @@ def typed(frame: pd.DataFrame, columns: Columns, table: str) -> tuple[pd.DataFra
     problems = []
     for column in columns:
         if column.name not in frame:
-            empty = pd.array([pd.NA] * len(frame), dtype=_dtype(column))
-            data[column.name] = pd.Series(empty, index=frame.index)
+            data[column.name] = pd.Series(None, index=frame.index, dtype=_dtype(column))
             continue
         given = frame[column.name]
         data[column.name] = values = _typed_column(given, column)

@@ -67,8 +67,8 @@ def _names(config: TrialConfig) -> tuple[Any, ...]:
     setting that is not the default, so that a field that joins changes no study from before it.
     """
     lora = config.lora
-    like = {"r": lora.r, "lora_alpha": lora.lora_alpha}
-    usual = TrialConfig(model=config.model, dataset=config.dataset, lora=LoraSpec(**like))
+    like = LoraSpec(r=lora.r, lora_alpha=lora.lora_alpha)
+    usual = TrialConfig(model=config.model, dataset=config.dataset, lora=like)
     other = [own for own in config.configuration if own not in usual.configuration]
     return config.model, config.dataset, lora.r, lora.lora_alpha, *other
 
