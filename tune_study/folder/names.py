@@ -145,6 +145,27 @@ def configurations(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
+def told_apart(plan: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, str]]:
+    """Two names for each trial of a plan, by trial id: for a display, and beside its id.
+
+    The first is short and tells the trial from all others of the plan: ``learning rate 0.001 ·
+    nf4 · seed 42``. The second is what the id does not say in words, and empty where it says all.
+    """
+    cells = [settings(entry) for entry in plan]
+    treatments = [str(treatment(entry)) for entry in plan]
+    said = {"model", "dataset", "lora.r"}
+    beside = [name for name in _named_by(cells, varying_fields(cells)) if name not in said]
+    short, rest = {}, {}
+    for entry, cell, own, name in zip(plan, cells, treatments, configurations(cells), strict=True):
+        trial_id = str(entry["trial_id"])
+        short[trial_id] = f"{name} · {own} · seed {cell.get('seed')}"
+        words = [words_of(field, cell.get(field)) for field in beside]
+        if own != cell.get("quantization.mode"):
+            words.append(own)
+        rest[trial_id] = ", ".join(words)
+    return short, rest
+
+
 def varying_fields(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """The fields of the configuration that have more than one value, in the schema's order."""
     names = dict.fromkeys([*schema.SETTING_NAMES, *(name for cell in cells for name in cell)])
