@@ -1,9 +1,9 @@
 """TensorBoard's Custom Scalars: a group of charts per configuration, a curve per treatment.
 
-The page colours by run. So each treatment, or mode, has a run of its own, ``tensorboard/modes/<mode>``, with the
-mean over the seeds of a configuration and mode, epoch by epoch. It is written anew when a mean has
-changed, from the trials' own files and from what the running ones report: a restart adds no point.
-A large study takes long to write: then it is written more seldom.
+The page colours by run. So each treatment has a run of its own, ``tensorboard/modes/<its name>``,
+with the mean over the seeds of a configuration and treatment, epoch by epoch. It is written anew
+when a mean has changed, from the trials' own files and from what the running ones report: a restart
+adds no point. A large study takes long to write: then it is written more seldom.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ VALUES = st.fixed_dictionaries(
 def test_configurations_share_a_name_when_they_are_equal(cells):
     found = names.configurations(cells)
     keys = [
-        tuple(value for field, value in one.items() if names.in_configuration(field))
+        {field: value for field, value in one.items() if names.in_configuration(field)}
         for one in cells
     ]
     for i, one in enumerate(keys):
