@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.folder.configurations import named, told_by, varying
-from tune_study.folder import schema
+from tune_study.folder import names, schema
 
 __all__ = [
     "cells", "described", "finished", "machine_of", "modes_of", "named", "pooled_sd",
@@ -19,11 +19,9 @@ __all__ = [
 
 
 def modes_of(column: pd.Series) -> list[str]:
-    """Each quantization mode once, as the schema orders them; unknown ones last."""
+    """Each treatment once: modes as the schema orders them, then settings within one, by name."""
     # unique() first: walking an arrow-backed column row by row takes longer than the statistics.
-    present = {str(mode) for mode in column.dropna().unique()}
-    known = [mode for mode in schema.MODES if mode in present]
-    return known + sorted(present - set(known))
+    return names.in_order({str(mode) for mode in column.dropna().unique()})
 
 
 def finished(trials: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:

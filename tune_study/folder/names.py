@@ -82,6 +82,32 @@ def treatment(entry: Mapping[str, Any]) -> Any:
     return f"{mode}{''.join(words)}" if words else mode
 
 
+def mode_in(name: str) -> str | None:
+    """The mode of a treatment's name; ``None`` for a mode that is not known."""
+    mode = re.split(r",| without ", name, maxsplit=1)[0]
+    return mode if mode in schema.MODES else None
+
+
+def in_order(treatments: Iterable[str]) -> list[str]:
+    """Modes as the schema orders them, then what leaves out layers, by block, then the rest."""
+    return sorted(treatments, key=_place)
+
+
+def _place(name: str) -> tuple[Any, ...]:
+    mode = mode_in(name)
+    rank = len(schema.MODES) if mode is None else schema.MODES.index(mode)
+    if name == mode:
+        return 0, rank
+    left = {
+        number
+        for low, high in re.findall(r"(\d+)(?:-(\d+))?", name.partition(" without block")[2])
+        for number in range(int(low), int(high or low) + 1)
+    }
+    # One block at a time: by the block that is quantized, the first that is not left out.
+    first = next(number for number in range(len(left) + 1) if number not in left)
+    return 1, rank, first if left else -1, name
+
+
 def _runs(overrides: Mapping[str, Any]) -> list[tuple[list[str], Any]]:
     """Neighbours of one mode together: their order among themselves decides nothing."""
     runs: list[tuple[list[str], Any]] = []
