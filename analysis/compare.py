@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.chapters.trials import provenance
+from analysis.folder.configurations import FIELDS, SHORT
 from analysis.folder.places import near
 from analysis.load import Study, StudyError, read_study, told
-from analysis.statistics.cells import CONFIGURATION, modes_of
+from analysis.statistics.cells import modes_of, named, varying
 from analysis.statistics.comparison import compare_modes
 from analysis.statistics.pairs import paired_differences
 from analysis.text.layout import clean
@@ -29,7 +30,7 @@ METRICS = (
     "test_accuracy", "val_accuracy", "weights_bytes", "peak_train_bytes", "rss_peak_bytes",
     "images_per_s", "train_time_s",
 )  # fmt: skip
-CELL = [*CONFIGURATION, "quantization", "seed"]
+CELL = ["configuration", "quantization", "seed"]
 
 
 class Comparison(NamedTuple):
@@ -55,12 +56,13 @@ def compare(a: Study, b: Study) -> Comparison:
     kinds = (bool(a.manifest.get("simulated")), bool(b.manifest.get("simulated")))
     if kinds[0] != kinds[1]:
         raise StudyError("one study is simulated and the other is not: compare like with like")
-    cells_a, cells_b = _cells(a.trials), _cells(b.trials)
+    trials_a, trials_b = _alike(a.trials, b.trials)
+    cells_a, cells_b = _cells(trials_a), _cells(trials_b)
     shared = cells_a.index.intersection(cells_b.index)
     if shared.empty:
         raise StudyError(
-            "the two studies share no cell (model, data set, LoRA, quantization and seed): "
-            "compare studies that planned the same trials"
+            "the two studies share no cell (model, data set, LoRA, what else varies, quantization "
+            "and seed): compare studies that planned the same trials"
         )
     hardware = _machines(a.trials) | _machines(b.trials)
     notes = ["The studies are simulated."] if kinds[0] else []
@@ -72,8 +74,9 @@ def compare(a: Study, b: Study) -> Comparison:
     both = cells_a.loc[shared, ["trial_id", "status"]].assign(b=cells_b.loc[shared, "status"])
     moved = both[both["status"] != both["b"]].to_dict("records")
     return Comparison(
-        table=_table(a.trials, b.trials, shared),
-        differences=_differences(a.manifest, b.manifest) + _settings(a, b, shared),
+        table=_table(trials_a, trials_b, shared),
+        differences=_differences(a.manifest, b.manifest)
+        + _settings((a, b), (cells_a, cells_b), shared),
         only_a=_named(cells_a, cells_a.index.difference(cells_b.index)),
         only_b=_named(cells_b, cells_b.index.difference(cells_a.index)),
         changed_status=[
@@ -84,8 +87,23 @@ def compare(a: Study, b: Study) -> Comparison:
     )
 
 
+def _alike(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Both tables with configurations by the same names: those of what varies within a study.
+
+    A setting that is one in all of A and another in all of B is what is compared, and no part of a
+    cell's name.
+    """
+    axes = {*SHORT, *varying(a), *varying(b)}
+    own = [[name for name in FIELDS if name in table and name in axes] for table in (a, b)]
+    both = pd.concat([table[names] for table, names in zip((a, b), own, strict=True)])
+    texts = named(both.reset_index(drop=True))["configuration"].to_numpy()
+    other = [name for name in FIELDS if name not in axes]
+    a, b = (table.drop(columns=other, errors="ignore") for table in (a, b))
+    return a.assign(configuration=texts[: len(a)]), b.assign(configuration=texts[len(a) :])
+
+
 def _cells(trials: pd.DataFrame) -> pd.DataFrame:
-    """Trials by cell. Of several trials in one cell (another setting) the first stands."""
+    """One trial of each cell; what repeats a cell tells no more about which there are."""
     return trials.drop_duplicates(CELL).set_index(CELL).sort_index()
 
 
@@ -101,7 +119,7 @@ def _machines(trials: pd.DataFrame) -> set[str]:
 def _table(a: pd.DataFrame, b: pd.DataFrame, shared: pd.Index) -> pd.DataFrame:
     """Rows of ``compare_modes`` for every metric and mode, A being the baseline."""
     stacked = pd.concat(
-        [frame.drop_duplicates(CELL).assign(_study=name) for name, frame in (("A", a), ("B", b))],
+        [frame.assign(_study=name) for name, frame in (("A", a), ("B", b))],
         ignore_index=True,
     )
     stacked = stacked[pd.MultiIndex.from_frame(stacked[CELL]).isin(shared)]
@@ -152,14 +170,15 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, s
     ]
 
 
-def _settings(a: Study, b: Study, shared: pd.Index) -> list[tuple[str, str, str]]:
+def _settings(
+    studies: Sequence[Study], cells: Sequence[pd.DataFrame], shared: pd.Index
+) -> list[tuple[str, str, str]]:
     """Settings of the planned configurations that differ in a shared cell, each pair once."""
-    wanted = set(shared)
     plans = []
-    for study in (a, b):
+    for study, own in zip(studies, cells, strict=True):
         entries = {str(entry["trial_id"]): _flat(entry) for entry in study.manifest["plan"]}
-        named = study.trials.drop_duplicates(CELL).set_index(CELL)["trial_id"].items()
-        plans.append({key: entries.get(str(name), {}) for key, name in named if key in wanted})
+        ids = own.loc[shared, "trial_id"].items()
+        plans.append({key: entries.get(str(name), {}) for key, name in ids})
     found: dict[tuple[str, str, str], None] = {}
     for key, ours in plans[0].items():
         theirs = plans[1][key]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from analysis.folder import tables, tune_results
+from analysis.folder import configurations, tables, tune_results
 from analysis.folder.contents import (
     Contents,
     StudyError,
@@ -28,7 +28,7 @@ from analysis.folder.contents import (
 from analysis.text.layout import clean
 from tune_study.folder import schema
 from tune_study.folder.files import mapping
-from tune_study.folder.results import AXES, axes, measured
+from tune_study.folder.results import AXES, PLANNED, axes, measured
 
 _COLUMNS = (*schema.TRIALS, tables.MACHINE)
 
@@ -37,8 +37,9 @@ class Study(NamedTuple):
     """A study in memory.
 
     ``trials`` has one row per planned trial: the columns of ``schema.TRIALS`` and ``machine``, the
-    hardware in words. ``epochs`` has one row per trial and finished epoch (``schema.EPOCHS``).
-    ``manifest`` is study.json. ``problems`` are sentences; empty means that nothing was lost.
+    hardware in words. ``configuration`` names what the trials of one unit of inference share.
+    ``epochs`` has one row per trial and finished epoch (``schema.EPOCHS``). ``manifest`` is
+    study.json. ``problems`` are sentences; empty means that nothing was lost.
     """
 
     trials: pd.DataFrame
@@ -168,7 +169,7 @@ def _read_tables(
         problems += lost
     trials, epochs = frames
     if manifest["plan"]:
-        _require_plan(trials, manifest["plan"])
+        trials = _on_plan(trials, manifest["plan"])
     ended = (set(found.results) | found.failures) & set(_pending(trials))
     if ended:
         raise tables.TableError(f"they say that {listed(sorted(ended))} never began")
@@ -184,22 +185,33 @@ def _pending(trials: pd.DataFrame) -> pd.Series:
     return trials.loc[trials["status"].fillna("pending") == "pending", "trial_id"]
 
 
-def _require_plan(trials: pd.DataFrame, plan: list[dict[str, Any]]) -> None:
-    """Raises ``TableError`` unless the rows are the planned trials, each once, on their axes."""
+def _on_plan(trials: pd.DataFrame, plan: list[dict[str, Any]]) -> pd.DataFrame:
+    """The table with all that the plan tells of each trial, which an earlier version left out.
+
+    Raises ``TableError`` unless the rows are the planned trials, each once, on their axes.
+    """
     planned = _typed_plan(plan)
     if len(planned) != len(trials):
         raise tables.TableError(f"they hold {len(trials)} trials, but {len(planned)} are planned")
     if trials["trial_id"].duplicated().any():
         raise tables.TableError("a trial has two rows")
-    rows = trials.set_index("trial_id").reindex(planned["trial_id"]).reset_index()
-    for name in AXES:
+    place = pd.Index(planned["trial_id"]).get_indexer(pd.Index(trials["trial_id"]))
+    if (place < 0).any():
+        raise tables.TableError("their trial_id differs from the plan in study.json")
+    told = planned.iloc[place].set_axis(trials.index)
+    # Once the mode alone stood where the treatment's name stands now.
+    earlier = bool(trials["quantization.mode"].isna().all())
+    for name in PLANNED:
+        by_mode = earlier and name == "quantization"
+        held, wanted = trials[name], told["quantization.mode" if by_mode else name]
         # Two missing values count as equal here, unlike with ==.
-        if not rows[name].equals(planned[name]):
+        if not held.equals(wanted) and (name in AXES or held.notna().any()):
             raise tables.TableError(f"their {name} differs from the plan in study.json")
+    return trials.assign(**{name: told[name] for name in PLANNED})
 
 
 def _typed_plan(plan: list[dict[str, Any]]) -> pd.DataFrame:
-    columns = tuple(column for column in schema.TRIALS if column.name in AXES)
+    columns = tuple(column for column in schema.TRIALS if column.name in PLANNED)
     entries = tables.frame([axes(entry) for entry in plan], columns)
     return tables.typed(entries, columns, "plan")[0]
 
@@ -277,7 +289,8 @@ def _checked(study: Study) -> Study:
     ran_somewhere = trials["machine"].isna() & (trials["status"] != "pending")
     if where is not None and ran_somewhere.any():
         trials.loc[ran_somewhere, "machine"] = where
-    unknown = sorted(set(trials["quantization"].dropna().unique()) - set(schema.MODES))
+    modes = trials["quantization.mode"].fillna(trials["quantization"])
+    unknown = sorted(set(modes.dropna().unique()) - set(schema.MODES))
     if unknown:
         problems.append(f"unknown quantization in the plan: {listed(unknown)}")
     silent = trials["status"].isin(schema.GOOD_STATUSES) & trials["test_accuracy"].isna()
@@ -285,7 +298,8 @@ def _checked(study: Study) -> Study:
         ids = list(trials.loc[silent, "trial_id"])
         problems.append(f"ended well, but without a test accuracy: {listed(ids)}")
     epochs, dropped = _in_order(study.epochs, trials)
-    return Study(trials, epochs, manifest, problems + dropped, study.path)
+    named = configurations.named(trials.assign(configuration=None))
+    return Study(named, epochs, manifest, problems + dropped, study.path)
 
 
 def _in_order(epochs: pd.DataFrame, trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:

@@ -27,7 +27,6 @@ import numpy.typing as npt
 import pandas as pd
 
 from analysis.load import StudyError, read_study, told
-from analysis.statistics.cells import CONFIGURATION
 from analysis.statistics.pairs import paired_differences
 
 GRIDS = {"full": 12}
@@ -170,7 +169,7 @@ def spread_of(trials: pd.DataFrame, metric: str = "test_accuracy") -> Spread:
     Raises ``StudyError`` with fewer than two configurations.
     """
     pairs = paired_differences(trials, metric=metric)
-    cells = pairs.groupby([*CONFIGURATION, "quantization"], dropna=False)["difference"]
+    cells = pairs.groupby(["configuration", "quantization"], sort=False)["difference"]
     table = cells.agg(["size", "mean", "var"]).reset_index()
     n = table.groupby("quantization").size()
     if n.empty or n.max() < 2:

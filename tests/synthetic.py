@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from tune_study.folder import schema
+from tune_study.folder.results import axes
 
 MODELS = ("deit_tiny_patch16_224", "deit_small_patch16_224")
 DATASETS = ("cifar10", "cifar100")
@@ -126,23 +127,11 @@ def _frame(rows: list[dict[str, Any]], table: tuple[schema.Column, ...]) -> pd.D
     return pd.DataFrame(rows, columns=names).astype(schema.dtypes(table))
 
 
-def _axes(cell: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "trial_id": cell["trial_id"],
-        "model": cell["model"],
-        "dataset": cell["dataset"],
-        "lora_r": cell["lora"]["r"],
-        "lora_alpha": cell["lora"]["lora_alpha"],
-        "quantization": cell["quantization"]["mode"],
-        "seed": cell["seed"],
-    }
-
-
 def _trial_row(
     cell: Mapping[str, Any], status: str, accuracy: float, epochs: int, simulated: bool
 ) -> dict[str, Any]:
     """One row of the trials table; a trial that did not end well has no accuracy."""
-    row = {**_axes(cell), "status": status, "simulated": simulated}
+    row = {**axes(cell), "status": status, "simulated": simulated}
     if status == "pending":
         return row
     good = status in schema.GOOD_STATUSES
@@ -303,7 +292,7 @@ def _write_trial(
     folder.mkdir(exist_ok=True)
     config = {name: value for name, value in cell.items() if name != "trial_id"}
     _dump(folder / "config.json", config)
-    elsewhere = {"trial_id", "status", "simulated", "error", *_axes(cell)}
+    elsewhere = {"trial_id", "status", "simulated", "error", *axes(cell)}
     parts = {part: {name: _plain(row[name]) for name in names} for part, names in _PARTS.items()}
     placed = elsewhere.union(*(part.keys() for part in parts.values()))
     parts["training_results"] = {

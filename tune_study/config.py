@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from tune_study.errors import UserError
+from tune_study.folder import names
 from tune_study.folder.schema import MODES
 
 Mode = Literal["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
@@ -147,9 +148,15 @@ class TrialConfig(_Record):
         return data
 
     @property
-    def configuration(self) -> tuple[str, str, int, int]:
-        """The unit of inference: everything but mode and seed."""
-        return self.model, self.dataset, self.lora.r, self.lora.lora_alpha
+    def treatment(self) -> str:
+        """The quantization setting by name: what is compared, and what its table calls it."""
+        return str(names.treatment(self.model_dump(mode="json", include={"quantization"})))
+
+    @property
+    def configuration(self) -> tuple[tuple[str, Any], ...]:
+        """The unit of inference: every field but quantization and seed, as (dotted name, value)."""
+        told = names.settings(self.model_dump(mode="json"))
+        return tuple((name, value) for name, value in told.items() if names.in_configuration(name))
 
     @property
     def images_per_step(self) -> int:

@@ -79,11 +79,12 @@ def refuse_unlike(sources: Sequence[Source]) -> None:
                 f"{first.folder} is {kinds[0]} and {other.folder} is {kinds[1]}: they cannot "
                 "be merged"
             )
-        if changes := protocol.difference(first.trials, other.trials):
+        if changes := _apart(first.trials, other.trials):
             raise UserError(
                 f"{first.folder} and {other.folder} have different protocols "
                 f"({listed_changes(changes)}): their trials cannot be compared; merge studies that "
-                "differ in model, data set, rank, alpha, quantization and seed alone"
+                "differ in model, data set, rank, alpha, quantization and seed alone, or in what "
+                "one of them varies"
             )
     for i, one in enumerate(sources):
         for other in sources[:i]:
@@ -93,6 +94,12 @@ def refuse_unlike(sources: Sequence[Source]) -> None:
                     f"{other.folder} and {one.folder}: {changed[0]} differ, so their trials "
                     "cannot be compared; leave one study out"
                 )
+
+
+def _apart(one: Sequence[TrialConfig], other: Sequence[TrialConfig]) -> list[str]:
+    """How two plans differ that are not of one protocol; an axis of either is one of both."""
+    changes = protocol.difference(one, other)
+    return changes if changes and protocol.difference(other, one) else []
 
 
 def _kind(source: Source) -> str:

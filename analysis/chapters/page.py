@@ -20,7 +20,7 @@ from analysis.chapters.trials import methods, trials
 from analysis.figures.gallery import draw_all
 from analysis.figures.style import Drawn
 from analysis.findings import summary
-from analysis.findings.decisions import WORDS, Decision
+from analysis.findings.decisions import Decision, meaning
 from analysis.findings.findings import Findings
 from analysis.statistics.cells import modes_of
 from analysis.text.layout import Section, Table, clean, cleaned
@@ -64,10 +64,7 @@ def make_page(found: Findings) -> Page:
         question=QUESTION,
         scope=_scope(trials, progress),
         decisions=[_cleaned(line) for line in found.decisions],
-        modes=[
-            (clean(mode), WORDS.get(mode, "unknown mode"))
-            for mode in modes_of(trials["quantization"])
-        ],
+        modes=[(clean(mode), meaning(mode)) for mode in modes_of(trials["quantization"])],
         glance=glance(found) if found.search is None else _of_search(found),
         sections=[cleaned(section) for section in sections(found)],
         figures=draw_all(found),

@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis.figures.style import (
     Drawn,
+    called,
     legend_below,
     new_figure,
     panel_grid,
@@ -71,7 +72,7 @@ def _draw_difference(axis: Axes, place: int, row: dict[Any, Any], own: np.ndarra
         axis.plot([low, high], [place] * 2, "|", color=colour, ms=9, mew=1.6, zorder=3)
         interval = f" [{signed(low)}, {signed(high)}]"
     axis.plot(mean, place, marker, color=colour, ms=8, mec="white", zorder=4)
-    return f"{short(mode)}\n{signed(mean)} pp{interval}"
+    return f"{called(mode)}\n{signed(mean)} pp{interval}"
 
 
 def _draw_margin(axis: Axes, edge: float) -> None:
@@ -124,7 +125,7 @@ def plot_pareto(
             for i in range(len(models))
         ]
         handles.append(Line2D([], [], color="#888888", lw=1))
-        names = [*map(short, modes), *map(short, models), "front"]
+        names = [*map(called, modes), *map(short, models), "front"]
         legend_below(figure, handles, names)
     return Drawn(key, title, caption, figure)
 
@@ -178,7 +179,7 @@ def _draw_bars(axis: Axes, group: pd.DataFrame, parts: list[str]) -> None:
         left += width
     peak = group["peak_train_bytes"].astype("float64").to_numpy() / 1e6
     axis.plot(peak, range(len(group)), "d", color="black", mec="white", ms=6, zorder=4)
-    axis.set_yticks(range(len(group)), [short(mode) for mode in group["quantization"]])
+    axis.set_yticks(range(len(group)), [called(mode) for mode in group["quantization"]])
     axis.set_ylim(len(group) - 0.4, -0.6)
     axis.grid(axis="y", visible=False)
     axis.set_xlim(left=0)
@@ -252,7 +253,7 @@ def plot_seeds(table: pd.DataFrame, sds: pd.DataFrame, *, title: str, caption: s
             sd = row["sd"] * 100
             axis.fill_betweenx([number - 0.34, number + 0.34], -sd, sd, color=colour, alpha=0.13)
             axis.plot(own, number + offset, marker, color=colour, ms=4.5, alpha=0.75, mew=0, ls="")
-            labels.append(f"{short(mode)}\nsd {sd:.2f} pp")
+            labels.append(f"{called(mode)}\nsd {sd:.2f} pp")
         axis.axvline(0, color="black", lw=1)
         axis.set_yticks(range(len(modes)), labels)
         axis.set_ylim(len(modes) - 0.4, -0.6)

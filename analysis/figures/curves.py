@@ -9,6 +9,7 @@ import pandas as pd
 
 from analysis.figures.style import (
     Drawn,
+    called,
     legend_below,
     panel_grid,
     panels_of,
@@ -21,6 +22,11 @@ from analysis.text.wording import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_MOST_MODES = 16
+"""Panels of the layers' gradients, one per treatment."""
+_MOST_BANDS = 6
+"""More bands on one another hide the means."""
 
 
 def plot_curves(
@@ -39,9 +45,11 @@ def plot_curves(
     panels = panels_of(table, ["model", "dataset"])
     with settings():
         figure, axes = panel_grid(len(panels), 2.3)
+        modes = modes_of(table["quantization"])
+        bands = len(modes) <= _MOST_BANDS
         for axis, ((model, dataset), group) in zip(axes, panels, strict=True):
             for mode, line in group.groupby("quantization", observed=True, sort=False):
-                _draw_mode(axis, str(mode), line.sort_values("epoch"), scale, log)
+                _draw_mode(axis, str(mode), line.sort_values("epoch"), scale, log, bands)
             axis.set_title(f"{short(model)}\n{short(dataset)}")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             axis.set_xlabel("epoch")
@@ -51,22 +59,24 @@ def plot_curves(
             if log:
                 axis.set_yscale("log")
                 plain_log(axis.yaxis, *axis.get_ylim())
-        modes = modes_of(table["quantization"])
         handles = [
             Line2D([], [], color=style(m)[0], ls=style(m)[2], marker=style(m)[1], ms=4)
             for m in modes
         ]
-        legend_below(figure, handles, [short(m) for m in modes])
+        legend_below(figure, handles, [called(m) for m in modes])
     return Drawn(key, title, caption, figure)
 
 
-def _draw_mode(axis: Axes, mode: str, line: pd.DataFrame, scale: float, log: bool) -> None:
+def _draw_mode(
+    axis: Axes, mode: str, line: pd.DataFrame, scale: float, log: bool, band: bool
+) -> None:
     """One mode's mean and its band; a logarithmic axis has no room for a band down to zero."""
     colour, marker, dashes, _ = style(mode)
     x, mean = line["epoch"].to_numpy("float64"), line["mean"].to_numpy() * scale
     sd = line["sd"].fillna(0).to_numpy() * scale
     low = np.maximum(mean - sd, np.min(mean) * 0.3) if log else mean - sd
-    axis.fill_between(x, low, mean + sd, color=colour, alpha=0.13, lw=0)
+    if band:
+        axis.fill_between(x, low, mean + sd, color=colour, alpha=0.13, lw=0)
     axis.plot(
         x, mean, color=colour, ls=dashes, marker=marker, ms=3.5, markevery=max(1, len(x) // 5)
     )
@@ -81,7 +91,7 @@ def plot_layers(table: pd.DataFrame, *, title: str, caption: str) -> Drawn:
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
 
-    panels = panels_of(table, ["quantization"])
+    panels = panels_of(table, ["quantization"], _MOST_MODES)
     low, high = float(positive["norm"].min()), float(positive["norm"].max())
     if low == high:
         low, high = low / 1.1, high * 1.1
@@ -98,7 +108,7 @@ def plot_layers(table: pd.DataFrame, *, title: str, caption: str) -> Drawn:
                 data, aspect="auto", norm=norm, cmap="cividis", interpolation="nearest",
                 extent=(0.5, len(grid.columns) + 0.5, len(names) - 0.5, -0.5),
             )  # fmt: skip
-            axis.set_title(short(mode))
+            axis.set_title(called(mode))
             axis.set_xlabel("epoch")
             axis.grid(visible=False)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from analysis.figures import comparisons, curves, search
-from analysis.figures.style import Drawn, mark_simulated
+from analysis.figures.style import Drawn, mark_simulated, styles_of
 from analysis.findings.findings import Findings
 from analysis.measures.curves import curve_bands, curve_gaps
 from analysis.measures.memory import LEDGER
 from analysis.measures.pareto import pareto_front
+from analysis.statistics.cells import modes_of
 from analysis.text.layout import clean
 
 KEYS = (
@@ -30,10 +31,11 @@ def draw_all(found: Findings) -> dict[str, Drawn]:
 
     A search has its own, and of the others the ledger alone: its trials are no comparison.
     """
-    if found.search is not None:
-        drawn = [*search.draw(found.search), _ledger(found)]
-    else:
-        drawn = [*_outcomes(found), *_over_epochs(found), *_memory(found), _literature(found)]
+    with styles_of(modes_of(found.study.trials["quantization"])):
+        if found.search is not None:
+            drawn = [*search.draw(found.search), _ledger(found)]
+        else:
+            drawn = [*_outcomes(found), *_over_epochs(found), *_memory(found), _literature(found)]
     if found.simulated:
         drawn = [mark_simulated(figure) for figure in drawn]
     return {figure.key: figure for figure in drawn}
@@ -54,8 +56,8 @@ def _outcomes(found: Findings) -> list[Drawn]:
             found.seed_spread,
             found.seed_sds,
             title="How far the seed alone moves a result",
-            caption="Each dot is a trial, set against the mean of its cell (same model, data, LoRA "
-            "and mode). The band is one standard deviation, pooled over the cells.",
+            caption="Each dot is a trial, set against the mean of its cell (same "
+            "configuration and mode). The band is one standard deviation, pooled over the cells.",
         ),
     ]
 

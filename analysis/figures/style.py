@@ -10,11 +10,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
+from analysis.text.wording import short
 from tune_study.folder.files import write_bytes
 
 if TYPE_CHECKING:
@@ -33,8 +35,12 @@ _STYLES = {
     "fp4": ("#CC79A7", "v", (0, (5, 1, 1, 1, 1, 1)), "\\\\"),
     "fp4-dq": ("#E69F00", "P", (0, (1, 3)), "++"),
 }
-_UNKNOWN = ("#56B4E9", "X", (0, (3, 5)), "oo")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_HATCHES = ("//", "xx", "..", "\\\\", "++", "oo")
+_OTHERS: ContextVar[tuple[str, ...]] = ContextVar("_OTHERS", default=())
 _MOST_PANELS = 6
+_SHORT_LEGEND, _LEGEND_CHARACTERS = 10, 84
 _RC: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -70,9 +76,38 @@ class Drawn(NamedTuple):
     simulated: bool = False
 
 
-def style(mode: str) -> tuple[str, str, Any, str]:
-    """Colour, marker, line style and hatch of a quantization mode."""
-    return _STYLES.get(mode, _UNKNOWN)
+@contextmanager
+def styles_of(treatments: Sequence[str]) -> Iterator[None]:
+    """While the figures of a study are drawn: all its treatments, so that each looks its own."""
+    token = _OTHERS.set(tuple(name for name in treatments if name not in _STYLES))
+    try:
+        yield
+    finally:
+        _OTHERS.reset(token)
+
+
+def style(treatment: str) -> tuple[str, str, Any, str]:
+    """Colour, marker, line style and hatch of a treatment.
+
+    A mode has those of every report. Settings within a mode get colours from dark to light in
+    their order, and no two of a dozen the same marker and line.
+    """
+    if treatment in _STYLES:
+        return _STYLES[treatment]
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    others = _OTHERS.get()
+    place = others.index(treatment) if treatment in others else 0
+    colour = to_hex(colormaps["plasma"](0.85 * place / max(len(others) - 1, 1)))
+    kinds = (_MARKERS, _DASHES, _HATCHES)
+    marker, dashes, hatch = (kind[place % len(kind)] for kind in kinds)
+    return colour, str(marker), dashes, str(hatch)
+
+
+def called(treatment: str) -> str:
+    """A treatment's name as a figure has room for it."""
+    return short(treatment, 34)
 
 
 @contextmanager
@@ -96,18 +131,24 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **shared: Any) ->
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    if handles:
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(4, len(labels)),
-            handlelength=3.2, columnspacing=1.4,
-        )  # fmt: skip
+    if not handles:
+        return
+    columns = min(4, len(labels))
+    if len(labels) > _SHORT_LEGEND:  # many names, long ones perhaps: as many as fit the width
+        columns = min(4, max(1, int(_LEGEND_CHARACTERS / (max(map(len, labels)) + 8))))
+        rows = -(-len(labels) // columns)
+        figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 2))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, handlelength=3.2,
+        columnspacing=1.4,
+    )  # fmt: skip
 
 
 def panels_of(
-    table: pd.DataFrame, keys: Sequence[str]
+    table: pd.DataFrame, keys: Sequence[str], most: int = _MOST_PANELS
 ) -> list[tuple[tuple[str, ...], pd.DataFrame]]:
     grouped = table.groupby(list(keys), observed=True, sort=False, dropna=False)
-    return [(tuple(str(part) for part in key), group) for key, group in grouped][:_MOST_PANELS]
+    return [(tuple(str(part) for part in key), group) for key, group in grouped][:most]
 
 
 def panel_grid(count: int, height: float) -> tuple[Figure, list[Axes]]:

@@ -13,7 +13,7 @@ from analysis.statistics import planning
 from analysis.statistics.cells import modes_of
 from analysis.statistics.pairs import seed_intervals
 from analysis.text.wording import between, megabytes, plural, signed, span, span_of
-from tune_study.folder import schema
+from tune_study.folder import names, schema
 
 TOLERANCES = (0.005, 0.01, 0.02)
 """Losses of accuracy (fractions) that a reader may be ready to accept."""
@@ -26,6 +26,14 @@ WORDS = {
     "fp4": "4 bits per weight (float)",
     "fp4-dq": "4 bits per weight (float), constants compressed",
 }
+
+
+def meaning(treatment: str) -> str:
+    """A quantization setting in words."""
+    mode = names.mode_in(treatment)
+    if mode is None:
+        return "unknown mode"
+    return WORDS[mode] if mode == treatment else f"{WORDS[mode]}, some layers otherwise"
 
 
 class Decision(NamedTuple):
@@ -99,7 +107,7 @@ def tolerance(
     waiting = [m for m in modes if m not in passing and not bounds[m][1] < -loss]
     if passing:
         mode = passing[0]
-        answer = f"Use {mode} ({WORDS.get(mode, mode)})"
+        answer = f"Use {mode} ({meaning(mode)})"
         smaller = [m for m in waiting if modes.index(m) < modes.index(mode)]
         evidence = f"{mode}: {in_words(trials, rows[mode], loss)}{_size(mode, memory)}"
         needs = "; ".join(_undecided(trials, rows[m], loss) for m in smaller)
@@ -161,7 +169,7 @@ def _over_seeds(trials: pd.DataFrame, row: dict[Any, Any]) -> str:
 def _by_size(modes: Sequence[str], memory: pd.DataFrame) -> list[str]:
     """Modes, fewest base-weight bytes first; the schema's order, reversed, where unknown."""
     size = memory.groupby("quantization", observed=True)["of_fp32"].mean().to_dict()
-    reverse = {mode: -place for place, mode in enumerate(schema.MODES)}
+    reverse = {mode: -place for place, mode in enumerate(names.in_order(modes))}
     return sorted(modes, key=lambda m: (size.get(m, np.inf), reverse.get(m, 0)))
 
 

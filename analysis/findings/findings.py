@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +16,13 @@ from analysis.measures.memory import memory_ledger, memory_ratios, peak_ratios, 
 from analysis.measures.search import Searched, searched
 from analysis.statistics import ratios
 from analysis.statistics.cells import (
-    CONFIGURATION,
     cells,
     finished,
     modes_of,
+    named,
     pooled_sd,
     seed_spread,
+    units,
 )
 from analysis.statistics.comparison import compare_modes, leave_one_out
 from analysis.statistics.exploration import friedman
@@ -75,6 +77,8 @@ class Findings(NamedTuple):
 
 def compute(study: Study, *, baseline: str = "none") -> Findings:
     """All tables of the report. Deterministic: resampling starts from a fixed generator."""
+    if isinstance(study.manifest.get("search"), Mapping):
+        study = _by_mode(study)
     trials, epochs, asked = study.trials, study.epochs, searched(study)
     # What a search tried differs in more than mode and seed: no comparison gets to see it.
     paired = trials if asked is None else trials.assign(status="pending")
@@ -121,6 +125,12 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
     )
 
 
+def _by_mode(study: Study) -> Study:
+    """A search draws skipped layers too: its treatments are as many as its trials."""
+    mode = study.trials["quantization.mode"].fillna(study.trials["quantization"])
+    return study._replace(trials=study.trials.assign(quantization=mode))
+
+
 def _compare(trials: pd.DataFrame, metric: str, baseline: str) -> pd.DataFrame:
     return compare_modes(trials, metric=metric, baseline=baseline, rng=np.random.default_rng(0))
 
@@ -143,9 +153,9 @@ def counts(trials: pd.DataFrame) -> pd.DataFrame:
 def configuration_differences(trials: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Mean paired difference of the test accuracy per (configuration, mode), as a fraction."""
     pairs = paired_differences(trials, metric="test_accuracy", baseline=baseline)
-    keys = [*CONFIGURATION, "quantization"]
-    grouped = pairs.groupby(keys, observed=True, dropna=False)["difference"]
-    return grouped.agg(difference="mean", n="size").reset_index()
+    grouped = pairs.groupby(["configuration", "quantization"])["difference"]
+    table = grouped.agg(difference="mean", n="size").reset_index()
+    return units(trials).merge(table, on="configuration")
 
 
 def _by_dataset(trials: pd.DataFrame, baseline: str) -> pd.DataFrame:
@@ -162,14 +172,14 @@ def _by_dataset(trials: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
 def means_per_mode(trials: pd.DataFrame, metrics: tuple[str, ...]) -> pd.DataFrame:
     """Mean of each metric over configuration means, per mode; ``n`` trials that ended well."""
-    good = finished(trials)
+    good = finished(named(trials))
     rows: list[dict[str, Any]] = []
     for mode in modes_of(trials["quantization"]):
         own = good[good["quantization"] == mode]
         row: dict[str, Any] = {"quantization": mode, "n": len(own)}
         for metric in metrics:
             values = own[metric].astype("float64")
-            grouped = values.groupby([own[k] for k in CONFIGURATION], observed=True)
+            grouped = values.groupby(own["configuration"], sort=False)
             row[metric] = float(grouped.mean().mean())
         rows.append(row)
     return pd.DataFrame(rows, columns=["quantization", "n", *metrics])

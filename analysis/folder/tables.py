@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 Columns = tuple[schema.Column, ...]
 MACHINE = schema.Column("machine", "str", "", "hardware that ran the trial, in words")
 """Not in the schema: where a trial ran is known from its results.json, and joins the table."""
+_TOLD_BY_THE_PLAN = {MACHINE.name, "configuration", *(column.name for column in schema.SETTINGS)}
+"""Columns that a table of an earlier study lacks: they are known without it."""
 _LARGEST = 2.0**62
 
 
@@ -35,8 +37,7 @@ def typed(frame: pd.DataFrame, columns: Columns, table: str) -> tuple[pd.DataFra
     problems = []
     for column in columns:
         if column.name not in frame:
-            empty = pd.array([pd.NA] * len(frame), dtype=_dtype(column))
-            data[column.name] = pd.Series(empty, index=frame.index)
+            data[column.name] = pd.Series(None, index=frame.index, dtype=_dtype(column))
             continue
         given = frame[column.name]
         data[column.name] = values = _typed_column(given, column)
@@ -155,7 +156,7 @@ def read_csv(path: Path, columns: Columns, table: str) -> tuple[pd.DataFrame, li
 
 
 def _require(columns: Columns, held: list[str]) -> None:
-    missing = [c.name for c in columns if c.name not in held and c is not MACHINE]
+    missing = [c.name for c in columns if c.name not in held and c.name not in _TOLD_BY_THE_PLAN]
     if missing:
         raise TableError(f"lacks {len(missing)} column(s) of the schema, e.g. {missing[0]}")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.literature import claims as lit
-from analysis.statistics.cells import CONFIGURATION, finished
+from analysis.statistics.cells import finished, named
 from analysis.statistics.pairs import paired_differences
 
 _COLUMNS = (
@@ -67,7 +67,7 @@ def _ours(trials: pd.DataFrame, claim: lit.Claim, metric: str) -> list[dict[str,
     """Our value for each model on the claim's data set: an accuracy, or a loss of accuracy."""
     if claim.dataset is None:
         return []
-    own = finished(trials[trials["dataset"] == claim.dataset], metric)
+    own = finished(named(trials)[trials["dataset"] == claim.dataset], metric)
     if claim.unit == _RANGE:
         pairs = paired_differences(own, metric=metric)
         pairs = pairs[pairs["quantization"] == claim.quantization]
@@ -80,7 +80,7 @@ def _ours(trials: pd.DataFrame, claim: lit.Claim, metric: str) -> list[dict[str,
     images = own.groupby("model", observed=True)["train_images"].median()
     rows = []
     for model, group in values.groupby("model", observed=True):
-        means = group.groupby(list(CONFIGURATION), observed=True)["value"].mean()
+        means = group.groupby("configuration", sort=False)["value"].mean()
         rows.append(
             {
                 "our_model": str(model),

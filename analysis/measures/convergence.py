@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.statistics.cells import CONFIGURATION, modes_of
+from analysis.statistics.cells import modes_of, named, told_by
 from analysis.statistics.comparison import compare_modes
 from tune_study.folder import schema
 
@@ -26,15 +26,6 @@ METRICS = (
     "overfit_gap",
     "loss_gap",
 )
-_ABOUT = [
-    "trial_id",
-    "machine",
-    *CONFIGURATION,
-    "quantization",
-    "seed",
-    "status",
-    "simulated",
-]
 
 
 def convergence_table(epochs: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
@@ -62,7 +53,9 @@ def convergence_table(epochs: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFram
     stopped = (status == "early_stopped").to_numpy(dtype=bool, na_value=False)
     measures["stopped_early"] = np.where(ended, stopped.astype(float), np.nan)
     seen = np.bincount(curves.trial, minlength=len(trials))
-    table = trials[[name for name in _ABOUT if name in trials]].assign(
+    trials = named(trials)
+    about = ("trial_id", "machine", *told_by(trials), "configuration", "quantization", "seed")
+    table = trials[[n for n in (*about, "status", "simulated") if n in trials]].assign(
         epochs_seen=seen, **{name: measures[name] for name in METRICS}
     )
     rising = (seen > 0) & np.isnan(measures["plateau_epoch"])

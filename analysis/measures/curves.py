@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.folder.contents import read_json
-from analysis.statistics.pairs import PAIR
+from analysis.statistics.cells import named, units
+from analysis.statistics.pairs import PAIR, matched
 
 
 def curve_bands(
@@ -24,13 +25,14 @@ def curve_bands(
     """
     axes = trials.loc[:, ["trial_id", "model", "dataset", "quantization"]]
     joined = epochs.loc[:, ["trial_id", "epoch", metric]].merge(axes, on="trial_id", how="inner")
-    joined["value"] = joined[metric].astype("float64")
-    joined = joined[np.isfinite(joined["value"])]
+    return _bands(joined.astype({metric: "float64"}), metric)
+
+
+def _bands(rows: pd.DataFrame, value: str) -> pd.DataFrame:
+    rows = rows[np.isfinite(rows[value])]
     keys = ["model", "dataset", "quantization"]
-    table = joined.groupby([*keys, "epoch"], observed=True)["value"].agg(
-        n="size", mean="mean", sd="std"
-    )
-    table = table.reset_index()
+    grouped = rows.groupby([*keys, "epoch"], observed=True)[value]
+    table = grouped.agg(n="size", mean="mean", sd="std").reset_index()
     most = table.groupby(keys, observed=True)["n"].transform("max")
     return table[table["n"] * 2 >= most].reset_index(drop=True)
 
@@ -46,13 +48,12 @@ def curve_gaps(
 
     Paired on configuration and seed, so that what the pair shares (seed, data order) cancels.
     """
+    values = epochs.loc[:, ["trial_id", "epoch", metric]].astype({metric: "float64"})
+    trials = named(trials)
     axes = trials.loc[:, ["trial_id", *PAIR, "quantization"]]
-    joined = epochs.loc[:, ["trial_id", "epoch", metric]].merge(axes, on="trial_id", how="inner")
-    base = joined[joined["quantization"] == baseline].drop(columns=["trial_id", "quantization"])
-    ours = joined[joined["quantization"] != baseline]
-    pairs = ours.merge(base, on=[*PAIR, "epoch"], suffixes=("", "_base"), how="inner")
-    pairs["value"] = pairs[metric] - pairs[f"{metric}_base"]
-    return curve_bands(pairs.loc[:, ["trial_id", "epoch", "value"]], trials, metric="value")
+    joined = values.merge(axes, on="trial_id", how="inner")
+    keys = [*PAIR, "epoch"]
+    return _bands(matched(joined, units(trials), metric, baseline, keys), "difference")
 
 
 def layer_gradients(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +28,52 @@ LEDGER = {
 
 
 def quantized_parameters(study_path: Path | None, trials: pd.DataFrame) -> pd.DataFrame:
-    """Weights inside quantized layers, per (model, mode), from quantization_analysis.json.
+    """Weights inside quantized layers, per (model, treatment), from quantization_analysis.json.
 
-    Columns ``model, quantization, quantized_parameters, row_constants`` (output rows of int8
-    layers). Empty when no file holds the layers' shapes; one trial per model and mode is read.
+    Columns ``model, quantization, quantized_parameters, quantized_bits`` (in theory, each layer by
+    its own mode, constants included). Empty when no file holds the layers' shapes; one trial per
+    model and treatment is read.
     """
     rows = []
     if study_path is not None:
-        for (model, mode), group in trials.groupby(["model", "quantization"], observed=True):
-            shapes = _first_shapes(study_path, [str(name) for name in group["trial_id"]])
-            if shapes:
-                count = sum(a * b for a, b in shapes)
-                rows.append((model, mode, count, sum(a for a, _ in shapes)))
-    columns = ["model", "quantization", "quantized_parameters", "row_constants"]
+        for (model, name), group in trials.groupby(["model", "quantization"], observed=True):
+            layers = _first_layers(study_path, group["trial_id"].tolist(), str(name))
+            if layers:
+                count: Counter[str] = Counter()
+                for rows_out, columns_in, mode in layers:
+                    count[mode] += rows_out * columns_in
+                constants = 32.0 * sum(out for out, _, mode in layers if mode == "int8")
+                bits = sum(weights * BITS[mode] for mode, weights in count.items()) + constants
+                rows.append((model, name, sum(count.values()), bits))
+    columns = ["model", "quantization", "quantized_parameters", "quantized_bits"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _first_shapes(study_path: Path, trial_ids: list[str]) -> list[tuple[int, int]]:
-    """[out, in] of each quantized layer of the first trial whose file has them."""
-    for trial_id in trial_ids:
+def _first_layers(study_path: Path, trial_ids: list[Any], name: str) -> list[tuple[int, int, str]]:
+    """(out, in, mode) of each quantized layer of the first trial whose file has them."""
+    for trial_id in map(str, trial_ids):
         path = study_path / trial_id / "quantization_analysis.json"
         if Path(trial_id).name != trial_id or not path.is_file():
             continue
         try:
-            layers = read_json(path, study_path).get("layers", [])
-            shapes = [tuple(int(side) for side in layer["shape"]) for layer in layers]
+            document = read_json(path, study_path)
+            layers = [
+                _layer(layer, document.get("mode", name)) for layer in document.get("layers", [])
+            ]
         except (OSError, ValueError, AttributeError, KeyError, TypeError):
-            continue  # another trial of the same model and mode has the same layers
-        if shapes and all(len(shape) == 2 for shape in shapes):
-            return [(shape[0], shape[1]) for shape in shapes]
+            continue  # another trial of the same model and treatment has the same layers
+        if layers:
+            return layers
     return []
+
+
+def _layer(layer: Mapping[str, Any], mode: Any) -> tuple[int, int, str]:
+    """Raises ``ValueError`` or ``KeyError`` for a layer without two sides or a known mode."""
+    out, columns = layer["shape"]
+    own = str(layer.get("mode", mode))
+    if own not in BITS:
+        raise ValueError(own)
+    return int(out), int(columns), own
 
 
 def memory_ratios(trials: pd.DataFrame, layers: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -110,9 +128,10 @@ def _bits(entry: dict[str, Any], layers: pd.DataFrame | None) -> dict[str, Any]:
         match = (layers["model"] == entry["model"]) & (layers["quantization"] == mode)
         known = layers[match].iloc[0] if match.any() else None
     if mode != "none" and known is not None:
-        inside = float(known["quantized_parameters"])
-        constants = 32 * float(known["row_constants"]) if mode == "int8" else 0.0
-        theory = (inside * BITS[mode] + constants + 32 * (parameters - inside)) / parameters
+        inside, bits = float(known["quantized_parameters"]), float(known["quantized_bits"])
+        theory = (bits + 32 * (parameters - inside)) / parameters
+    elif mode not in ("none", *BITS):
+        notes.append("theory needs the quantized layers, and which they are is not recorded")
     elif mode != "none":
         notes.append(
             "theory counts every weight as quantized: which ones are is not recorded, "

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.statistics.cells import CONFIGURATION, finished, machine_of
+from analysis.statistics.cells import described, finished, machine_of, named
 
 
 def pareto_front(
@@ -20,12 +20,13 @@ def pareto_front(
     are never ranked together), the cells that no other cell beats: none is at most as costly and
     at least as accurate, and better in one of the two. Cells without a cost are left out.
     """
+    trials = named(trials)
     good = finished(finished(trials, metric), cost)
     scope = [*machine_of(good), "dataset"]
-    keys = [*machine_of(good), *CONFIGURATION, "quantization"]
+    keys = [*machine_of(good), "configuration", "quantization"]
     grouped = good.groupby(keys, observed=True, sort=False, dropna=False)
     table = grouped.agg(score=(metric, "mean"), cost=(cost, "mean"), n=(metric, "size"))
-    table = table.reset_index()
+    table = described(table.reset_index(), trials)
     table["on_front"] = False
     for _, group in table.groupby(scope, observed=True, dropna=False):
         costs = np.column_stack([group["cost"], -group["score"]])

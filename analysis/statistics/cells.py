@@ -1,22 +1,27 @@
-"""Modes, configurations, and the cells (configuration x mode) that their trials fill."""
+"""Treatments, configurations, and the cells (configuration x treatment) that trials fill.
+
+The table's column ``quantization`` is the treatment; ``configuration`` is the one key of the unit
+of inference, whatever the grid varies. All that pairs, averages or groups goes by these two.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 
-from tune_study.folder import schema
+from analysis.folder.configurations import named, told_by, varying
+from tune_study.folder import names, schema
 
-CONFIGURATION = ["model", "dataset", "lora_r", "lora_alpha"]
-"""The unit of inference: every axis but quantization and seed."""
+__all__ = [
+    "cells", "described", "finished", "machine_of", "modes_of", "named", "pooled_sd",
+    "seed_spread", "told_by", "units", "varying",
+]  # fmt: skip
 
 
 def modes_of(column: pd.Series) -> list[str]:
-    """Each quantization mode once, as the schema orders them; unknown ones last."""
+    """Each treatment once: modes as the schema orders them, then settings within one, by name."""
     # unique() first: walking an arrow-backed column row by row takes longer than the statistics.
-    present = {str(mode) for mode in column.dropna().unique()}
-    known = [mode for mode in schema.MODES if mode in present]
-    return known + sorted(present - set(known))
+    return names.in_order({str(mode) for mode in column.dropna().unique()})
 
 
 def finished(trials: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
@@ -30,9 +35,27 @@ def finished(trials: pd.DataFrame, metric: str | None = None) -> pd.DataFrame:
 
 def cells(trials: pd.DataFrame, metric: str = "test_accuracy") -> pd.DataFrame:
     """One row per (configuration, mode): n, mean, sd, min and max of ``metric`` over its seeds."""
-    keys = [*machine_of(trials), *CONFIGURATION, "quantization"]
+    trials = named(trials)
+    keys = [*machine_of(trials), "configuration", "quantization"]
     grouped = finished(trials, metric).groupby(keys, observed=True, sort=False)[metric]
-    return grouped.agg(n="size", mean="mean", sd="std", min="min", max="max").reset_index()
+    table = grouped.agg(n="size", mean="mean", sd="std", min="min", max="max").reset_index()
+    return described(table, trials)
+
+
+def units(trials: pd.DataFrame) -> pd.DataFrame:
+    """A row per ``configuration``: the columns that tell it, and its name; sorted by the former."""
+    trials = named(trials)
+    told = told_by(trials)
+    table = trials[[*told, "configuration"]].drop_duplicates("configuration")
+    return table.sort_values(told, kind="stable", ignore_index=True)
+
+
+def described(table: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
+    """``table``, with the columns that tell its ``configuration`` in ``trials`` before it."""
+    about = units(trials)
+    place = pd.Index(about["configuration"]).get_indexer(pd.Index(table["configuration"]))
+    columns = about.iloc[place].set_axis(table.index)
+    return pd.concat([columns, table.drop(columns="configuration")], axis=1)
 
 
 def machine_of(trials: pd.DataFrame) -> list[str]:
@@ -43,11 +66,11 @@ def machine_of(trials: pd.DataFrame) -> list[str]:
 def seed_spread(trials: pd.DataFrame, metric: str = "test_accuracy") -> pd.DataFrame:
     """Each finished trial's deviation from the mean of its cell, for cells of two seeds or more.
 
-    Columns: the configuration, ``quantization, seed, deviation`` (fraction) and ``n``, the seeds of
+    Columns: ``configuration, quantization, seed, deviation`` (fraction) and ``n``, the seeds of
     its cell.
     """
-    good = finished(trials, metric)
-    keys = [*machine_of(good), *CONFIGURATION, "quantization"]
+    good = finished(named(trials), metric)
+    keys = [*machine_of(good), "configuration", "quantization"]
     grouped = good.groupby(keys, observed=True, dropna=False)[metric]
     table = good.loc[:, [*keys, "seed"]].assign(
         deviation=good[metric] - grouped.transform("mean"), n=grouped.transform("size")

@@ -1,9 +1,10 @@
 """What quantization changes, by paired inference over configurations.
 
-The unit of inference is the configuration (model x dataset x LoRA setting), not the trial: seeds
-of one configuration share its model and data, and a t-test over all pairs has two to four times
-the false positives it claims. Differences are matched on configuration and seed, averaged over the
-seeds, and the configuration means are the sample. Every function is pure: tables in, tables out.
+The unit of inference is the configuration (every setting but quantization and seed), not the
+trial: seeds of one configuration share its model and data, and a t-test over all pairs has two to
+four times the false positives it claims. Differences are matched on configuration and seed,
+averaged over the seeds, and the configuration means are the sample. Every function is pure: tables
+in, tables out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pandas as pd
 
 from analysis.folder.contents import StudyError
 from analysis.statistics import inference
-from analysis.statistics.cells import CONFIGURATION
+from analysis.statistics.cells import named, told_by
 from analysis.statistics.inference import Floats
 from analysis.statistics.pairs import (
     EXACT,
@@ -81,7 +82,8 @@ def compare_modes(
     rows = []
     for mode in modes_beside(trials, baseline):
         own = pairs[pairs["quantization"] == mode]
-        means = own.groupby(CONFIGURATION, dropna=False)[["base", "value", "difference"]].mean()
+        by_unit = own.groupby("configuration", sort=False)
+        means = by_unit[["base", "value", "difference"]].mean()
         row: dict[str, Any] = {"quantization": mode, "baseline": baseline, "metric": metric}
         row["n_pairs"] = len(own)
         row |= {"confidence": confidence, "margin": margin}
@@ -139,27 +141,30 @@ def leave_one_out(
     """:func:`compare_modes` without one cell at a time: does one cell carry the result?
 
     A cell is a configuration, or what ``by`` names, e.g. ``["dataset"]``. One row per mode and
-    omitted cell: the columns of ``by``, n_configurations, mean_difference, ci_low, ci_high, p_t,
-    verdict, and ``changed``, whether the verdict differs from that on all cells.
+    omitted cell: the columns of ``by``, or those that tell the configuration; n_configurations,
+    mean_difference, ci_low, ci_high, p_t, verdict, and ``changed``: whether the verdict is not
+    that of all cells.
     """
-    by = CONFIGURATION if by is None else by
+    trials = named(trials)
+    told = [*told_by(trials), "configuration"] if by is None else by
+    by = ["configuration"] if by is None else by
     margin = margin_of(trials, metric) if margin is None else margin
     options: dict[str, Any] = {
         "metric": metric, "baseline": baseline, "margin": margin, "confidence": confidence
     }  # fmt: skip
     whole = compare_modes(trials, **options).set_index("quantization")["verdict"]
-    cells = trials[by].drop_duplicates()
+    cells = trials[told].drop_duplicates(by)
     kept = ["n_configurations", "mean_difference", "ci_low", "ci_high", "p_t", "verdict", "note"]
     parts = []
-    for cell in cells.itertuples(index=False):
-        mask = np.logical_and.reduce([trials[n] == v for n, v in zip(by, cell, strict=True)])
+    for cell in cells.to_dict("records"):
+        mask = np.logical_and.reduce([trials[name] == cell[name] for name in by])
         part = compare_modes(trials[~mask], **options)[["quantization", *kept]]
-        parts.append(part.assign(**dict(zip(by, cell, strict=True))))
+        parts.append(part.assign(**{str(name): value for name, value in cell.items()}))
     if not parts:
-        return pd.DataFrame(columns=["quantization", *by, *kept, "changed"])
+        return pd.DataFrame(columns=["quantization", *told, *kept, "changed"])
     table = pd.concat(parts, ignore_index=True)
     changed = table["verdict"] != table["quantization"].map(whole)
-    return table.assign(changed=changed)[["quantization", *by, *kept, "changed"]]
+    return table.assign(changed=changed)[["quantization", *told, *kept, "changed"]]
 
 
 def _inferred(
@@ -226,8 +231,8 @@ def _common_notes(trials: pd.DataFrame, metric: str) -> list[str]:
         )
     if repeated := duplicates(trials, metric):
         notes.append(
-            f"{repeated} trial(s) share model, data set, LoRA, mode and seed with another and "
-            "differ elsewhere: they were averaged."
+            f"{repeated} trial(s) repeat another in every setting, mode and seed: they were "
+            "averaged."
         )
     return notes
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
+from analysis.folder.configurations import SHORT
 from analysis.folder.contents import StudyError
-from analysis.statistics.cells import CONFIGURATION, finished, modes_of
+from analysis.statistics.cells import finished, modes_of, named, units
 from tune_study.folder import schema
 
-PAIR = [*CONFIGURATION, "seed"]
+PAIR = ["configuration", "seed"]
 """What a quantized trial and the baseline that it is set against share."""
 EXACT = {
     "total_parameters",
@@ -39,7 +41,7 @@ MACHINE_BOUND = {
 
 def check(trials: pd.DataFrame, metric: str, baseline: str | None, confidence: float) -> None:
     """Raises ``StudyError`` for a metric, baseline or confidence that can't be meant."""
-    for column in [*CONFIGURATION, "quantization", "seed"]:
+    for column in [*SHORT, "quantization", "seed"]:
         if column not in trials:
             raise StudyError(f"the table lacks the column {column!r}: pass the trials table")
     if metric not in trials:
@@ -76,21 +78,51 @@ def _require_one_machine(trials: pd.DataFrame, metric: str) -> None:
         )
 
 
-def cell_values(trials: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
+def cell_values(table: pd.DataFrame, metric: str, keys: list[str]) -> pd.DataFrame:
     """``metric`` with a row per value of ``keys``, such as ``PAIR``, a column per mode.
 
-    Trials that agree on all of these (they differ in another setting) are averaged.
+    Rows that agree on all of these are the same trial, repeated: they are averaged.
     """
-    good = finished(trials, metric)
     by_mode = [*keys, "quantization"]
-    grouped = good.groupby(by_mode, observed=True, dropna=False, sort=False)[metric].mean()
+    grouped = table.groupby(by_mode, observed=True, dropna=False, sort=False)[metric].mean()
     return grouped.unstack("quantization").sort_index(axis=0)
 
 
 def duplicates(trials: pd.DataFrame, metric: str) -> int:
-    """Trials beyond the first in a cell, which no axis of the table tells apart."""
-    good = finished(trials, metric)
+    """Trials beyond the first of a configuration, mode and seed: nothing tells them apart."""
+    good = finished(named(trials), metric)
     return int(good.duplicated([*PAIR, "quantization"]).sum())
+
+
+def matched(
+    table: pd.DataFrame,
+    about: pd.DataFrame,
+    metric: str,
+    baseline: str,
+    keys: Sequence[str] = PAIR,
+) -> pd.DataFrame:
+    """Every mode's rows beside those of ``baseline`` that agree on ``keys``: the one pairing.
+
+    ``table`` has the ``keys``, which begin with ``configuration``, ``quantization`` and
+    ``metric``; ``about`` are the ``units`` of its trials. One row per pair, the modes one after
+    another, each in the order of ``about``: its columns, ``keys``, ``quantization``, ``base`` and
+    ``value`` (the metric of the two), and ``difference``, value minus base, in the metric's unit.
+    """
+    wide = cell_values(table, metric, list(keys))
+    frames = []
+    for mode in modes_beside(table, baseline):
+        if baseline not in wide or mode not in wide:
+            continue
+        pair = wide[[baseline, mode]].dropna()
+        pair.columns = pd.Index(["base", "value"])
+        frames.append(about.merge(pair.reset_index(), on="configuration").assign(quantization=mode))
+    columns = [*about, *(key for key in keys if key not in about), "quantization", "base", "value"]
+    pairs = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+    pairs = pairs[columns].astype({"base": "float64", "value": "float64"})
+    difference = (pairs["value"] - pairs["base"]).to_numpy()
+    # Rounding alone must not look like a spread, from which a test would then infer.
+    rounding = 1e-12 * pairs[["base", "value"]].abs().max(axis=1).to_numpy()
+    return pairs.assign(difference=np.where(np.abs(difference) <= rounding, 0.0, difference))
 
 
 def paired_differences(
@@ -102,10 +134,9 @@ def paired_differences(
 ) -> pd.DataFrame:
     """Each mode against ``baseline``, matched on configuration and seed.
 
-    One row per matched pair of trials that ended well: the configuration's columns, ``seed``,
-    ``quantization``, ``base`` and ``value`` (the metric of the two) and ``difference``, value
-    minus base, in the metric's unit. ``same_machine`` pairs within one machine only. Raises
-    ``StudyError``, also for a measure of the hardware that would be paired across machines.
+    :func:`matched` over the trials that ended well, each with a finite ``metric``.
+    ``same_machine`` pairs within one machine only. Raises ``StudyError``, also for a measure of
+    the hardware that would be paired across machines.
     """
     check(trials, metric, baseline, 0.95)
     keys = list(PAIR)
@@ -113,25 +144,13 @@ def paired_differences(
         _require_one_machine(trials, metric)
     elif "machine" in trials:
         keys.append("machine")
-    wide = cell_values(trials, metric, keys)
-    frames = []
-    for mode in modes_beside(trials, baseline):
-        if baseline not in wide or mode not in wide:
-            continue
-        pair = wide[[baseline, mode]].dropna()
-        pair.columns = pd.Index(["base", "value"])
-        frames.append(pair.reset_index().assign(quantization=mode))
-    columns = [*keys, "quantization", "base", "value"]
-    pairs = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
-    pairs = pairs[columns].astype({"base": "float64", "value": "float64"})
-    difference = (pairs["value"] - pairs["base"]).to_numpy()
-    # Rounding alone must not look like a spread, from which a test would then infer.
-    rounding = 1e-12 * pairs[["base", "value"]].abs().max(axis=1).to_numpy()
-    return pairs.assign(difference=np.where(np.abs(difference) <= rounding, 0.0, difference))
+    trials = named(trials)
+    return matched(finished(trials, metric), units(trials), metric, baseline, keys)
 
 
 def planned_pairs(trials: pd.DataFrame, mode: str, baseline: str) -> int:
     """Pairs that the plan holds, whatever became of their trials."""
+    trials = named(trials)
     ours, theirs = (
         pd.MultiIndex.from_frame(trials.loc[trials["quantization"] == name, PAIR]).unique()
         for name in (mode, baseline)
@@ -146,9 +165,11 @@ def cell_means(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.Dat
     """
     check(trials, metric, None, 0.95)
     _require_one_machine(trials, metric)
-    means = cell_values(trials, metric, PAIR).groupby(CONFIGURATION, dropna=False).mean()
+    trials = named(trials)
+    wide = cell_values(finished(trials, metric), metric, PAIR)
+    means = wide.groupby("configuration").mean()
     known = [mode for mode in modes_of(trials["quantization"]) if mode in means]
-    return means[known].reset_index().rename_axis(columns=None)
+    return units(trials).merge(means[known].reset_index(), on="configuration")
 
 
 def seed_intervals(
@@ -168,14 +189,16 @@ def seed_intervals(
 
     check(trials, metric, baseline, confidence)
     _require_one_machine(trials, metric)
+    trials = named(trials)
     if baseline is None:
-        wide = cell_values(trials, metric, PAIR)
+        wide = cell_values(finished(trials, metric), metric, PAIR)
         long = wide.melt(ignore_index=False, value_name="x").reset_index()
     else:
         pairs = paired_differences(trials, metric=metric, baseline=baseline)
         long = pairs.rename(columns={"difference": "x"})
-    grouped = long.dropna(subset="x").groupby([*CONFIGURATION, "quantization"], dropna=False)["x"]
+    grouped = long.dropna(subset="x").groupby(["configuration", "quantization"])["x"]
     table = grouped.agg(n_seeds="size", mean="mean", sd="std").reset_index()
+    table = units(trials).merge(table, on="configuration")
     n = table["n_seeds"].to_numpy("float64")
     reach = stdtrit(np.maximum(n - 1, 1), 0.5 + confidence / 2) * table["sd"] / np.sqrt(n)
     constant = (table["sd"] <= 1e-12 * table["mean"].abs()) | (table["sd"] == 0)

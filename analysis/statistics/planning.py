@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from analysis.statistics.cells import CONFIGURATION
 from analysis.statistics.pairs import paired_differences
 
 POWER = 0.8
@@ -41,7 +40,7 @@ def more_needed(
 
     pairs = paired_differences(trials, metric=metric, baseline=baseline)
     pairs = pairs[pairs["quantization"] == mode]
-    grouped = pairs.groupby(CONFIGURATION, dropna=False)["difference"]
+    grouped = pairs.groupby("configuration", sort=False)["difference"]
     means, counts = grouped.mean(), grouped.size()
     if not len(means):
         return More(None, None, "has no finished pair yet")

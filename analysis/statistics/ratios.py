@@ -1,7 +1,7 @@
 """Quantized over unquantized: ratios of scores, of error rates, of any positive measure.
 
-Every ratio is paired on configuration (model x dataset x LoRA) and seed, averaged as a logarithm
-within each configuration, and carries a t-interval over the configuration means, transformed back.
+Every ratio is paired on configuration and seed (``pairs.matched``), averaged as a logarithm within
+each configuration, and carries a t-interval over the configuration means, transformed back.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.statistics.cells import CONFIGURATION
 from analysis.statistics.inference import is_constant, t_interval
 from analysis.statistics.pairs import modes_beside, paired_differences
 
@@ -80,10 +79,8 @@ def _geometric_mean(
     """Geometric mean of ``above / below`` over configurations, with a t-interval of the logs."""
     top, bottom = above.to_numpy("float64"), below.to_numpy("float64")
     usable = (top > 0) & (bottom > 0)
-    logs = pairs.loc[usable, CONFIGURATION].assign(log=np.log(top[usable] / bottom[usable]))
-    means = (
-        logs.groupby(CONFIGURATION, observed=True, dropna=False)["log"].mean().to_numpy("float64")
-    )
+    logs = pairs.loc[usable, ["configuration"]].assign(log=np.log(top[usable] / bottom[usable]))
+    means = logs.groupby("configuration", sort=False)["log"].mean().to_numpy("float64")
     notes = []
     if not usable.all():
         notes.append(

@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from analysis import compare
+from analysis.folder.configurations import SHORT
 from analysis.load import Study, StudyError, read_study
-from analysis.statistics.cells import CONFIGURATION
 from tests import synthetic
 
 TINY = ("deit_tiny_patch16_224",)
@@ -36,7 +36,7 @@ def test_a_planted_change_is_found_with_the_interval_of_scipy() -> None:
     found = compare.compare(a, b)
     row = _row(found, "test_accuracy", "nf4")
     difference = (b.trials["test_accuracy"] - a.trials["test_accuracy"])[nf4]
-    means = difference.groupby([b.trials.loc[nf4, k] for k in CONFIGURATION]).mean()
+    means = difference.groupby([b.trials.loc[nf4, k] for k in list(SHORT)]).mean()
     low, high = stats.t.interval(0.95, len(means) - 1, means.mean(), stats.sem(means))
     assert row["n_pairs"] == 18
     assert (row["ci_low"], row["ci_high"]) == pytest.approx((low, high))

@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 from analysis import power
+from analysis.folder.configurations import SHORT
 from analysis.load import StudyError
-from analysis.statistics.cells import CONFIGURATION
 from analysis.statistics.pairs import paired_differences
 from tests import synthetic
 
@@ -174,14 +174,14 @@ def test_the_command_loads_neither_torch_nor_ray() -> None:
 
 def test_seeds_of_unequal_number_count_by_their_harmonic_mean() -> None:
     trials, _ = synthetic.study_frames(epochs=1, configuration_sd=0.02, seed_sd=0.01)
-    groups = trials.groupby(list(CONFIGURATION)).ngroup()
+    groups = trials.groupby(list(SHORT)).ngroup()
     trials = trials[(groups % 3 != 0) | (trials["seed"] == trials["seed"].min())]  # 1, 3, 3 seeds
     pairs = paired_differences(trials, metric="test_accuracy")
     within, between, weights = 0.0, 0.0, 0
     seeds = []
     freedom = 0
     for _, of_mode in pairs.groupby("quantization"):
-        cells = [cell["difference"].to_numpy() for _, cell in of_mode.groupby(list(CONFIGURATION))]
+        cells = [cell["difference"].to_numpy() for _, cell in of_mode.groupby(list(SHORT))]
         within += sum(((cell - cell.mean()) ** 2).sum() for cell in cells)
         freedom += sum(len(cell) - 1 for cell in cells)
         means = np.array([cell.mean() for cell in cells])

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tune_study.folder import schema
+from tune_study.folder import names, schema
 from tune_study.folder.files import mapping, read_json
 
 _METRIC_PARTS = ("training_results", "test_metrics", "model_metrics", "resource_metrics")
 AXES = ("trial_id", "model", "dataset", "lora_r", "lora_alpha", "quantization", "seed")
-_MEASURED = {c.name for c in schema.TRIALS} - {*AXES, "status", "simulated", "error"}
+PLANNED = (*AXES, *(column.name for column in schema.SETTINGS))
+"""The columns that the plan tells, whatever became of a trial."""
+_MEASURED = {c.name for c in schema.TRIALS} - {
+    *PLANNED, "configuration", "status", "simulated", "error"
+}  # fmt: skip
 
 
 def read_results(study_dir: Path, trial_id: str) -> dict[str, Any]:
@@ -38,17 +42,18 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def axes(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that a trial's configuration, nested as in study.json, tells."""
-    lora, mode = mapping(entry, "lora"), entry.get("quantization")
-    return {
+    """The columns ``PLANNED``, of a trial's configuration nested as in study.json."""
+    told = names.settings(entry)
+    row = {
         "trial_id": entry["trial_id"],
-        "model": entry.get("model"),
-        "dataset": entry.get("dataset"),
-        "lora_r": lora.get("r"),
-        "lora_alpha": lora.get("lora_alpha"),
-        "quantization": mode.get("mode") if isinstance(mode, Mapping) else mode,
-        "seed": entry.get("seed"),
+        "model": told.get("model"),
+        "dataset": told.get("dataset"),
+        "lora_r": told.get("lora.r"),
+        "lora_alpha": told.get("lora.lora_alpha"),
+        "quantization": names.treatment(entry),
+        "seed": told.get("seed"),
     }
+    return row | {column.name: told.get(column.name) for column in schema.SETTINGS}
 
 
 def measured(results: Mapping[str, Any]) -> dict[str, Any]:

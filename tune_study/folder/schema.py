@@ -35,6 +35,8 @@ class Column(NamedTuple):
     kind: str
     unit: str
     meaning: str
+    absent: Any = None
+    """Of a setting: what a study from before it existed has in its place."""
 
 
 _GRADIENT_COLUMNS = (
@@ -48,14 +50,48 @@ _GRADIENT_COLUMNS = (
     Column("gradient_cosine_successive", "float", "cosine", "mean, between successive gradients"),
 )
 
+SETTINGS: tuple[Column, ...] = (
+    Column("lora.r", "int", "", "the same as lora_r"),
+    Column("lora.lora_alpha", "int", "", "the same as lora_alpha"),
+    Column("lora.lora_dropout", "float", "fraction", "dropout before the adapters"),
+    Column("lora.target_modules", "str", "", "regular expression over the adapted layers' names"),
+    Column("quantization.mode", "str", "", " | ".join(MODES)),
+    Column("quantization.skip_layers", "str", "", "patterns of layers left alone, as JSON"),
+    Column("quantization.overrides", "str", "", "patterns and modes of their own, as JSON"),
+    Column("pretrained", "bool", "", "false: from random weights"),
+    Column("data.train_size", "int", "images", "asked for; missing: all"),
+    Column("data.val_size", "int", "images", "asked for; missing: a tenth of the training images"),
+    Column("data.test_size", "int", "images", "asked for; missing: all"),
+    Column("data.image_size", "int", "px", "side; missing: the model's own"),
+    Column("data.augment", "str", "", "augmentation of the training images"),
+    Column("training.num_train_epochs", "int", "epochs", "epochs planned"),
+    Column("training.per_device_train_batch_size", "int", "images", "micro-batch planned"),
+    Column("training.gradient_accumulation_steps", "int", "", "micro-batches per step, planned"),
+    Column("training.per_device_eval_batch_size", "int", "images", "batch of an evaluation"),
+    Column("training.learning_rate", "float", "", "highest, after the warm-up"),
+    Column("training.weight_decay", "float", "", "AdamW's"),
+    Column("training.warmup_steps", "int", "steps", "linear warm-up, before the cosine"),
+    Column("training.max_grad_norm", "float", "", "gradients are clipped to it"),
+    Column("training.early_stopping_patience", "int", "epochs", "0: never stops early"),
+    Column("training.compute_dtype", "str", "", "bf16 or fp32"),
+    Column("training.gradient_checkpointing", "bool", "", "blocks are computed twice", False),
+    Column("training.gradient_noise_scale", "bool", "", "the noise scale is measured", False),
+)
+"""Every field of a trial that has no column of its own name among the first ones: what ``--set``
+calls it. All but ``quantization.*`` are the trial's configuration, with model and data set."""
+SETTING_NAMES = ("model", "dataset", "seed", *(column.name for column in SETTINGS))
+ABSENT = {column.name: column.absent for column in SETTINGS if column.absent is not None}
+"""Settings that joined after the first studies, with the value that these had without knowing."""
+
 TRIALS: tuple[Column, ...] = (
     Column("trial_id", "str", "", "the axes and a hash of the whole configuration"),
     Column("model", "str", "", "timm name"),
     Column("dataset", "str", "", "name of the data set"),
     Column("lora_r", "int", "", "LoRA rank"),
     Column("lora_alpha", "int", "", "LoRA alpha"),
-    Column("quantization", "str", "", "mode of the frozen base weights"),
+    Column("quantization", "str", "", "treatment: mode of the base weights, and what differs"),
     Column("seed", "int", "", "seed of adapter, head, batch order, augmentation and dropout"),
+    Column("configuration", "str", "", "all other settings, named by what varies in the study"),
     Column("status", "str", "", " | ".join(STATUSES)),
     Column("simulated", "bool", "", "drawn from a model of learning curves, not trained"),
     Column("epochs_completed", "int", "epochs", "epochs trained and validated"),
@@ -108,6 +144,7 @@ TRIALS: tuple[Column, ...] = (
     Column("pretrained_logit_kl", "float", "nats", "pretrained head, from full precision"),
     Column("device", "str", "", "device that trained it"),
     Column("error", "str", "", "one sentence, for a trial that did not end well"),
+    *SETTINGS,
 )
 
 EPOCHS: tuple[Column, ...] = (

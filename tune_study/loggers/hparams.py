@@ -25,7 +25,7 @@ from tensorboardX.proto.plugin_hparams_pb2 import (
 )
 from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
-from tune_study.folder.results import flatten
+from tune_study.folder import names
 
 METRICS = {
     "compare/test_accuracy": "test accuracy",
@@ -54,7 +54,7 @@ class Axis(NamedTuple):
     """One column of hyperparameters."""
 
     name: str
-    """The dotted field of ``TrialConfig``."""
+    """The dotted field of ``TrialConfig``; ``quantization.mode`` stands for the treatment."""
     numeric: bool
     values: list[Any]
     """What the page offers to tick; none for a search, which draws from ranges."""
@@ -70,15 +70,15 @@ class Axis(NamedTuple):
 
 
 def axes_of(plan: Sequence[Mapping[str, Any]], *, listed: bool = True) -> list[Axis]:
-    """The fields in which the planned trials differ, and always mode and seed.
+    """The fields in which the planned trials differ, and always treatment and seed.
 
     TensorBoard shows only the first few columns of its table: constants would hide the axes.
     ``listed=False`` names no possible values.
     """
-    cells = [flatten(cell) for cell in plan]
-    names = dict.fromkeys(name for cell in cells for name in cell if name != "trial_id")
+    cells = [_flat(entry) for entry in plan]
+    fields = dict.fromkeys(name for cell in cells for name in cell)
     found = []
-    for name in names:
+    for name in fields:
         values = {str(cell.get(name)): cell.get(name) for cell in cells}
         if name not in _ALWAYS and len(values) == 1:
             continue
@@ -91,6 +91,14 @@ def axes_of(plan: Sequence[Mapping[str, Any]], *, listed: bool = True) -> list[A
         possible = sorted({axis.of({name: value}) for value in values.values()}, key=_order)
         found.append(axis._replace(values=possible if listed else []))
     return found
+
+
+def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's settings. What is skipped or overridden is told by the name of its treatment."""
+    flat = names.settings(entry)
+    flat["quantization.mode"] = names.treatment(entry)
+    told = ("quantization.skip_layers", "quantization.overrides")
+    return {name: value for name, value in flat.items() if name not in told}
 
 
 def _order(value: float | str) -> tuple[float, str]:
@@ -119,7 +127,7 @@ def experiment(axes: Sequence[Axis]) -> Summary:
 
 def session_start(trial_id: str, trial: Mapping[str, Any], axes: Sequence[Axis]) -> Summary:
     """One row of the table; ``trial`` is a ``TrialConfig`` as a dictionary."""
-    cell = flatten(trial)
+    cell = _flat(trial)
     info = SessionStartInfo(group_name=trial_id, start_time_secs=time.time())
     for axis in axes:
         value = axis.of(cell)

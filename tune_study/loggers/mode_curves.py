@@ -1,19 +1,18 @@
-"""TensorBoard's Custom Scalars: a group of charts per configuration, a curve per mode.
+"""TensorBoard's Custom Scalars: a group of charts per configuration, a curve per treatment.
 
-The page colours by run. So each mode has a run of its own, ``tensorboard/modes/<mode>``, with the
-mean over the seeds of a configuration and mode, epoch by epoch. It is written anew when a mean has
-changed, from the trials' own files and from what the running ones report: a restart adds no point.
-A large study takes long to write: then it is written more seldom.
+The page colours by run. So each treatment has a run of its own, ``tensorboard/modes/<its name>``,
+with the mean over the seeds of a configuration and treatment, epoch by epoch. It is written anew
+when a mean has changed, from the trials' own files and from what the running ones report: a restart
+adds no point. A large study takes long to write: then it is written more seldom.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import custom_scalars
 
 from tune_study.cluster.callbacks import Callback
-from tune_study.folder.results import flatten, read_results
+from tune_study.folder import names
+from tune_study.folder.results import read_results
 from tune_study.folder.schema import GOOD_STATUSES
 from tune_study.loggers.event_files import RunFile, replace_run, scalar
 from tune_study.loggers.hparams import Axis, axes_of, experiment
@@ -38,14 +38,12 @@ CHARTS = {
 """What is drawn, by the column of the epochs table."""
 WRITING_SHARE = 0.05
 """Of a run's time, at most: between two writes, 20 times as long as the first one took."""
-_IN_TITLE = ("model", "dataset", "lora.r", "lora.lora_alpha")
-_IN_WORDS = {"lora.r": "r", "lora.lora_alpha": "alpha "}
 
 Row = Mapping[str, Any]
 
 
 class Cell:
-    """The trials of one configuration and mode, which differ in their seed."""
+    """The trials of one configuration and treatment, which differ in their seed."""
 
     def __init__(self, title: str, mode: str) -> None:
         self.title, self.mode = title, mode
@@ -78,8 +76,9 @@ class ModeCurves(Callback):
             self._read(trial_id)
         write_study_run(study_dir, axes_of(plan), [cell.title for cell in self._cells.values()])
         modes = dict.fromkeys(cell.mode for cell in self._cells.values())
+        folders = _folders(modes)
         # Before any trial's, and one after the other: the page gives neighbours unlike colours.
-        self._files = {mode: RunFile(self._root / "modes" / mode) for mode in modes}
+        self._files = {mode: RunFile(self._root / "modes" / folders[mode]) for mode in modes}
         self._stale = modes
         self._write()
 
@@ -152,46 +151,27 @@ def _tag(title: str, column: str) -> str:
 def cells_of(plan: Sequence[Mapping[str, Any]]) -> dict[str, Cell]:
     """By trial id; the trials of a cell share it.
 
-    A mode with several settings in the plan, such as one quantized block at a time, is numbered
-    from 0 in the plan's order.
+    A configuration's title is what differs among those of the plan, a treatment's its name.
     """
-    titles, modes = _titles(plan), _modes(plan)
+    titles = names.configurations([names.settings(entry) for entry in plan])
     cells: dict[tuple[str, str], Cell] = {}
     found = {}
-    for entry, title, mode in zip(plan, titles, modes, strict=True):
-        found[entry["trial_id"]] = cells.setdefault((title, mode), Cell(title, mode))
+    for entry, title in zip(plan, titles, strict=True):
+        mode = str(names.treatment(entry))
+        new = Cell(title.replace("/", "_"), mode)
+        found[entry["trial_id"]] = cells.setdefault((title, mode), new)
     return found
 
 
-def _titles(plan: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Model, data, rank and alpha, and the other fields in which configurations differ."""
-    other = [
-        axis.name
-        for axis in axes_of(plan)
-        if axis.name not in (*_IN_TITLE, "seed") and not axis.name.startswith("quantization.")
-    ]
-    titles = []
-    for entry in plan:
-        flat = flatten(entry)
-        words = [f"{_IN_WORDS.get(name, '')}{flat[name]}" for name in _IN_TITLE]
-        words += [f"{name}={flat[name]}" for name in other]
-        titles.append(", ".join(words).replace("/", "_"))
-    return titles
-
-
-def _modes(plan: Sequence[Mapping[str, Any]]) -> list[str]:
-    settings = [json.dumps(entry["quantization"]) for entry in plan]
-    variants: dict[str, list[str]] = {}
-    for entry, setting in zip(plan, settings, strict=True):
-        known = variants.setdefault(entry["quantization"]["mode"], [])
-        if setting not in known:
-            known.append(setting)
-    names = []
-    for entry, setting in zip(plan, settings, strict=True):
-        mode = entry["quantization"]["mode"]
-        known = variants[mode]
-        names.append(mode if len(known) == 1 else f"{mode}-{known.index(setting)}")
-    return names
+def _folders(modes: Iterable[str]) -> dict[str, str]:
+    """A treatment's name as that of a run, a folder: patterns may hold what no folder can."""
+    found: dict[str, str] = {}
+    for mode in modes:
+        folder = re.sub(r"[^\w ,.=-]", "_", mode)[:100].strip(" .") or "_"
+        while folder in found.values():
+            folder += "_"
+        found[mode] = folder
+    return found
 
 
 def write_study_run(study_dir: Path, axes: Sequence[Axis], titles: Sequence[str] = ()) -> None:

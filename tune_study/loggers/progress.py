@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tune_study.cluster.callbacks import Callback
+from tune_study.folder.names import told_apart
 from tune_study.folder.results import read_results
 from tune_study.folder.schema import GOOD_STATUSES
 
@@ -23,9 +25,19 @@ class Progress(Callback):
     """Tune's callbacks, shown. Use as a context manager around the run."""
 
     def __init__(
-        self, console: Console, study_dir: Path, total: int, done: int, epochs: dict[str, int]
+        self,
+        console: Console,
+        study_dir: Path,
+        total: int,
+        done: int,
+        epochs: dict[str, int],
+        plan: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """``total`` and ``done`` count trials; ``epochs`` is the most epochs of each trial."""
+        """``total`` and ``done`` count trials; ``epochs`` is the most epochs of each trial.
+
+        By ``plan``, as in study.json, trials are told apart in words where their ids do not.
+        """
+        self._short, self._beside = told_apart(plan)
         self._console = console
         self._study_dir = study_dir
         self._epochs = epochs
@@ -66,7 +78,7 @@ class Progress(Callback):
         trial_id = trial.config["trial_id"]
         self._running[trial_id] = {"epoch": 0, "accuracy": None, "since": time.monotonic()}
         if not self._live:
-            self.say(f"{trial_id}: started")
+            self.say(f"{self._name(trial_id)}: started")
         self._update()
 
     def on_trial_result(
@@ -81,7 +93,7 @@ class Progress(Callback):
         state |= {"epoch": epoch, "accuracy": result["val_accuracy"]}
         if not self._live:
             self.say(
-                f"{trial_id}: epoch {epoch}/{self._epochs[trial_id]}, "
+                f"{self._name(trial_id)}: epoch {epoch}/{self._epochs[trial_id]}, "
                 f"loss {result['train_loss']:.4f}, "
                 f"validation accuracy {result['val_accuracy']:.4f}" + _speed(result)
             )
@@ -95,12 +107,13 @@ class Progress(Callback):
 
     def _end(self, trial_id: str) -> None:
         state = self._running.pop(trial_id, {"epoch": 0})
+        name, count = self._name(trial_id), f"[{self._done + 1}/{self._total}]"
         results = read_results(self._study_dir, trial_id)
         status = results.get("status", "pending")  # its worker died before it wrote anything
         for sentence in results.get("warnings", []):
             if (trial_id, sentence) not in self._said:
                 self._said.add((trial_id, sentence))
-                self.say(f"{trial_id}: {sentence}")
+                self.say(f"{name}: {sentence}")
         if status in ("interrupted", "pending"):
             self._update()
             return
@@ -108,13 +121,18 @@ class Progress(Callback):
         self._done += 1
         if status in GOOD_STATUSES:
             test = results["train"]["test_metrics"]["test_accuracy"]
-            self.say(f"{trial_id}: {status}, test accuracy {test:.4f} [{self._done}/{self._total}]")
+            self.say(f"{name}: {status}, test accuracy {test:.4f} {count}")
         elif status == "pruned":
-            self.say(f"{trial_id}: {results['error']} [{self._done}/{self._total}]")
+            self.say(f"{name}: {results['error']} {count}")
         else:
             self._failed += 1
-            self.say(f"{trial_id}: {status}: {results.get('error')} [{self._done}/{self._total}]")
+            self.say(f"{name}: {status}: {results.get('error')} {count}")
         self._update()
+
+    def _name(self, trial_id: str) -> str:
+        """The id, by which a log is searched, and in words what it leaves out."""
+        beside = self._beside.get(trial_id)
+        return f"{trial_id} ({beside})" if beside else trial_id
 
     def _update(self) -> None:
         self._bar.update(self._task, completed=self._done)
@@ -134,7 +152,7 @@ class Progress(Callback):
         for trial_id, state in self._running.items():
             accuracy = "" if state["accuracy"] is None else f"{state['accuracy']:.4f}"
             table.add_row(
-                trial_id,
+                self._short.get(trial_id, trial_id),
                 f"{state['epoch']}/{self._epochs[trial_id]}",
                 accuracy,
                 duration(time.monotonic() - state["since"]),

@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tune_study.config import TrialConfig
+from tune_study.folder.names import told_apart
 from tune_study.folder.schema import PLANNED_ENDS
 from tune_study.loggers.progress import duration
 from tune_study.memory.estimate import Estimate, estimate
 from tune_study.model.footprint import expected_weights_bytes
 from tune_study.model.layers import skeleton_of
+from tune_study.study.manifest import cell_of
 from tune_study.study.options import EXIT_FAILED
 from tune_study.study.preflight import Checked
 from tune_study.study.status import Extension
@@ -49,6 +51,9 @@ def print_plan(
         console.print(f"note: {note}")
     table = Table(title=f"{len(trials)} planned trials", title_justify="left")
     table.add_column("trial", no_wrap=True)
+    _, beside = told_apart([cell_of(trial) for trial in trials])
+    if any(beside.values()):
+        table.add_column("in words")
     if extension:
         table.add_column("status", no_wrap=True)
     for heading in ("weights, MB", "peak, MB", "time"):
@@ -60,13 +65,14 @@ def print_plan(
         total += row.train_time_s if trial.trial_id in to_run else 0
         table.add_row(
             trial.trial_id,
+            *([beside[trial.trial_id]] if any(beside.values()) else []),
             *([extension.states[trial.trial_id]] if extension else []),
             f"{row.weights_bytes / 1e6:.2f}",
             "unknown" if math.isnan(row.peak_train_bytes) else f"{row.peak_train_bytes / 1e6:.0f}",
             "unknown" if math.isnan(row.train_time_s) else duration(row.train_time_s),
         )
     Console(highlight=False, width=max(console.width, WIDTH)).print(table)
-    distinct = f"{len({trial.trial_id for trial in trials})} distinct ids."
+    distinct = f"{len({trial.trial_id for trial in trials})} distinct ids: {_counted(trials)}."
     if extension:
         distinct += f" In {context.study_dir.name}: {extension.sentence}."
     if context.simulation is not None:
@@ -77,6 +83,16 @@ def print_plan(
         "training step is within about 2 % on a CPU (docs/memory.md), and the time of all epochs "
         f"on this machine within a factor of about 2: {duration(total)} in all."
     )
+
+
+def _counted(trials: Sequence[TrialConfig]) -> str:
+    """What the statistics will stand on: ``6 configurations, 3 treatments, 3 seeds``."""
+    counts = {
+        "configuration": len({trial.configuration for trial in trials}),
+        "treatment": len({trial.treatment for trial in trials}),
+        "seed": len({trial.seed for trial in trials}),
+    }
+    return ", ".join(f"{count} {noun}{'s' * (count != 1)}" for noun, count in counts.items())
 
 
 def _row(trial: TrialConfig, checked: Checked, context: RunContext) -> Estimate:

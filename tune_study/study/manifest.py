@@ -47,7 +47,7 @@ def review(
     """
     folder = context.study_dir
     old = read_manifest(folder)
-    cells = {t.trial_id: {"trial_id": t.trial_id, **t.model_dump(mode="json")} for t in trials}
+    cells = {trial.trial_id: cell_of(trial) for trial in trials}
     if old is not None:
         _refuse_mixture(folder, old, context)
         refuse_other_search(folder.name, old.get("search"), search)
@@ -106,6 +106,11 @@ def open_study(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "study.json", manifest)
     return notes
+
+
+def cell_of(trial: TrialConfig) -> dict[str, Any]:
+    """A trial as the plan of study.json holds it."""
+    return {"trial_id": trial.trial_id, **trial.model_dump(mode="json")}
 
 
 def _session(context: RunContext) -> dict[str, Any]:

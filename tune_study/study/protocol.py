@@ -1,7 +1,8 @@
-"""What the trials of one study have in common: all of their configuration but the axes.
+"""What the trials of one study have in common: all of their settings but the axes.
 
-Trials that differ in more than model, data set, rank, alpha, quantization and seed cannot be
-compared mode by mode, so a study is extended, and studies are merged, within a protocol.
+Axes are model, data set, rank, alpha, quantization and seed, and whatever else a study's grid
+varies. Trials that differ in more were not planned to be compared, by a slip of the hand perhaps,
+so a study is extended, and studies are merged, within a protocol.
 """
 
 from __future__ import annotations
@@ -27,21 +28,17 @@ def values(trial: TrialConfig) -> tuple[Any, ...]:
 
 
 def difference(before: Sequence[TrialConfig], now: Sequence[TrialConfig]) -> list[str]:
-    """What of ``now`` is in no protocol of ``before``, a phrase per field; empty when all is.
+    """What of ``now`` leaves the protocol of ``before``, a phrase per field; empty when nothing.
 
-    A plan can hold several protocols (a grid over learning rates): the first trial that keeps none
-    of them is held against the one that it comes nearest to.
+    A field that has several values in ``before`` is an axis of it, and may have further ones.
     """
-    known = list(dict.fromkeys(map(values, before)))
+    known = [list(dict.fromkeys(map(repr, own))) for own in zip(*map(values, before), strict=True)]
     for trial in now:
-        if known and (mine := values(trial)) not in known:
-            return min((_phrases(other, mine) for other in known), key=len)
+        phrases = [
+            f"{name} was {then[0]} and is {value!r}"
+            for name, then, value in zip(fields(), known, values(trial), strict=bool(known))
+            if len(then) == 1 and then[0] != repr(value)
+        ]
+        if phrases:
+            return phrases
     return []
-
-
-def _phrases(before: Sequence[Any], now: Sequence[Any]) -> list[str]:
-    return [
-        f"{name} was {then!r} and is {value!r}"
-        for name, then, value in zip(fields(), before, now, strict=True)
-        if then != value
-    ]

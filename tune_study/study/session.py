@@ -249,7 +249,8 @@ def _progress(
     command: Command, waiting: Sequence[TrialConfig], planned: int, done: int
 ) -> Progress:
     epochs = {trial.trial_id: trial.training.num_train_epochs for trial in waiting}
-    return Progress(command.console, command.context.study_dir, planned, done, epochs)
+    plan = [] if command.settings else [manifest.cell_of(trial) for trial in command.trials]
+    return Progress(command.console, command.context.study_dir, planned, done, epochs, plan)
 
 
 def _train(

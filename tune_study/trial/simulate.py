@@ -1,6 +1,6 @@
 """Trials that are drawn, not trained: to test the analysis, and to plan a study. Always marked.
 
-The model of a trial with configuration c (model x data set x LoRA), mode m and seed s:
+The model of a trial with configuration c (all but quantization and seed), treatment m and seed s:
 
     accuracy = 0.90 + a_c + effect_m + b_cm + u_cs + e_cms
 
@@ -8,8 +8,8 @@ a_c ~ N(0, 0.02) is the configuration's, effect_m is planted (0 unless told), b_
 how the effect differs between configurations (0 for ``none``), and u_cs, e_cms ~ N(0, seed_sd) are
 the seed's, shared by its modes and not. The validation accuracy of epoch t approaches it as
 1 - exp(-t / 2). Losses follow the accuracies; bytes are the exact expected ones of the weights;
-what has no model is missing. Every draw depends on the names alone, so the same study is drawn in
-any order and after any restart.
+what has no model is missing. Every draw depends on the settings alone, so the same study is drawn
+in any order and after any restart.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from tune_study.config import TrialConfig
+from tune_study.config import LoraSpec, TrialConfig
 from tune_study.folder.files import write_json
 from tune_study.machine.provenance import commit, hardware, versions
 from tune_study.model.footprint import bytes_at, expected_weights_bytes
@@ -35,10 +35,10 @@ CLASSES = {"cifar10": 10, "cifar100": 100, "digits": 10}
 
 def draw(config: TrialConfig, simulation: Simulation) -> tuple[list[dict[str, Any]], float]:
     """(the epochs' rows, the test accuracy) of one trial, by the model above."""
-    mode, names = config.quantization.mode, config.configuration
+    mode, names = config.treatment, _names(config)
     accuracy = BASE_ACCURACY + CONFIGURATION_SD * _normal("configuration", *names)
     if mode != "none":
-        accuracy += simulation.effects.get(mode, 0.0)
+        accuracy += simulation.effects.get(config.quantization.mode, 0.0)
         accuracy += INTERACTION_SD * _normal("interaction", *names, mode)
     accuracy += simulation.seed_sd * _normal("seed", *names, config.seed)
     accuracy += simulation.seed_sd * _normal("trial", *names, mode, config.seed)
@@ -60,6 +60,17 @@ def draw(config: TrialConfig, simulation: Simulation) -> tuple[list[dict[str, An
             }
         )
     return rows, test
+
+
+def _names(config: TrialConfig) -> tuple[Any, ...]:
+    """What the draws of a configuration belong to: model, data set, rank, alpha, and each other
+    setting that is not the default, so that a field that joins changes no study from before it.
+    """
+    lora = config.lora
+    like = LoraSpec(r=lora.r, lora_alpha=lora.lora_alpha)
+    usual = TrialConfig(model=config.model, dataset=config.dataset, lora=like)
+    other = [own for own in config.configuration if own not in usual.configuration]
+    return config.model, config.dataset, lora.r, lora.lora_alpha, *other
 
 
 def _normal(*names: object) -> float:

@@ -14,10 +14,11 @@ from matplotlib.text import Text
 
 from analysis.figures import comparisons, curves, gallery, style
 from analysis.findings import findings
+from analysis.folder.configurations import SHORT
 from analysis.load import Study
 from analysis.measures.curves import curve_bands
 from analysis.measures.pareto import pareto_front
-from analysis.statistics.cells import CONFIGURATION, pooled_sd, seed_spread
+from analysis.statistics.cells import pooled_sd, seed_spread
 from analysis.statistics.pairs import paired_differences
 from tests import synthetic
 
@@ -71,8 +72,8 @@ def test_the_forest_draws_the_comparison(
 
 def test_differences_in_the_forest_are_those_of_the_statistics(found: findings.Findings) -> None:
     pairs = paired_differences(found.study.trials)
-    means = pairs.groupby([*CONFIGURATION, "quantization"])["difference"].mean()
-    ours = found.differences.set_index([*CONFIGURATION, "quantization"])["difference"]
+    means = pairs.groupby([*SHORT, "quantization"])["difference"].mean()
+    ours = found.differences.set_index([*SHORT, "quantization"])["difference"]
     pd.testing.assert_series_equal(ours.sort_index(), means.sort_index(), check_dtype=False)
 
 

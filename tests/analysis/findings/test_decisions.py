@@ -8,9 +8,9 @@ import pytest
 from scipy import stats
 
 from analysis.findings import decisions
+from analysis.folder.configurations import SHORT
 from analysis.measures import memory
 from analysis.statistics import planning, ratios
-from analysis.statistics.cells import CONFIGURATION
 from analysis.statistics.comparison import compare_modes
 from analysis.statistics.pairs import paired_differences
 from tests import synthetic
@@ -96,7 +96,7 @@ def test_one_sided_bound_against_scipy() -> None:
     trials, _ = synthetic.study_frames(synthetic.plan(modes=("none", "nf4")))
     row = compare_modes(trials).to_dict("records")[0]
     pairs = paired_differences(trials)
-    means = pairs.groupby(CONFIGURATION)["difference"].mean()
+    means = pairs.groupby(list(SHORT))["difference"].mean()
     low, high = stats.t.interval(0.90, 11, means.mean(), stats.sem(means))
     assert decisions.one_sided(row) == pytest.approx((low, high))
 

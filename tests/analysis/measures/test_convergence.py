@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.folder.configurations import SHORT
 from analysis.measures import convergence
-from analysis.statistics.cells import CONFIGURATION
 from tests import synthetic
 
 COLUMNS = ["val_accuracy", "train_loss", "train_accuracy", "val_loss"]
@@ -164,5 +164,5 @@ def test_a_slower_mode_is_found_by_the_same_inference() -> None:
     assert row["mean_difference"] > 2
     assert row["n_configurations"] == 12
     assert got.loc[("epochs_to_95", "int8"), "verdict"] in ("undecided", "cannot be inferred")
-    by_hand = table.groupby([*CONFIGURATION, "quantization"])["epochs_to_95"].mean().unstack()
+    by_hand = table.groupby([*SHORT, "quantization"])["epochs_to_95"].mean().unstack()
     assert row["mean_difference"] == pytest.approx((by_hand["nf4"] - by_hand["none"]).mean())

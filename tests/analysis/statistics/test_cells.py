@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from analysis.statistics.cells import CONFIGURATION, pooled_sd, seed_spread
+from analysis.folder.configurations import SHORT
+from analysis.statistics.cells import pooled_sd, seed_spread
 
 
 def test_seed_spread_pools_within_cells(frames: tuple[pd.DataFrame, pd.DataFrame]) -> None:
@@ -13,7 +14,7 @@ def test_seed_spread_pools_within_cells(frames: tuple[pd.DataFrame, pd.DataFrame
     spread = seed_spread(trials)
     sds = pooled_sd(spread).set_index("quantization")
     good = trials[trials["test_accuracy"].notna() & (trials["quantization"] == "none")]
-    groups = [g["test_accuracy"] for _, g in good.groupby(list(CONFIGURATION))]
+    groups = [g["test_accuracy"] for _, g in good.groupby(list(SHORT))]
     groups = [g for g in groups if len(g) > 1]
     squares = sum(((g - g.mean()) ** 2).sum() for g in groups)
     freedom = sum(len(g) - 1 for g in groups)

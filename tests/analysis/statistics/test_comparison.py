@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from statsmodels.stats.multitest import multipletests
 
+from analysis.folder.configurations import SHORT
 from analysis.load import StudyError
 from analysis.statistics import comparison, exploration, inference, pairs
-from analysis.statistics.cells import CONFIGURATION
 from tests import synthetic
 from tests.analysis.statistics.made import made, one, study
 
@@ -210,7 +210,7 @@ def test_repeated_cells_are_averaged_and_named() -> None:
     again = pd.concat([table, table.assign(test_accuracy=table["test_accuracy"] + 0.02)])
     row = one(comparison.compare_modes(again))
     assert row["n_pairs"] == 2
-    assert "4 trial(s) share" in row["note"]
+    assert "4 trial(s) repeat" in row["note"]
 
 
 @pytest.mark.parametrize(
@@ -289,8 +289,8 @@ def test_the_whole_analysis_covers_and_keeps_its_error_rates() -> None:
 
 def drawn(axes: pd.DataFrame, truth: dict[str, float], rng: np.random.Generator) -> np.ndarray:
     """Accuracy beyond the base: shared by a pair, of configuration x mode, and of the trial."""
-    pair = axes.groupby([*CONFIGURATION, "seed"]).ngroup().to_numpy()
-    cell = axes.groupby([*CONFIGURATION, "quantization"]).ngroup().to_numpy()
+    pair = axes.groupby([*SHORT, "seed"]).ngroup().to_numpy()
+    cell = axes.groupby([*SHORT, "quantization"]).ngroup().to_numpy()
     interaction = np.where(axes["quantization"] == "none", 0, rng.normal(0, 0.004, 48)[cell])
     own = rng.normal(0, 0.004, len(axes))
     effect = axes["quantization"].map(truth).fillna(0.0).to_numpy()

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from analysis.folder.configurations import SHORT
 from analysis.statistics import exploration
-from analysis.statistics.cells import CONFIGURATION
 from tests import synthetic
 from tests.analysis.statistics.made import study
 
@@ -15,7 +15,7 @@ from tests.analysis.statistics.made import study
 def test_friedman_is_scipys_over_configuration_means() -> None:
     trials, _ = synthetic.study_frames(effects={"nf4": -0.005})
     got = exploration.friedman(trials)
-    means = trials.groupby([*CONFIGURATION, "quantization"])["test_accuracy"].mean().unstack()
+    means = trials.groupby([*SHORT, "quantization"])["test_accuracy"].mean().unstack()
     expected = stats.friedmanchisquare(*[means[mode] for mode in synthetic.MODES])
     assert got["statistic"].to_numpy() == pytest.approx(expected.statistic)
     assert got["p"].to_numpy() == pytest.approx(expected.pvalue)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from analysis.folder.configurations import SHORT
 from analysis.statistics import comparison, pairs
-from analysis.statistics.cells import CONFIGURATION
 from tests import synthetic
 from tests.analysis.statistics.made import made, one, study
 
@@ -55,7 +55,7 @@ def test_seed_intervals_are_scipys() -> None:
     got = pairs.seed_intervals(trials, baseline="none", confidence=0.9)
     assert not any(column.startswith("p_") or column == "p" for column in got)
     differences = pairs.paired_differences(trials)
-    keys = [*CONFIGURATION, "quantization"]
+    keys = [*SHORT, "quantization"]
     for key, own in differences.groupby(keys):
         row = got.set_index(keys).loc[key]
         expected = stats.ttest_1samp(own["difference"], 0).confidence_interval(0.9)
@@ -71,7 +71,7 @@ def test_seed_intervals_are_scipys() -> None:
 def test_cell_means() -> None:
     trials, _ = synthetic.study_frames(failures={0: "oom"})
     good = trials[trials["status"] == "completed"]
-    cells = pairs.cell_means(trials).set_index(CONFIGURATION)
-    slow = good.groupby([*CONFIGURATION, "quantization"])["test_accuracy"].mean()
+    cells = pairs.cell_means(trials).set_index(list(SHORT))
+    slow = good.groupby([*SHORT, "quantization"])["test_accuracy"].mean()
     for key, value in slow.items():
         assert cells.loc[key[:-1], key[-1]] == pytest.approx(value)

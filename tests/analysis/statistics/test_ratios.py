@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from analysis.folder.configurations import SHORT
 from analysis.statistics import ratios
-from analysis.statistics.cells import CONFIGURATION
 from analysis.statistics.comparison import compare_modes
 from tests import synthetic
 from tests.analysis.statistics.made import made
@@ -22,9 +22,9 @@ def test_our_ratios_are_geometric_means_over_configurations() -> None:
     trials, _ = synthetic.study_frames(effects={"nf4": -0.01}, rng_seed=3)
     row = only(ratios.our_ratios(trials), quantization="nf4", quantity="score ratio")
     wide = trials.pivot_table(
-        index=[*CONFIGURATION, "seed"], columns="quantization", values="test_accuracy"
+        index=[*SHORT, "seed"], columns="quantization", values="test_accuracy"
     )
-    logs = np.log(wide["nf4"] / wide["none"]).groupby(list(CONFIGURATION)).mean()
+    logs = np.log(wide["nf4"] / wide["none"]).groupby(list(SHORT)).mean()
     low, high = stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs))
     assert (row["n_configurations"], row["n_pairs"]) == (12, 36)
     assert row["ratio"] == pytest.approx(math.exp(logs.mean()))

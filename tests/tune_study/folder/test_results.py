@@ -2,8 +2,17 @@
 
 import pytest
 
+from tune_study.folder import schema
 from tune_study.folder.files import write_json
-from tune_study.folder.results import AXES, axes, flatten, measured, read_results, status_of
+from tune_study.folder.results import (
+    AXES,
+    PLANNED,
+    axes,
+    flatten,
+    measured,
+    read_results,
+    status_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,10 +65,12 @@ def test_the_axes_are_those_of_the_plan():
         "quantization": "nf4",
         "seed": 7,
     }
-    assert axes(entry) == expected
+    assert {name: axes(entry)[name] for name in AXES} == expected
     assert tuple(expected) == AXES
+    assert tuple(axes(entry)) == PLANNED
     assert axes({**entry, "quantization": "int8"})["quantization"] == "int8"
-    assert axes({"trial_id": "t", "lora": 3}) == {**dict.fromkeys(AXES), "trial_id": "t"}
+    nothing = {**dict.fromkeys(PLANNED), **schema.ABSENT, "trial_id": "t"}
+    assert axes({"trial_id": "t", "lora": 3}) == nothing
 
 
 def test_the_measured_columns_come_from_every_part_and_never_the_axes():

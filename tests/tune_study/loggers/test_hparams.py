@@ -40,7 +40,8 @@ def test_values_of_several_kinds_are_text():
     mixed = [cell(), {**cell(), "data": {"image_size": 96}}, cell(layers=["blocks.0.*"])]
     by_name = {axis.name: axis for axis in hparams.axes_of(mixed)}
     assert by_name["data.image_size"].values == ["96", "None"]
-    assert by_name["quantization.skip_layers"].values == ["['blocks.0.*']", "[]"]
+    assert by_name["quantization.mode"].values == ["nf4", "nf4 without block 0"]
+    assert set(by_name) == {"data.image_size", "quantization.mode", "seed"}
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tune_study.loggers import event_files, mode_curves
 from tune_study.loggers.event_files import replace_run, scalar, show_figures
 from tune_study.loggers.mode_curves import Cell, ModeCurves, cells_of
 
-TITLE = "m, d, r8, alpha 16"
+TITLE = "m · d · r 8"
 
 
 def entry(mode="nf4", seed=42, r=8, layers=()):
@@ -125,13 +125,29 @@ def test_charts_are_grouped_by_configuration(tmp_path):
     plan = [*PLAN, entry("none", 1, r=4)]
     ModeCurves(tmp_path, plan)
     layout = board.charts(tmp_path / "tensorboard", [])
-    assert list(layout) == [TITLE, "m, d, r4, alpha 16"]
-    assert list(layout[TITLE])[:2] == ["validation accuracy", "validation loss"]
+    assert list(layout) == ["r 8", "r 4"]
+    assert list(layout["r 8"])[:2] == ["validation accuracy", "validation loss"]
 
 
 def test_settings_of_one_mode_are_curves_of_their_own():
     plan = [entry("none"), entry(layers=["blocks.1.*"]), entry(layers=["blocks.0.*"]), entry()]
-    assert [cell.mode for cell in cells_of(plan).values()] == ["none", "nf4-0", "nf4-1", "nf4-2"]
+    found = [cell.mode for cell in cells_of(plan).values()]
+    assert found == ["none", "nf4 without block 1", "nf4 without block 0", "nf4"]
+
+
+def test_the_run_of_a_treatment_has_a_name_that_a_folder_can_have():
+    names = ["nf4", "nf4-dq without blocks 0-2, 4-11", "int8 without a/*", "int8 without a/?", ".."]
+    folders = mode_curves._folders([*names, "x" * 200, "x" * 201])
+    assert list(folders)[:5] == names
+    assert [folders[name] for name in names] == [
+        "nf4",
+        "nf4-dq without blocks 0-2, 4-11",
+        "int8 without a__",
+        "int8 without a___",
+        "_",
+    ]
+    assert len({*folders.values()}) == 7
+    assert max(map(len, folders.values())) < 120
 
 
 def test_an_open_tensorboard_sees_a_replaced_run_once(tmp_path):
@@ -199,11 +215,14 @@ def test_all_charts_are_drawn_by_epoch_from_1():
 
 
 def test_a_title_names_what_else_differs_between_configurations():
-    plan = [{**entry(seed=seed), "model": "a/b", "rate": rate} for seed, rate in ((1, 2), (2, 3))]
-    plan[1]["trial_id"] = "other"
-    assert [cell.title for cell in cells_of(plan).values()] == [
-        "a_b, d, r8, alpha 16, rate=2",
-        "a_b, d, r8, alpha 16, rate=3",
+    plan = [{**entry(seed=seed), "model": model} for seed, model in ((1, "a/b"), (2, "c"))]
+    rates = [{**cell, "training": {"learning_rate": rate}} for cell in plan for rate in (1e-4, 0.5)]
+    rates = [{**cell, "trial_id": str(number)} for number, cell in enumerate(rates)]
+    assert [cell.title for cell in cells_of(rates).values()] == [
+        "a_b · learning rate 0.0001",
+        "a_b · learning rate 0.5",
+        "c · learning rate 0.0001",
+        "c · learning rate 0.5",
     ]
 
 

@@ -54,7 +54,7 @@ def test_a_plan_shows_megabytes_times_and_their_sum(monkeypatch, capsys, tmp_pat
     assert "unknown" in rows[IDS[1]]
     assert "60 s" in rows[IDS[1]]
     assert below.startswith("note: take care")
-    assert "2 distinct ids." in below
+    assert "2 distinct ids: 1 configuration, 1 treatment, 2 seeds." in below
     assert below.endswith("3 min in all.")  # 160 s
 
 
@@ -76,7 +76,10 @@ def test_a_simulated_plan_has_bytes_alone(capsys, tmp_path):
     # 90 classes more than DESIGN.md's 22_105_384 bytes, each with 192 weights and a bias.
     assert f"{(22_105_384 + 90 * 193 * 4) / 1e6:.2f}" in line
     assert line.count("unknown") == 2
-    assert "1 distinct ids. Simulated: nothing would be trained." in below.file.getvalue()
+    assert (
+        "1 distinct ids: 1 configuration, 1 treatment, 1 seed. Simulated: nothing would be trained."
+        in below.file.getvalue()
+    )
 
 
 def test_a_study_ended_well_when_every_trial_did(tmp_path):

@@ -19,8 +19,12 @@ def test_the_protocol_is_every_field_but_the_axes():
         "lora.lora_dropout was 0.1 and is 0.5",
         "data.image_size was None and is 96",
     ]
-    # A study can hold several protocols: the one that comes nearest is named.
+    # A field that the study's grid varies is an axis, and may have further values.
     rates = [parse_trial(assign(VALUES, "training.learning_rate", rate)) for rate in (0.1, 0.2)]
     assert protocol.difference(rates, [rates[1]]) == []
+    third = parse_trial(assign(VALUES, "training.learning_rate", 0.3))
+    assert protocol.difference(rates, [third]) == []
+    assert protocol.difference(rates[:1], [third]) == ["training.learning_rate was 0.1 and is 0.3"]
+    assert protocol.difference([], [third]) == []
     other = parse_trial({**VALUES, "training": {"learning_rate": 0.2, "weight_decay": 1}})
     assert protocol.difference(rates, [other]) == ["training.weight_decay was 0.01 and is 1.0"]
