@@ -3,6 +3,7 @@ statistics and returns a :class:`Drawn`; one with nothing to show says why inste
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.figures.style import (
+    NARROW,
     Drawn,
     called,
     legend_below,
+    legend_of_modes,
     new_figure,
     panel_grid,
     panels_of,
@@ -21,7 +24,16 @@ from analysis.figures.style import (
     style,
 )
 from analysis.statistics.cells import modes_of
-from analysis.text.wording import short, signed
+from analysis.text.wording import (
+    MISSING,
+    between,
+    megabytes,
+    percent,
+    plural,
+    points,
+    short,
+    signed,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,49 +42,82 @@ _PARTS = ("#444444", "#E69F00", "#56B4E9", "#009E73", "#CCCCCC")
 _PART_HATCHES = ("", "//", "xx", "..", "")
 
 
-def plot_forest(table: pd.DataFrame, pairs: pd.DataFrame, *, title: str, caption: str) -> Drawn:
-    """Accuracy difference per mode with its interval, over the configurations it rests on.
+def plot_forest(table: pd.DataFrame, points: pd.DataFrame, *, title: str, caption: str) -> Drawn:
+    """Accuracy difference per mode with its interval, over the values that it rests on.
 
-    ``table`` is ``comparison.compare_modes``; ``pairs`` has ``quantization`` and ``difference``
-    (fraction), one row per configuration.
+    ``table`` is ``comparison.compare_modes``; where it has no interval, ``seed_low`` and
+    ``seed_high`` may hold one over seeds, which is drawn thin. ``points`` has ``quantization``,
+    ``difference`` (fraction) and ``tip``, a row per grey dot.
     """
     shown = table[table["mean_difference"].notna()].reset_index(drop=True)
     if shown.empty:
         reason = "no quantized mode has a finished pair with the unquantized baseline"
         return Drawn("accuracy_difference", title, caption, None, reason)
+    tips: dict[str, list[str]] = {}
+    rows = shown.to_dict("records")
+    labels = [_forest_label(row) for row in rows]
+    lines = sum(label.count("\n") + 1 for label in labels)
     with settings():
-        figure, axes = new_figure(0.9 + 0.62 * len(shown))
+        figure, axes = new_figure(0.85 + 0.12 * len(rows) + 0.17 * lines, width=NARROW)
         axis = axes[0, 0]
-        labels = []
-        for place, row in enumerate(shown.to_dict("records")):
-            own = pairs.loc[pairs["quantization"] == row["quantization"], "difference"]
-            labels.append(_draw_difference(axis, place, row, own.to_numpy() * 100))
+        for place, row in enumerate(rows):
+            own = points[points["quantization"] == row["quantization"]]
+            _draw_difference(axis, place, row, own, tips)
         axis.axvline(0, color="black", lw=1)
         axis.margins(x=0.06)
         margin = shown["margin"].dropna()
         if len(margin):
             _draw_margin(axis, float(margin.iloc[0]) * 100)
-        axis.set_yticks(range(len(shown)), labels)
-        axis.set_ylim(len(shown) - 0.4, -0.5)
+        axis.set_yticks(range(len(rows)), labels)
+        axis.set_ylim(len(rows) - 0.4, -0.5)
         axis.grid(axis="y", visible=False)
-        axis.set_xlabel("test accuracy minus unquantized, percentage points")
-    return Drawn("accuracy_difference", title, caption, figure)
+        axis.set_xlabel("test accuracy minus unquantized, pp")
+        for side, (words, end) in enumerate((("← loses", "left"), ("gains →", "right"))):
+            axis.text(
+                side, 1.02, words, transform=axis.transAxes, ha=end, va="bottom", fontsize=8,
+                color="#555555",
+            )  # fmt: skip
+    return Drawn("accuracy_difference", title, caption, figure, tips=tips)
 
 
-def _draw_difference(axis: Axes, place: int, row: dict[Any, Any], own: np.ndarray) -> str:
-    """A mode's difference, its interval and its configurations; returns the label of its row."""
+def _forest_label(row: dict[Any, Any]) -> str:
+    """The mode's name, its difference and its interval, no line longer than a phone has room."""
+    interval = ""
+    if np.isfinite([row["ci_low"], row["ci_high"]]).all():
+        interval = f" [{signed(row['ci_low'] * 100)}, {signed(row['ci_high'] * 100)}]"
+    name = textwrap.wrap(short(str(row["quantization"]), 52), 29)
+    return "\n".join([*name, f"{signed(row['mean_difference'] * 100)} pp{interval}"])
+
+
+def _draw_difference(
+    axis: Axes, place: int, row: dict[Any, Any], own: pd.DataFrame, tips: dict[str, list[str]]
+) -> None:
+    """A mode's difference, its interval and the values behind it."""
     mode = str(row["quantization"])
     colour, marker, _, _ = style(mode)
-    offsets = np.linspace(-0.16, 0.16, len(own)) if len(own) > 1 else np.zeros(len(own))
-    axis.plot(own, place + 0.26 + offsets * 0.6, ".", color="#9a9a9a", ms=4, zorder=2)
-    mean, low, high = (row[name] * 100 for name in ("mean_difference", "ci_low", "ci_high"))
-    interval = " (no interval)"
-    if np.isfinite([low, high]).all():
-        axis.plot([low, high], [place] * 2, color=colour, lw=2.4, zorder=3)
-        axis.plot([low, high], [place] * 2, "|", color=colour, ms=9, mew=1.6, zorder=3)
-        interval = f" [{signed(low)}, {signed(high)}]"
-    axis.plot(mean, place, marker, color=colour, ms=8, mec="white", zorder=4)
-    return f"{called(mode)}\n{signed(mean)} pp{interval}"
+    values = own["difference"].to_numpy("float64") * 100
+    offsets = np.linspace(-0.1, 0.1, len(own)) if len(own) > 1 else np.zeros(len(own))
+    axis.plot(
+        values, place + 0.26 + offsets, ".", color="#9a9a9a", ms=5, mew=0, zorder=2,
+        gid=f"values-{place}",
+    )  # fmt: skip
+    tips[f"values-{place}"] = [str(tip) for tip in own["tip"]]
+    ends = [row[name] * 100 for name in ("ci_low", "ci_high")]
+    thin = [row.get(name, np.nan) * 100 for name in ("seed_low", "seed_high")]
+    if np.isfinite(ends).all():
+        axis.plot(ends, [place] * 2, color=colour, lw=2.4, zorder=3)
+        axis.plot(ends, [place] * 2, "|", color=colour, ms=9, mew=1.6, zorder=3)
+    elif np.isfinite(thin).all():
+        axis.plot(thin, [place] * 2, color=colour, lw=1, ls=(0, (3, 2)), zorder=3)
+    mean = row["mean_difference"] * 100
+    gid = f"mean-{place}"
+    axis.plot(mean, place, marker, color=colour, ms=8, mec="white", zorder=4, gid=gid)
+    over = between(*ends)
+    words = f"{signed(mean)} pp" + ("" if over == MISSING else f", 95 % interval {over}")
+    if between(*thin) != MISSING:
+        words += f", {between(*thin)} over its seeds"
+    pairs = f"{plural(row['n_configurations'], 'configuration')}, {plural(row['n_pairs'], 'pair')}"
+    tips[gid] = [f"{mode}: {words}; {row['verdict']}; {pairs}"]
 
 
 def _draw_margin(axis: Axes, edge: float) -> None:
@@ -92,42 +137,70 @@ def plot_pareto(
         return Drawn(key, title, caption, None, empty)
     from matplotlib.lines import Line2D
 
-    fills: tuple[Any, ...] = ("full", "none", "left", "top", "right", "bottom")
     models = list(dict.fromkeys(str(model) for model in table["model"]))
     panels = panels_of(table, ["dataset"])
+    tips: dict[str, list[str]] = {}
     with settings():
-        figure, axes = panel_grid(len(panels), 2.7)
+        figure, axes = panel_grid(len(panels), 2.1, width=NARROW)
         for axis, ((dataset,), group) in zip(axes, panels, strict=True):
-            front = group[group["on_front"]].sort_values("cost")
-            axis.step(
-                front["cost"] / 1e6, front["score"] * 100, where="post", color="#888888", lw=1,
-                zorder=1,
-            )  # fmt: skip
-            for (mode, model), cells in group.groupby(["quantization", "model"], observed=True):
-                colour, marker, _, _ = style(str(mode))
-                fill = fills[models.index(str(model)) % len(fills)]
-                axis.plot(
-                    cells["cost"] / 1e6, cells["score"] * 100, marker, color=colour, ms=6.5,
-                    fillstyle=fill, mec=colour, mew=1.2, ls="", alpha=0.9,
-                )  # fmt: skip
+            _draw_cells(axis, group, models, tips)
             axis.set_title(short(dataset))
+            axis.margins(y=0.09)
             axis.set_xscale("log")
             low, high = table["cost"].min() / 1e6, table["cost"].max() / 1e6
             plain_log(axis.xaxis, low, high)
             pad = max((high / low) ** 0.08, 1.08)
             axis.set_xlim(low / pad, high * pad)
             axis.set_xlabel(label)
+        for axis in axes[::2]:
             axis.set_ylabel("test accuracy, %")
-        modes = modes_of(table["quantization"])
-        handles = [Line2D([], [], color=style(m)[0], marker=style(m)[1], ls="") for m in modes]
-        handles += [
-            Line2D([], [], color="black", marker="o", ls="", fillstyle=fills[i % len(fills)])
-            for i in range(len(models))
-        ]
-        handles.append(Line2D([], [], color="#888888", lw=1))
-        names = [*map(called, modes), *map(short, models), "front"]
-        legend_below(figure, handles, names)
-    return Drawn(key, title, caption, figure)
+        handles, names = legend_of_modes(modes_of(table["quantization"]))
+        for name in models if len(models) > 1 else []:
+            fill = _fill(models, name)
+            handles.append(Line2D([], [], color="black", marker="o", ls="", fillstyle=fill))
+            names.append(_brief(name, models))
+        handles.append(Line2D([], [], color="#666666", lw=1.2))
+        legend_below(figure, handles, [*names, "front"], handlelength=2)
+    return Drawn(key, title, caption, figure, tips=tips)
+
+
+def _draw_cells(
+    axis: Axes, group: pd.DataFrame, models: list[str], tips: dict[str, list[str]]
+) -> None:
+    """The front, a line per configuration through its modes, and a marker per cell."""
+    for _, own in group.sort_values("cost").groupby("configuration"):
+        axis.plot(own["cost"] / 1e6, own["score"] * 100, color="#d0d0d0", lw=0.7, zorder=1)
+    front = group[group["on_front"]].sort_values("cost")
+    axis.step(
+        front["cost"] / 1e6, front["score"] * 100, where="post", color="#666666", lw=1.2, zorder=1
+    )
+    for (mode, model), cells in group.groupby(["quantization", "model"], observed=True):
+        colour, marker, _, _ = style(str(mode))
+        gid = f"cells-{len(tips)}"
+        axis.plot(
+            cells["cost"] / 1e6, cells["score"] * 100, marker, color=colour, ms=6.5,
+            fillstyle=_fill(models, str(model)), mec=colour, mew=1.2, ls="", alpha=0.9, gid=gid,
+        )  # fmt: skip
+        tips[gid] = [_cell_tip(row) for row in cells.to_dict("records")]
+
+
+def _brief(model: str, models: list[str]) -> str:
+    """``deit_tiny`` for ``deit_tiny_patch16_224``, where that still tells the models apart."""
+    brief = [name.partition("_patch")[0] for name in models]
+    return short(model.partition("_patch")[0] if len(set(brief)) == len(models) else model)
+
+
+def _fill(models: list[str], model: str) -> Any:
+    return ("full", "none", "left", "top", "right", "bottom")[models.index(model) % 6]
+
+
+def _cell_tip(row: dict[Any, Any]) -> str:
+    """A cell in words: what it is, how accurate, how large."""
+    return (
+        f"{short(row['configuration'], 100)} · {row['quantization']}: {percent(row['score'], 2)}, "
+        f"{megabytes(row['cost'])}, {plural(row['n'], 'seed')}"
+        + ("; on the front" if row["on_front"] else "")
+    )
 
 
 def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[str, str]) -> Drawn:
@@ -238,6 +311,7 @@ def plot_seeds(table: pd.DataFrame, sds: pd.DataFrame, *, title: str, caption: s
     key = "seed_spread"
     if table.empty:
         return Drawn(key, title, caption, None, "no cell has two finished seeds")
+    tips: dict[str, list[str]] = {}
     with settings():
         modes = modes_of(sds["quantization"])
         sds = sds.set_index("quantization").loc[modes].reset_index()
@@ -252,11 +326,19 @@ def plot_seeds(table: pd.DataFrame, sds: pd.DataFrame, *, title: str, caption: s
             offset = 0.26 * np.sin(np.arange(len(own)) * 2.399963)
             sd = row["sd"] * 100
             axis.fill_betweenx([number - 0.34, number + 0.34], -sd, sd, color=colour, alpha=0.13)
-            axis.plot(own, number + offset, marker, color=colour, ms=4.5, alpha=0.75, mew=0, ls="")
+            axis.plot(
+                own, number + offset, marker, color=colour, ms=4.5, alpha=0.75, mew=0, ls="",
+                gid=f"seeds-{number}",
+            )  # fmt: skip
+            tips[f"seeds-{number}"] = [
+                f"{short(trial['configuration'], 100)} · {mode} · seed {trial['seed']}: "
+                f"{points(trial['deviation'])} from the mean of its cell"
+                for trial in table[table["quantization"] == mode].to_dict("records")
+            ]
             labels.append(f"{called(mode)}\nsd {sd:.2f} pp")
         axis.axvline(0, color="black", lw=1)
         axis.set_yticks(range(len(modes)), labels)
         axis.set_ylim(len(modes) - 0.4, -0.6)
         axis.grid(axis="y", visible=False)
         axis.set_xlabel("test accuracy minus the mean over seeds, percentage points")
-    return Drawn(key, title, caption, figure)
+    return Drawn(key, title, caption, figure, tips=tips)

@@ -9,7 +9,10 @@ from analysis.measures.curves import curve_bands, curve_gaps
 from analysis.measures.memory import LEDGER
 from analysis.measures.pareto import pareto_front
 from analysis.statistics.cells import modes_of
+from analysis.statistics.pairs import paired_differences, seed_intervals
+from analysis.text import wording
 from analysis.text.layout import clean
+from analysis.text.wording import plural, short
 
 KEYS = (
     "accuracy_difference",
@@ -42,16 +45,8 @@ def draw_all(found: Findings) -> dict[str, Drawn]:
 
 
 def _outcomes(found: Findings) -> list[Drawn]:
-    margin = found.comparison["margin"].dropna()
-    band = f" Shaded: the margin of ±{float(margin.iloc[0]) * 100:g} pp." if len(margin) else ""
     return [
-        comparisons.plot_forest(
-            found.comparison,
-            found.differences,
-            title="What each mode costs in accuracy",
-            caption="Difference of test accuracy to the unquantized model, with its 95 % interval "
-            f"over configurations; grey dots are the configurations.{band}",
-        ),
+        _forest(found),
         comparisons.plot_seeds(
             found.seed_spread,
             found.seed_sds,
@@ -60,6 +55,42 @@ def _outcomes(found: Findings) -> list[Drawn]:
             "configuration and mode). The band is one standard deviation, pooled over the cells.",
         ),
     ]
+
+
+def _forest(found: Findings) -> Drawn:
+    """Over configurations; over the seeds where there is one configuration alone."""
+    table, points = found.comparison, found.differences
+    margin = table["margin"].dropna()
+    band = f" Shaded: the margin of ±{float(margin.iloc[0]) * 100:g} pp." if len(margin) else ""
+    alone = bool((table["n_configurations"] == 1).any() and (table["n_configurations"] < 2).all())
+    if alone:
+        baseline = str(table["baseline"].iloc[0])
+        seeds = seed_intervals(found.study.trials, baseline=baseline).set_index("quantization")
+        table = table.assign(
+            seed_low=table["quantization"].map(seeds["ci_low"]).astype("float64"),
+            seed_high=table["quantization"].map(seeds["ci_high"]).astype("float64"),
+        )
+        points = paired_differences(found.study.trials, baseline=baseline)
+        rests = "Grey dots: the seeds of the one configuration."
+        if seeds["ci_low"].notna().any():
+            rests += " Dashed: the 95 % interval over them, which says nothing of other "
+            rests += "configurations."
+    else:
+        counts = {int(count) for count in table["n_configurations"]}
+        over = plural(counts.pop(), "configuration") if len(counts) == 1 else "configurations"
+        rests = f"Bar: its 95 % interval over {over}, the grey dots."
+    tips = [
+        short(row["configuration"], 100)
+        + (f" · seed {row['seed']}" if alone else f", {plural(row['n'], 'pair')}")
+        + f" · {row['quantization']}: {wording.points(row['difference'])}"
+        for row in points.to_dict("records")
+    ]
+    return comparisons.plot_forest(
+        table,
+        points.assign(tip=tips),
+        title="What each mode costs in accuracy",
+        caption=f"Difference of test accuracy to the unquantized model. {rests}{band}",
+    )
 
 
 def _over_epochs(found: Findings) -> list[Drawn]:
@@ -109,14 +140,15 @@ def _over_epochs(found: Findings) -> list[Drawn]:
 
 def _memory(found: Findings) -> list[Drawn]:
     trials = found.study.trials
-    front = "The line joins the cells that no other cell beats in both; differences smaller than "
-    front += "the intervals above are noise."
+    front = "Dark line: the cells that no other beats in both; differences smaller than the "
+    front += "intervals above are noise."
     return [
         comparisons.plot_pareto(
             pareto_front(trials),
             key="pareto_weights",
             title="Accuracy against the size of the base weights",
-            caption=f"Each point is a configuration and mode, mean over its seeds. {front}",
+            caption="A mark is a configuration and mode, mean over its seeds; grey lines join the "
+            f"modes of one configuration. {front}",
             label="base weights, MB",
             empty="no trial that ended well recorded its weights",
         ),

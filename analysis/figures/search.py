@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
-from analysis.figures.style import Drawn, legend_below, new_figure, plain_log, settings, style
+from analysis.figures.style import (
+    NARROW,
+    Drawn,
+    legend_below,
+    legend_of_modes,
+    new_figure,
+    plain_log,
+    settings,
+    style,
+)
 from analysis.measures.search import Searched
 from analysis.statistics.cells import modes_of
-from analysis.text.wording import name_of, parameter_of
+from analysis.text.wording import name_of, parameter_of, suggestions, value_of
 from tune_study.folder import schema
 
 KEYS = ("search_front", "search_progress", "search_importance")
@@ -41,20 +51,25 @@ def _front(found: Searched) -> Drawn:
 
     modes = modes_of(found.trials["quantization"])
     with settings():
-        figure, axes = new_figure(3.4)
+        figure, axes = new_figure(3.0, width=NARROW)
         axis = axes[0, 0]
         front = found.trials[found.trials["on_front"]].sort_values(x)
+        tips: dict[str, list[str]] = {}
         where = "post" if found.objectives[y] == "maximize" else "pre"
         axis.step(front[x] * x_scale, front[y] * y_scale, where=where, color="#888888", lw=1)
         for mode in modes:
             colour, marker, _, _ = style(mode)
             for on_front, alpha, size in ((False, 0.45, 5), (True, 1.0, 8)):
                 own = found.trials["quantization"] == mode
-                own &= found.trials["on_front"] == on_front
+                shown = found.trials[own & (found.trials["on_front"] == on_front)]
+                if shown.empty:
+                    continue
+                gid = f"trials-{len(tips)}"
                 axis.plot(
-                    found.trials.loc[own, x] * x_scale, found.trials.loc[own, y] * y_scale, marker,
-                    color=colour, ms=size, alpha=alpha, mec="white", mew=0.6, ls="",
+                    shown[x] * x_scale, shown[y] * y_scale, marker, color=colour, ms=size,
+                    alpha=alpha, mec="white", mew=0.6, ls="", gid=gid,
                 )  # fmt: skip
+                tips[gid] = _tips(found, shown)
         low, high = found.trials[x].min() * x_scale, found.trials[x].max() * x_scale
         if low > 0 and high > low:
             axis.set_xscale("log")
@@ -63,10 +78,22 @@ def _front(found: Searched) -> Drawn:
             axis.set_xlim(low / pad, high * pad)
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
-        handles = [Line2D([], [], color=style(m)[0], marker=style(m)[1], ls="") for m in modes]
+        handles, names = legend_of_modes(modes)
         handles.append(Line2D([], [], color="#888888", lw=1))
-        legend_below(figure, handles, [*modes, "front"])
-    return Drawn(key, title, caption, figure)
+        legend_below(figure, handles, [*names, "front"], handlelength=2)
+    return Drawn(key, title, caption, figure, tips=tips)
+
+
+def _tips(found: Searched, trials: pd.DataFrame) -> list[str]:
+    """Each trial in words: its number, its objectives, what was suggested."""
+    return [
+        ", ".join(
+            [f"trial {row['number']}: {row['quantization']}"]
+            + [f"{name_of(name)} {value_of(name, row[name])}" for name in found.objectives]
+        )
+        + f"; {suggestions(found.parameters.get(str(row['trial_id']), {}))}"
+        for row in trials.to_dict("records")
+    ]
 
 
 def _progress(found: Searched) -> Drawn:
@@ -80,8 +107,9 @@ def _progress(found: Searched) -> Drawn:
     if not np.isfinite(values).any():
         why = "no trial ended well" if found.trials.empty else "an objective has one value only"
         return Drawn(key, title, caption, None, why)
+    tips: dict[str, list[str]] = {}
     with settings():
-        figure, axes = new_figure(2.5)
+        figure, axes = new_figure(2.3, width=NARROW)
         axis = axes[0, 0]
         numbers = found.progress["number"]
         if several:
@@ -92,13 +120,15 @@ def _progress(found: Searched) -> Drawn:
             (objective,) = found.objectives
             factor, label = _scale(objective)
             axis.plot(
-                found.trials["number"], found.trials[objective] * factor, ".", color="#999999"
-            )
+                found.trials["number"], found.trials[objective] * factor, ".", color="#999999",
+                gid="trials",
+            )  # fmt: skip
+            tips["trials"] = _tips(found, found.trials)
             axis.step(numbers, values * factor, where="post", color="#0072B2")
             axis.set_ylabel(label)
         axis.set_xlabel("trials suggested")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    return Drawn(key, title, caption, figure)
+    return Drawn(key, title, caption, figure, tips=tips)
 
 
 def _importance(found: Searched) -> Drawn:

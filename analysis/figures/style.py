@@ -8,12 +8,13 @@ is imported when a figure is made, not before.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from analysis.text.wording import short
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 WIDTH = 5.2
 """Inches: 9 pt text stays readable when a phone shows the figure 390 px wide."""
+NARROW = 4.2
+"""Inches, of the figures on the first screen: larger text on a phone, and beside the table."""
 SCREEN_DPI, PRINT_DPI = 150, 300
 _STYLES = {
     "none": ("#444444", "o", "-", ""),
@@ -40,7 +43,6 @@ _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _HATCHES = ("//", "xx", "..", "\\\\", "++", "oo")
 _OTHERS: ContextVar[tuple[str, ...]] = ContextVar("_OTHERS", default=())
 _MOST_PANELS = 6
-_SHORT_LEGEND, _LEGEND_CHARACTERS = 10, 84
 _RC: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -59,6 +61,8 @@ _RC: Any = {
     "lines.linewidth": 1.4,
     "hatch.linewidth": 0.5,
     "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "",  # the same figure has the same ids
     "figure.facecolor": "white",
     "text.parse_math": False,  # a model called $x$ is a name, not a formula
     "axes.unicode_minus": True,
@@ -74,6 +78,8 @@ class Drawn(NamedTuple):
     figure: Figure | None
     empty: str = ""
     simulated: bool = False
+    tips: Mapping[str, Sequence[str]] = {}
+    """What the points of an artist tell when pointed at, in their order, by the artist's gid."""
 
 
 @contextmanager
@@ -118,11 +124,13 @@ def settings() -> Iterator[None]:
         yield
 
 
-def new_figure(height: float, rows: int = 1, columns: int = 1, **shared: Any) -> tuple[Figure, Any]:
+def new_figure(
+    height: float, rows: int = 1, columns: int = 1, *, width: float = WIDTH, **shared: Any
+) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     layout = figure.get_layout_engine()
     if layout is not None:
         layout.set(w_pad=0.09, h_pad=0.08)  # type: ignore[call-arg]
@@ -130,18 +138,37 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **shared: Any) ->
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
-def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+def legend_below(
+    figure: Figure, handles: Sequence[Any], labels: Sequence[str], handlelength: float = 3.2
+) -> None:
+    """In as many columns as the figure has room for, four at most; it grows with many rows."""
     if not handles:
         return
-    columns = min(4, len(labels))
-    if len(labels) > _SHORT_LEGEND:  # many names, long ones perhaps: as many as fit the width
-        columns = min(4, max(1, int(_LEGEND_CHARACTERS / (max(map(len, labels)) + 8))))
-        rows = -(-len(labels) // columns)
-        figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 2))
+    room = figure.get_figwidth() * 72 - 16
+    own = handlelength * 8 + 18  # points beside a label: its handle, and the gaps
+    widths = [len(label) * 5.2 + own for label in labels]
+    # matplotlib fills column after column, each as wide as its widest.
+    fits = (n for n in (4, 3, 2) if sum(map(max, _columns(widths, n))) < room)
+    columns = next(fits, 1)
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(rows - 2, 0))
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=columns, handlelength=3.2,
+        handles, labels, loc="outside lower center", ncols=columns, handlelength=handlelength,
         columnspacing=1.4,
     )  # fmt: skip
+
+
+def _columns(widths: Sequence[float], count: int) -> list[list[float]]:
+    return [list(part) for part in np.array_split(widths, min(count, len(widths)))]
+
+
+def legend_of_modes(modes: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """Handles and labels of the marks of treatments."""
+    from matplotlib.lines import Line2D
+
+    looks = [style(mode) for mode in modes]
+    handles = [Line2D([], [], color=colour, marker=mark, ls="") for colour, mark, *_ in looks]
+    return handles, [called(mode) for mode in modes]
 
 
 def panels_of(
@@ -151,11 +178,11 @@ def panels_of(
     return [(tuple(str(part) for part in key), group) for key, group in grouped][:most]
 
 
-def panel_grid(count: int, height: float) -> tuple[Figure, list[Axes]]:
+def panel_grid(count: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
     """A figure of ``count`` panels, two in a row."""
     columns = min(2, count)
     rows = -(-count // columns)
-    figure, axes = new_figure(height * rows + 0.5, rows, columns)
+    figure, axes = new_figure(height * rows + 0.5, rows, columns, **options)
     flat = list(axes.flat)
     for spare in flat[count:]:
         spare.set_visible(False)
@@ -200,17 +227,23 @@ def png(drawn: Drawn, *, dpi: int = SCREEN_DPI) -> bytes:
     return _render(drawn, "png", dpi)
 
 
+def svg(drawn: Drawn) -> bytes:
+    """The figure as SVG, its texts as text. Raises ``ValueError`` for an empty one."""
+    return _render(drawn, "svg", 72)
+
+
 def _render(drawn: Drawn, kind: str, dpi: int) -> bytes:
     if drawn.figure is None:
         raise ValueError(f"figure {drawn.key} is empty: {drawn.empty}")
     buffer = io.BytesIO()
-    metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}}[kind]
+    nothing = dict.fromkeys(("Date", "Creator", "Type", "Format"))
+    dated = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": nothing}
     with settings():
         if drawn.figure.get_layout_engine() is not None:
             # Laid out once: the engine would repeat it, the slowest part, for every file.
             drawn.figure.draw_without_rendering()
             drawn.figure.set_layout_engine("none")
-        drawn.figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
+        drawn.figure.savefig(buffer, format=kind, dpi=dpi, metadata=dated[kind])
     return buffer.getvalue()
 
 

@@ -12,11 +12,13 @@ from analysis.measures import memory
 from analysis.statistics import planning
 from analysis.statistics.cells import modes_of
 from analysis.statistics.pairs import seed_intervals
-from analysis.text.wording import between, megabytes, plural, signed, span, span_of
+from analysis.text.wording import between, either, megabytes, plural, signed, span, span_of
 from tune_study.folder import names, schema
 
 TOLERANCES = (0.005, 0.01, 0.02)
 """Losses of accuracy (fractions) that a reader may be ready to accept."""
+ACCEPT = "You accept a loss of"
+"""How the lines of the tolerances begin."""
 SMALL_PEAK_SAVING = 0.05
 WORDS = {
     "none": "no quantization",
@@ -84,9 +86,8 @@ def tolerances(
             lines.append(([loss], line))
     merged = []
     for losses, line in lines:
-        amounts = [f"{loss * 100:g}" for loss in losses]
-        several = ", ".join(amounts[:-1]) + (" or " if len(amounts) > 1 else "") + amounts[-1]
-        merged.append(line._replace(question=f"You accept a loss of {several} pp of accuracy"))
+        several = either([f"{loss * 100:g}" for loss in losses])
+        merged.append(line._replace(question=f"{ACCEPT} {several} pp of accuracy"))
     return merged
 
 
@@ -97,7 +98,7 @@ def tolerance(
 
     That is the non-inferiority test of ``comparison.compare_modes`` at this margin.
     """
-    question = f"You accept a loss of {loss * 100:g} pp of accuracy"
+    question = f"{ACCEPT} {loss * 100:g} pp of accuracy"
     rows = {str(row["quantization"]): row for row in comparison.to_dict("records")}
     modes = _by_size(list(rows), memory)
     if not modes:
@@ -110,10 +111,10 @@ def tolerance(
         answer = f"Use {mode} ({meaning(mode)})"
         smaller = [m for m in waiting if modes.index(m) < modes.index(mode)]
         evidence = f"{mode}: {in_words(trials, rows[mode], loss)}{_size(mode, memory)}"
-        needs = "; ".join(_undecided(trials, rows[m], loss) for m in smaller)
+        needs = _few([_undecided(trials, rows[m], loss) for m in smaller])
         evidence += f". Not decided for smaller weights: {needs}" if needs else ""
         return Decision(question, answer, evidence, _sample(rows[mode]), True, mode)
-    evidence = "; ".join(f"{m}: {in_words(trials, rows[m], loss)}" for m in modes)
+    evidence = _few([f"{m}: {in_words(trials, rows[m], loss)}" for m in modes])
     if waiting:
         needs = _undecided(trials, rows[waiting[0]], loss)
         return Decision(
@@ -121,6 +122,13 @@ def tolerance(
         )
     answer = "Use none: every quantized mode loses more"
     return Decision(question, answer, evidence, _sample(rows[modes[0]]), True, "none")
+
+
+def _few(parts: Sequence[str], joint: str = "; ", most: int = 5) -> str:
+    """The parts, the first of many treatments only: the chapters have a row for each."""
+    if len(parts) > most:
+        parts = [*parts[: most - 1], f"{len(parts) - most + 1} more below"]
+    return joint.join(parts)
 
 
 def one_sided(row: dict[Any, Any]) -> tuple[float, float]:
@@ -263,7 +271,7 @@ def fastest(speed: pd.DataFrame, baseline: str = "none") -> Decision:
     ]
     best = max(known.to_dict("records"), key=lambda row: row["ratio"])
     sample = _sample(best)
-    evidence = f"images per second, as a multiple of {baseline}: {', '.join(texts)}"
+    evidence = f"images per second, as a multiple of {baseline}: {_few(texts, ', ')}"
     if (known["ci_high"] < 1).all():
         return Decision(question, f"Use {baseline}", evidence, sample, True, baseline)
     if best["ci_low"] > 1:
@@ -285,12 +293,14 @@ def stability(trials: pd.DataFrame) -> Decision:
         bad = int((own["status"] == "diverged").sum())
         total += bad
         bound = diverged_bound(bad, len(own))
-        parts.append(f"{mode}: {bad} of {len(own)} diverged (rate below {bound * 100:.0f} %)")
+        text = f"{mode}: {bad} of {len(own)} diverged (rate below {bound * 100:.0f} %)"
+        parts.append((-bad, text))
     if not parts:
         return Decision(question, "Not known: no trial has ended", "", "", False)
     answer = "No trial diverged" if not total else f"{plural(total, 'trial')} diverged"
     sample = f"{plural(len(ended), 'trial')}; bounds of 95 %, if trials are independent"
-    return Decision(question, answer, "; ".join(parts), sample, not total)
+    worst_first = [text for _, text in sorted(parts, key=lambda part: part[0])]
+    return Decision(question, answer, _few(worst_first), sample, not total)
 
 
 def diverged_bound(bad: int, of: int, confidence: float = 0.95) -> float:

@@ -7,7 +7,7 @@ import pandas as pd
 from analysis.findings.decisions import Decision
 from analysis.measures.pareto import costs_of
 from analysis.measures.search import Searched
-from analysis.text.wording import name_of, parameter_of, percent, suggested, value_of
+from analysis.text.wording import name_of, percent, suggestions, value_of
 
 BEST = {
     "val_accuracy": "You want the best validation accuracy",
@@ -20,10 +20,7 @@ TOLERANCE = 0.01
 
 def in_words(found: Searched, trial_id: str) -> str:
     """What was suggested for a trial, in one line."""
-    params = found.parameters.get(trial_id, {})
-    return (
-        ", ".join(f"{parameter_of(name)} {suggested(v)}" for name, v in params.items()) or trial_id
-    )
+    return suggestions(found.parameters.get(trial_id, {})) or trial_id
 
 
 def decide(found: Searched) -> list[Decision]:

@@ -11,7 +11,11 @@ from analysis.text.wording import MISSING, listing, megabytes, number
 
 
 class Table(NamedTuple):
-    """A table of finished strings; the first column names the row. ``wide`` columns hold text."""
+    """A table of finished strings; the first column names the row. ``wide`` columns hold text.
+
+    A ``sortable`` one is sorted and filtered in the browser, by the words of a row and by the
+    values of the columns in ``picks``.
+    """
 
     key: str
     caption: str
@@ -19,10 +23,14 @@ class Table(NamedTuple):
     rows: list[list[str]]
     note: str = ""
     wide: tuple[int, ...] = ()
+    sortable: bool = False
+    picks: tuple[int, ...] = ()
 
     @property
     def cards(self) -> bool:
         """Whether a narrow screen shows each row as a list of headings and values."""
+        if self.sortable:
+            return False  # its headings are what one sorts by
         return bool(self.wide) or (len(self.columns) > 4 and len(self.rows) <= 8)
 
     def is_text(self, column: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -109,6 +110,10 @@ def megabytes(value: Any) -> str:
     return f"{size:,.0f} MB" if size >= 100 else f"{size:.3g} MB"
 
 
+def seconds(value: Any) -> str:
+    return f"{number(value, 0)} s" if known(value) else MISSING
+
+
 def plural(count: Any, noun: str) -> str:
     """``1 seed``, ``3 seeds``."""
     return f"{int(count):,} {noun}{'' if int(count) == 1 else 's'}"
@@ -119,6 +124,11 @@ def listing(names: list[str], most: int = 4) -> str:
     if len(names) > most:
         names = [*names[: most - 1], f"{len(names) - most + 1} more"]
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""
+
+
+def either(names: list[str]) -> str:
+    """``a, b or c``."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def short(name: str, most: int = 28) -> str:
@@ -154,3 +164,8 @@ def suggested(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return MISSING if value is None else short(str(value), 40)
     return f"{value:.3g}".replace("e-0", "e-")
+
+
+def suggestions(parameters: Mapping[str, Any]) -> str:
+    """What was suggested for a trial, in one line."""
+    return ", ".join(f"{parameter_of(name)} {suggested(v)}" for name, v in parameters.items())

@@ -227,3 +227,22 @@ def test_the_baseline_is_fastest_only_when_every_mode_is_slower() -> None:
     assert answer((0.7, 0.9), (0.8, 0.95)) == "Use none"
     assert answer((0.7, 0.9), (1.1, 1.3)) == "Use nf4"
     assert answer((0.7, 0.9), (0.9, 1.3)).startswith("Not decided")
+
+
+def test_of_many_treatments_a_line_names_a_few() -> None:
+    cells = synthetic.plan(models=synthetic.MODELS[:1], datasets=("cifar10",))
+    trials, _ = synthetic.study_frames(cells, failures={5: "diverged"})
+    other = trials[trials["quantization"] != "none"]
+    copies = [
+        other.assign(
+            quantization=other["quantization"] + f" without blocks {i}",
+            trial_id=other["trial_id"] + str(i),
+        )
+        for i in range(3)
+    ]
+    many = pd.concat([trials, *copies], ignore_index=True)
+    line = decisions.stability(many)
+    assert line.answer == "4 trials diverged"
+    assert line.evidence.startswith("int8: 1 of 9 diverged")
+    assert line.evidence.count("diverged") == 4
+    assert line.evidence.endswith("; 9 more below")
