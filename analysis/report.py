@@ -68,6 +68,8 @@ def _write_latex(page: Page, folder: Path) -> None:
     tables = [page.glance, *(table for part in page.sections for table in part.tables)]
     written = set()
     for table in tables:
+        if table.key == "every_trial":
+            continue  # trials.csv, not a table that a paper prints
         written.add(f"{table.key}.tex")
         _write(folder / f"{table.key}.tex", latex.render(table, caption_prefix=prefix))
     for stale in folder.glob("*.tex"):

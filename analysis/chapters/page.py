@@ -6,6 +6,7 @@ they can't disagree. A section that has nothing to show says why.
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -19,28 +20,41 @@ from analysis.chapters.training import convergence, gradients
 from analysis.chapters.trials import methods, trials
 from analysis.figures.gallery import draw_all
 from analysis.figures.style import Drawn
-from analysis.findings import summary
+from analysis.findings import decisions, summary
 from analysis.findings.decisions import Decision, meaning
 from analysis.findings.findings import Findings
 from analysis.statistics.cells import modes_of
 from analysis.text.layout import Section, Table, clean, cleaned
-from analysis.text.wording import MISSING, between, listing, number, plural, points, short, span_of
+from analysis.text.wording import (
+    MISSING,
+    between,
+    either,
+    listing,
+    number,
+    plural,
+    points,
+    short,
+    span_of,
+)
+from tune_study.folder import names
 
 QUESTION = (
-    "A large frozen network is adapted to a new task by training small LoRA matrices beside it. "
-    "Quantization stores the frozen weights in fewer bits. What does that save, and what does it "
-    "cost?"
+    "LoRA trains small matrices beside a frozen network. Quantization stores the frozen weights in "
+    "fewer bits: what does that save, and what does it cost?"
 )
 
 
 class Page(NamedTuple):
-    """What the templates show. ``images`` maps a figure's key to its place in the document."""
+    """What the templates show. ``verdict`` has a line per answer: what to do, if what, decided or
+    not; ``picture`` the keys of the figures beside it."""
 
     title: str
     simulated: bool
     banners: list[str]
     question: str
     scope: str
+    verdict: list[tuple[str, str, bool]]
+    picture: tuple[str, ...]
     decisions: list[Decision]
     modes: list[tuple[str, str]]
     glance: Table
@@ -63,8 +77,10 @@ def make_page(found: Findings) -> Page:
         banners=[clean(banner) for banner in _banners(found, progress)],
         question=QUESTION,
         scope=_scope(trials, progress),
+        verdict=_verdict(found),
+        picture=_picture(found),
         decisions=[_cleaned(line) for line in found.decisions],
-        modes=[(clean(mode), meaning(mode)) for mode in modes_of(trials["quantization"])],
+        modes=_modes(trials),
         glance=glance(found) if found.search is None else _of_search(found),
         sections=[cleaned(section) for section in sections(found)],
         figures=draw_all(found),
@@ -90,6 +106,36 @@ def sections(found: Findings) -> list[Section]:
         trials(found),
         methods(found),
     ]
+
+
+def _verdict(found: Findings) -> list[tuple[str, str, bool]]:
+    """The answer in a line or two: of a search every line, of a grid the tolerances."""
+    lines = [_cleaned(line) for line in found.decisions]
+    if found.search is not None:
+        return [(line.answer, f"if y{line.question[1:]}", line.decided) for line in lines]
+    amounts: dict[tuple[str, bool], list[str]] = {}
+    for line in lines:
+        if line.question.startswith(decisions.ACCEPT):
+            answer = (line.answer.partition(":")[0], line.decided)
+            amounts.setdefault(answer, []).extend(re.findall(r"\d[\d.]*", line.question))
+    return [
+        (answer, f"if you accept a loss of {either(several)} pp of accuracy", decided)
+        for (answer, decided), several in amounts.items()
+    ]
+
+
+def _picture(found: Findings) -> tuple[str, ...]:
+    if found.search is None:
+        return ("accuracy_difference", "pareto_weights")
+    several = len(found.search.objectives) > 1
+    return ("search_front", "search_progress") if several else ("search_progress",)
+
+
+def _modes(trials: pd.DataFrame) -> list[tuple[str, str]]:
+    """Each mode in words; of a treatment that is more, its mode."""
+    treatments = modes_of(trials["quantization"])
+    modes = dict.fromkeys(names.mode_in(treatment) or treatment for treatment in treatments)
+    return [(clean(mode), meaning(mode)) for mode in modes]
 
 
 def _cleaned(line: Decision) -> Decision:
@@ -151,7 +197,7 @@ def _scope(trials: pd.DataFrame, progress: dict[str, Any]) -> str:
     where = f" on {listing(machines)}" if machines else ""
     batch = f", batch {listing([str(size) for size in batches])}" if batches else ""
     return (
-        f"{models} fine-tuned with LoRA on {data}{where}{batch}: "
+        f"LoRA fine-tuning of {models} on {data}{where}{batch}: "
         f"{progress['good']} of {plural(progress['planned'], 'trial')} ended well."
     )
 

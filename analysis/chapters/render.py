@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 from pathlib import Path
 from typing import Any
 
 from analysis.chapters.page import Page
+from analysis.figures.inline import has_points, svg_element
 from analysis.figures.style import png
 from analysis.text.layout import clean
 
@@ -27,14 +29,27 @@ def _environment(autoescape: bool) -> Any:
 
 
 def render_html(page: Page) -> str:
-    """One self-contained document: no script, no request, figures embedded."""
-    images = {
-        key: base64.b64encode(png(drawn)).decode("ascii")
-        for key, drawn in page.figures.items()
-        if drawn.figure is not None
-    }
+    """One self-contained document: no request, figures embedded, and our script alone may run."""
+    from markupsafe import Markup
+
+    images, drawings = {}, {}
+    for key, drawn in page.figures.items():
+        if has_points(drawn):
+            drawings[key] = Markup(svg_element(drawn))
+        elif drawn.figure is not None:
+            images[key] = base64.b64encode(png(drawn)).decode("ascii")
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     template = _environment(True).get_template("report.html.j2")
-    return str(template.render(page=page, images=images))
+    return str(
+        template.render(
+            page=page,
+            images=images,
+            drawings=drawings,
+            script=Markup(script),
+            digest=digest,
+        )
+    )
 
 
 def render_markdown(page: Page) -> str:

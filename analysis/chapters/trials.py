@@ -8,9 +8,11 @@ import pandas as pd
 
 from analysis.chapters import search
 from analysis.findings.findings import Findings
-from analysis.text.layout import Cell, Section, Table, count, table_of, text
-from analysis.text.wording import MISSING, plural
+from analysis.statistics.cells import varying
+from analysis.text.layout import Cell, Section, Table, count, size, table_of, text
+from analysis.text.wording import MISSING, number, percent, plural, seconds, short
 from tune_study.folder import schema
+from tune_study.folder.names import field_in_words
 
 
 def trials(found: Findings) -> Section:
@@ -48,7 +50,47 @@ def trials(found: Findings) -> Section:
         rows = [[problem] for problem in found.problems[:50]]
         note = "" if len(found.problems) <= 50 else f"The first 50 of {len(found.problems)}."
         tables.append(Table("problems", "Problems", ("problem",), rows, note, (0,)))
+    tables.append(every_trial(frame))
     return Section("trials", "Trials", paragraphs, tables)
+
+
+MOST_TRIALS = 1000
+_HEADINGS = {"dataset": "data set", "lora_r": "LoRA r", "lora_alpha": "LoRA alpha"}
+
+
+def every_trial(frame: pd.DataFrame) -> Table:
+    """A row per trial: what sets it apart, what became of it, and where it lies."""
+    cells: dict[str, Cell] = {
+        _HEADINGS.get(name, field_in_words(name)): _brief(name) for name in varying(frame)
+    }
+    cells["mode"] = text("quantization")
+    picks = len(cells) - 1
+    cells |= {"seed": text("seed"), "status": text("status")}
+    measured: dict[str, tuple[str, Cell]] = {
+        "test_accuracy": ("test accuracy", lambda r: percent(r["test_accuracy"], 2)),
+        "val_accuracy": ("validation accuracy", lambda r: percent(r["val_accuracy"], 2)),
+        "epochs_completed": ("epochs", text("epochs_completed")),
+        "weights_bytes": ("base weights", size("weights_bytes")),
+        "peak_train_bytes": ("peak", size("peak_train_bytes")),
+        "images_per_s": ("images per s", lambda r: number(r["images_per_s"], 1)),
+        "train_time_s": ("training", lambda r: seconds(r["train_time_s"])),
+    }
+    cells |= {title: cell for name, (title, cell) in measured.items() if frame[name].notna().any()}
+    cells["trial"] = text("trial_id")
+    more = len(frame) - MOST_TRIALS
+    return table_of(
+        "every_trial",
+        "Every trial",
+        frame.head(MOST_TRIALS),
+        cells,
+        note=f"The first {MOST_TRIALS} of {len(frame)}; all are in trials.csv." if more > 0 else "",
+        sortable=True,
+        picks=(picks, picks + 2),
+    )
+
+
+def _brief(name: str) -> Cell:
+    return lambda row: MISSING if pd.isna(row[name]) else short(row[name], 40)
 
 
 def methods(found: Findings) -> Section:

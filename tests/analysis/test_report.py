@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -59,8 +61,10 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Document]:
     manifest["provenance"]["versions"][EVIL] = EVIL
     (path / "study.json").write_text(json.dumps(manifest))
     (path / EVIL.replace("/", "_")[:60]).mkdir()
+    failed = path / str(cells[0]["trial_id"]) / "results.json"
+    failed.write_text(json.dumps({**json.loads(failed.read_text()), "error": f"failed: {EVIL}"}))
     with pytest.MonkeyPatch.context() as patch:
-        without_rendering(patch)
+        without_rendering(patch, but_inline=True)
         return path, written(path)[1]
 
 
@@ -76,19 +80,37 @@ def test_everything_is_written(finished: tuple[Path, Document]) -> None:
 
 def test_the_page_needs_nothing_else(finished: tuple[Path, Document]) -> None:
     document = finished[1]
-    assert not document.named("script")
     assert not document.named("link")
     assert not document.named("iframe")
+    assert not any("src" in attributes for attributes in document.named("script"))
     sources = [image["src"] or "" for image in document.named("img")]
-    assert len(sources) == 10
+    assert len(sources) == 6
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert all(image["alt"] for image in document.named("img"))
+    drawings = document.named("svg")
+    assert len(drawings) == 4
+    assert all(one["role"] == "img" and one["aria-label"] for one in drawings)
     page = (finished[0] / "report/report.html").read_text()
-    assert "default-src 'none'" in page
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
-    assert "url(" not in page
+    assert not re.search(r"url\((?!#)", page)
     assert "viewport" in page
     assert "prefers-color-scheme: dark" in page
+
+
+def test_only_our_script_may_run(finished: tuple[Path, Document]) -> None:
+    document = finished[1]
+    assert len(document.named("script")) == 1
+    digest = hashlib.sha256("".join(document.code["script"]).encode()).digest()
+    (policy,) = (one["content"] or "" for one in document.named("meta") if "http-equiv" in one)
+    assert policy == (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{base64.b64encode(digest).decode()}'"
+    )
+
+
+def test_a_full_grid_is_light(finished: tuple[Path, Document]) -> None:
+    assert len(finished[1].named("svg")) == 4
+    assert (finished[0] / "report/report.html").stat().st_size < 2_000_000
 
 
 def test_the_table_of_contents_leads_somewhere(finished: tuple[Path, Document]) -> None:
@@ -96,8 +118,43 @@ def test_the_table_of_contents_leads_somewhere(finished: tuple[Path, Document]) 
     ids = [attributes["id"] for _, attributes in document.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
     targets = [(link["href"] or "")[1:] for link in document.named("a")]
-    assert len(targets) == 8
+    assert len([name for name in targets if not name.startswith("figure-")]) == 8
     assert set(targets) <= set(ids)
+    drawn = [(link["href"] or "")[1:] for link in document.named("use")]
+    assert len(drawn) > 144
+    assert set(drawn) <= set(ids)
+
+
+def test_the_picture_stands_beside_the_answer(finished: tuple[Path, Document]) -> None:
+    path, document = finished
+    ids = [attributes["id"] for _, attributes in document.tags if attributes.get("id")]
+    first = ["answer", "figure-accuracy_difference", "figure-pareto_weights"]
+    places = [ids.index(name) for name in (*first, "caption-glance", "accuracy")]
+    assert places == sorted(places)
+    assert "Use nf4-dq (4 bits per weight, constants compressed) if you accept" in document.text
+    markdown = (path / "report/report.md").read_text()
+    pictures = [markdown.index(f"figures/{name.partition('-')[2]}.png") for name in first[1:]]
+    assert pictures == sorted(pictures)
+    assert markdown.index("## What to use") < pictures[0] < markdown.index("## Accuracy")
+    assert markdown.count("figures/accuracy_difference.png") == 1
+
+
+def test_every_trial_has_a_row_to_sort_and_filter_by(finished: tuple[Path, Document]) -> None:
+    path, document = finished
+    (table,) = (one for one in document.named("table") if one.get("class") == "sortable")
+    assert table["aria-labelledby"] == "caption-every_trial"
+    page = (path / "report/report.html").read_text()
+    own = Document(
+        page[page.index('<table aria-labelledby="caption-every_trial"') :].split("</table>")[0]
+    )
+    assert len(own.named("tr")) == 145
+    heads = own.named("th")[:11]
+    assert [head.get("scope") for head in heads] == ["col"] * 11
+    assert sum("data-pick" in head for head in heads) == 2
+    for row in read_study(path).trials.to_dict("records"):
+        assert row["trial_id"] in own.words
+    assert not (path / "report/tables/every_trial.tex").exists()
+    assert "**Every trial**" in (path / "report/report.md").read_text()
 
 
 def test_it_begins_with_the_answer(finished: tuple[Path, Document]) -> None:
@@ -168,10 +225,12 @@ def test_the_empty_cell_of_qlora_stays_empty(finished: tuple[Path, Document]) ->
 
 def test_names_from_data_are_text(evil: tuple[Path, Document]) -> None:
     path, document = evil
-    assert not document.named("script")
+    assert len(document.named("script")) == 1
+    assert len(document.named("svg")) == 4
     assert all((image["src"] or "").startswith("data:") for image in document.named("img"))
-    assert not any("onerror" in attributes for _, attributes in document.tags)
+    assert not any(name.startswith("on") for _, own in document.tags for name in own)
     assert "<script>alert(1)</script>" in document.text
+    assert "failed: <script>alert(1)</script>" in document.text
     assert "{{7*7}}" in document.text
     assert "\u202e" not in document.text
     markdown = (path / "report/report.md").read_text()

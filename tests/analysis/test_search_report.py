@@ -95,7 +95,7 @@ def test_the_report_shows_the_search_and_compares_no_modes(folder):
         assert words in text
     assert "UNFINISHED" not in html
     assert "foreign" not in html
-    for words in ("accuracy against none", "QLoRA's", "one model, data set and LoRA setting"):
+    for words in ("accuracy against none", "QLoRA's", "intervals are over configurations"):
         assert words not in html
     for key in ("search_front", "search_progress", "search_importance"):
         assert (path.parent / "figures" / f"{key}.png").is_file()
