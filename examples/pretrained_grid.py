@@ -1,13 +1,16 @@
-"""The study published in docs/results: the full grid's design with weights that were at hand.
+"""The full grid's design with weights that were at hand: 144 trials for two cores.
 
     python -m tune_study.run --grid examples/pretrained_grid.py:pretrained_grid \
         --weights FOLDER_WITH_WEIGHTS --data-dir FOLDER_WITH_CIFAR
 
-Its learning rate, epochs, warm-up and dropout were chosen by the search below, in full precision,
-with another seed, and on validation images alone.
+Learning rate, epochs, warm-up and dropout are for the search below to choose, in full precision,
+with another seed and on validation images alone. It has not been run yet: what stands here is a
+first guess.
 """
 
 from typing import Any
+
+from ray import tune
 
 MODELS = ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"]
 DATA = {"image_size": 84, "train_size": 800, "val_size": 300, "test_size": 1000}
