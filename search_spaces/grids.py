@@ -70,6 +70,30 @@ def sensitivity() -> dict[str, Any]:
     }
 
 
+def adapters() -> dict[str, Any]:
+    """Does another initialisation or DoRA win back what nf4 loses? 6 adapters x 2 modes x 3 = 36.
+
+    Each adapter is its own configuration, and its baseline is the same adapter at full precision;
+    LoftQ's is plain LoRA, for there it has nothing to make good. No dropout: PiSSA's adapters hold
+    the principal part of the weights, and dropout would drop of that.
+    """
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "loftq", "use_dora": True},
+    ]
+    common = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "loftq_iter": 5}
+    return {
+        **_deit_tiny_on_cifar10(),
+        "lora": tune.grid_search([{**common, **kind} for kind in kinds]),
+        "quantization": tune.grid_search(["none", "nf4"]),
+        "seed": tune.grid_search(SEEDS),
+    }
+
+
 def _deit_tiny_on_cifar10() -> dict[str, Any]:
     return {
         "model": tune.grid_search(["deit_tiny_patch16_224"]),

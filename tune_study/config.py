@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
+import math
 import re
 import reprlib
 from collections.abc import Mapping
@@ -41,23 +42,134 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Alpha = Annotated[int, Field(ge=1, le=65536)]
+INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora", "pissa", "loftq")
+_NO_INITIALISATION = {
+    "false": "PEFT has it for debugging: the adapters would change the model before any training; ",
+    "eva": "EVA needs the activations of training images before there is a model to train; ",
+    "corda": "CorDA needs the activations of training images before there is a model to train; ",
+    "lora_ga": "LoRA-GA needs gradients of training images before there is a model to train; ",
+    "mica": "MiCA freezes B, which PEFT does for full-precision layers alone; ",
+}
+"""What else PEFT has, and why it is not to be had here."""
+_NOT_OFFERED = {
+    "fan_in_fan_out": "timm's linear layers keep their weights as [out, in]",
+    "modules_to_save": "the new head is trained whole, and nothing else",
+    "layers_pattern": "blocks are called blocks.N",
+    "target_parameters": "timm's Vision Transformers keep their weights in linear layers",
+    "layer_replication": "it makes another model of the one that is studied",
+    "trainable_token_indices": "a Vision Transformer has no token embedding",
+    "alora_invocation_tokens": "a Vision Transformer has no invocation tokens",
+    "use_qalora": "PEFT has it for GPTQ alone",
+    "velora_config": "PEFT has it for full-precision layers alone",
+    "kasa_config": "PEFT has it for full-precision layers alone",
+    "monteclora_config": "PEFT has it for full-precision layers alone",
+    "use_bdlora": "it is for serving a model from several devices",
+    "megatron_config": "timm's models are not Megatron's",
+    "arrow_config": "it routes between adapters, and a trial has one",
+    "loftq_config": "its bits are those of quantization.mode; lora.loftq_iter has its steps",
+}
+"""Fields of PEFT's ``LoraConfig`` that make no sense here, and why."""
+
+
 class LoraSpec(_Record):
     """LoRA, in peft's words. ``target_modules`` is a regular expression over whole module names."""
 
-    r: Annotated[int, Field(ge=1, le=1024)] = 8
-    lora_alpha: Annotated[int, Field(ge=1, le=65536)] = 16
+    r: Rank = 8
+    lora_alpha: Alpha = 16
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     # Anchored: the bare word "proj" would also match the patch embedding's convolution.
     target_modules: str = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
+    exclude_modules: str | None = None
+    """Of ``target_modules``, those that get no adapter; a regular expression as well."""
+    layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Adapts these blocks alone, N of ``blocks.N``; in a staged model those of every stage."""
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+    """Another ``r`` for the layers whose name ends so, e.g. ``{"mlp.fc[12]": 4}``; the first
+    regular expression that matches counts."""
+    alpha_pattern: dict[str, Alpha] = Field(default_factory=dict)
+    """The same of ``lora_alpha``."""
+    use_rslora: bool = False
+    """Scales by ``lora_alpha / sqrt(r)`` and not by ``lora_alpha / r`` (Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """Learns the magnitude of every row apart from its direction (Liu et al. 2024)."""
+    init_lora_weights: str = "default"
+    """How the adapters begin: ``default``, ``gaussian``, ``orthogonal``, ``olora``, ``pissa``,
+    ``pissa_niter_N`` or ``loftq``."""
+    loftq_iter: Annotated[int, Field(ge=1, le=100)] = 1
+    """Alternating steps of ``loftq``, which LoftQ's paper calls T; without effect elsewhere."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases of the base model learn as well: all, or those of the adapted layers."""
+    lora_bias: bool = False
+    """Gives the adapters' B a bias of its own."""
 
-    @field_validator("target_modules")
+    @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
     @classmethod
-    def _is_a_pattern(cls, value: str) -> str:
-        try:
-            re.compile(value)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"not a regular expression ({error})") from None
+    def _are_patterns(cls, value: Any) -> Any:
+        for pattern in [value] if isinstance(value, str) else value or ():
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"not a regular expression ({error})") from None
         return value
+
+    @field_validator("layers_to_transform")
+    @classmethod
+    def _names_a_layer(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value == ():
+            raise ValueError("name at least one block, or null for all")
+        return value
+
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _is_an_initialisation(cls, value: Any) -> Any:
+        value = "default" if value is True else value  # as PEFT writes it
+        if value in INITIALISATIONS or re.fullmatch(r"pissa_niter_\d{1,3}", str(value)):
+            return value
+        why = _NO_INITIALISATION.get(str(value).lower(), "")
+        raise ValueError(f"{why}choose one of {', '.join(INITIALISATIONS)} or pissa_niter_N")
+
+    @model_validator(mode="after")
+    def _go_together(self) -> LoraSpec:
+        if self.lora_bias and (self.use_dora or self.init_lora_weights != "default"):
+            raise ValueError(
+                "lora.lora_bias = true: PEFT has it for plain LoRA in its default initialisation "
+                "alone; leave lora.use_dora false and lora.init_lora_weights default"
+            )
+        odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            raise ValueError(
+                f"lora.init_lora_weights = orthogonal: it needs even ranks, and one is {odd[0]}; "
+                f"choose lora.r = {odd[0] + 1} or another initialisation"
+            )
+        return self
+
+    @property
+    def begins_with_weights(self) -> bool:
+        """Whether the adapters begin with a part of the base layers' weights, and not drawn."""
+        return self.init_lora_weights.startswith(("pissa", "olora", "loftq"))
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of the layer called ``layer``, for example ``blocks.0.attn.qkv``."""
+        return _of_pattern(self.rank_pattern, layer, self.r)
+
+    def scaling_of(self, layer: str) -> float:
+        """What the product of B and A is multiplied by, as PEFT does."""
+        alpha, r = _of_pattern(self.alpha_pattern, layer, self.lora_alpha), self.rank_of(layer)
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def of_a_step(self) -> LoraSpec:
+        """The same with only what the bytes and the time of a training step depend on."""
+        names = "lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights", "loftq_iter"
+        plain = LoraSpec(lora_alpha=1)
+        return self.model_copy(update={name: getattr(plain, name) for name in names})
+
+
+def _of_pattern(patterns: Mapping[str, int], layer: str, otherwise: int) -> int:
+    """As PEFT's ``get_pattern_key``: the first pattern that a whole end of the name matches."""
+    matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", layer))
+    return patterns[found] if (found := next(matching, None)) is not None else otherwise
 
 
 class QuantizationConfig(_Record):
@@ -115,7 +227,21 @@ class TrainingConfig(_Record):
     The training is the same to the last bit."""
 
 
-_JOINED_LATER = {"gradient_checkpointing": False, "gradient_noise_scale": False}
+_JOINED_LATER = {
+    "training": ("gradient_checkpointing", "gradient_noise_scale"),
+    "lora": (
+        "exclude_modules",
+        "layers_to_transform",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "init_lora_weights",
+        "loftq_iter",
+        "bias",
+        "lora_bias",
+    ),
+}
 """Left out of the hash while at their default, so that earlier studies keep their trial ids."""
 
 
@@ -147,6 +273,19 @@ class TrialConfig(_Record):
             return {**data, "quantization": {"mode": data["quantization"]}}
         return data
 
+    @model_validator(mode="after")
+    def _noise_scale_is_measured(self) -> TrialConfig:
+        lora = self.lora
+        if self.training.gradient_noise_scale and (
+            lora.use_dora or lora.lora_bias or lora.bias != "none"
+        ):
+            raise ValueError(
+                "training.gradient_noise_scale = true: it is measured inside this project's own "
+                "pass of LoRA's A and B, which has no part in lora.use_dora, lora.lora_bias and "
+                "lora.bias; leave either out"
+            )
+        return self
+
     @property
     def treatment(self) -> str:
         """The quantization setting by name: what is compared, and what its table calls it."""
@@ -176,12 +315,15 @@ class TrialConfig(_Record):
     def trial_id(self) -> str:
         """The axes in words, then 8 hex digits of a hash over the whole configuration."""
         values = self.model_dump(mode="json")
-        for name, default in _JOINED_LATER.items():
-            if values["training"][name] == default:
-                del values["training"][name]
-        overrides = values["quantization"]["overrides"]
-        if len(overrides) > 1:  # their order decides: the last match wins
-            values["quantization"]["overrides"] = list(overrides.items())
+        for record, names in _JOINED_LATER.items():
+            plain = _DEFAULTS[record].model_dump(mode="json")
+            for name in names:
+                if values[record][name] == plain[name]:
+                    del values[record][name]
+        for record, name in _ORDERED:
+            patterns = values[record].get(name, {})
+            if len(patterns) > 1:
+                values[record][name] = list(patterns.items())
         canonical = json.dumps(values, sort_keys=True)
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
         dataset = "folder_" + Path(self.dataset).name if ":" in self.dataset else self.dataset
@@ -194,6 +336,15 @@ class TrialConfig(_Record):
             digest,
         )
         return "-".join(words)
+
+
+_DEFAULTS: dict[str, _Record] = {"lora": LoraSpec(), "training": TrainingConfig()}
+_ORDERED = (
+    ("quantization", "overrides"),
+    ("lora", "rank_pattern"),
+    ("lora", "alpha_pattern"),
+)
+"""Patterns whose order decides: the last match of an override wins, the first of the others."""
 
 
 def _slug(text: str) -> str:
@@ -220,6 +371,8 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{field} is missing: the grid must name a {field}"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
+        return message  # of fields that do not go together: it names them
     if field.endswith("mode"):
         message = f"choose one of {', '.join(MODES)}"
     return f"{field} = {_shown(first['input'])}: {message[0].lower()}{message[1:]}"
@@ -252,6 +405,8 @@ def field_names(record: type[BaseModel] = TrialConfig, prefix: str = "") -> list
 
 
 def _suggestion(key: str) -> str:
+    if why := _NOT_OFFERED.get(key.removeprefix("lora.")):
+        return f": {why}"
     names = field_names()
     by_last_word = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
     close = by_last_word or difflib.get_close_matches(key, names, n=1, cutoff=0.5)

@@ -124,7 +124,10 @@ def _layers(names: Sequence[str], norms: np.ndarray) -> tuple[tuple[str, ...], n
 def layer_of(name: str) -> str:
     """A parameter's layer, without what peft puts around each name."""
     return re.sub(
-        r"^base_model\.model\.|\.modules_to_save|\.lora_[AB]|\.default|\.(weight|bias)$", "", name
+        r"^base_model\.model\.|\.modules_to_save|\.lora_([AB]|magnitude_vector)|\.default"
+        r"|\.(weight|bias)$",
+        "",
+        name,
     )
 
 

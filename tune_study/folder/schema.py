@@ -111,6 +111,7 @@ TRIALS: tuple[Column, ...] = (
     Column("weights_bytes_fp32", "int", "bytes", "the same base weights at fp32"),
     Column("weights_bytes_16bit", "int", "bytes", "the same base weights at 16 bit"),
     Column("quantization_error", "float", "fraction", "relative Frobenius error of the weights"),
+    Column("initial_error", "float", "fraction", "the same at the start, adapters included"),
     Column("weights_saving_fp32", "float", "fraction", "1 - weights_bytes / weights_bytes_fp32"),
     Column("weights_saving_16bit", "float", "fraction", "1 - weights_bytes / weights_bytes_16bit"),
     Column("step_weights_bytes", "int", "bytes", "frozen base in a step, biases as cast, no state"),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import bitsandbytes as bnb
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -34,6 +35,7 @@ from tune_study.model.build import (
     add_lora,
     checkpoint_blocks,
     choose_attention,
+    learning_biases,
     preprocessing_of,
     trainable,
 )
@@ -81,7 +83,7 @@ def of_a_step(config: TrialConfig) -> TrialConfig:
     return TrialConfig(
         model=config.model,
         dataset="digits",
-        lora=config.lora.model_copy(update={"lora_alpha": 1}),
+        lora=config.lora.of_a_step(),
         quantization=config.quantization,
         data={"image_size": config.data.image_size},  # type: ignore[arg-type]
         training={  # type: ignore[arg-type]
@@ -100,11 +102,12 @@ def _predict(key: str, num_classes: int, device_type: str) -> Prediction:
     state = expected_state_bytes(skeleton, config.quantization)
     model = _stand_in(skeleton, config, torch.device(device_type))
     parameters = [p.numel() * p.element_size() for p in trainable(model).values()]
+    of_base = sum(p.numel() * p.element_size() for p in learning_biases(model))
     activations = most = None
     with contextlib.suppress(*_NEEDS_CONTENT):
         activations, most = _fake_step(model, skeleton, config, torch.device(device_type))
     ledger = Ledger(
-        step_weights_bytes=weights - state - _cast_biases(model),
+        step_weights_bytes=weights - state - _cast_biases(model) - of_base,
         quantization_state_bytes=state,
         adapter_bytes=sum(parameters),
         gradient_bytes=sum(parameters),
@@ -154,28 +157,38 @@ class _Matmul4(torch.autograd.Function):
         return gradients[0] @ weight.to(gradients[0].dtype), None
 
 
-class _Int8(bnb.nn.Linear8bitLt):
-    """Seen by PEFT as what it stands in for."""
+class _StandIn(nn.Linear):
+    """Seen by PEFT as the quantized layer that it stands in for."""
 
-    bias_dtype = torch.float32
+    bias_dtype: torch.dtype = torch.float32
+    place: torch.device = torch.device("meta")
 
+    def dequantize(self) -> Tensor:
+        """As ``quantize.dequantize``: a new tensor."""
+        return torch.empty(self.out_features, self.in_features, device=self.place)
+
+    def with_bias(self, out: Tensor, dtype: torch.dtype) -> Tensor:
+        """As ``quantize._outside_autocast``: what learns is added, what does not is cast."""
+        if self.bias is not None and self.bias.requires_grad:
+            return out + self.bias.to(out.dtype)
+        self.bias_dtype = dtype
+        return out
+
+
+class _Int8(_StandIn, bnb.nn.Linear8bitLt):
     def forward(self, x: Tensor) -> Tensor:
         x = autocasted(x)
-        self.bias_dtype = x.dtype
-        return cast(Tensor, _Matmul8.apply(x, self.out_features))
+        return self.with_bias(cast(Tensor, _Matmul8.apply(x, self.out_features)), x.dtype)
 
 
-class _FourBit(bnb.nn.Linear4bit):
-    bias_dtype = torch.float32
-
+class _FourBit(_StandIn, bnb.nn.Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
         x = autocasted(x)
-        self.bias_dtype = self.compute_dtype
         out = _Matmul4.apply(x.to(self.compute_dtype), self.out_features)
-        return cast(Tensor, out).to(x.dtype)
+        return self.with_bias(cast(Tensor, out).to(x.dtype), self.compute_dtype)
 
 
-def _stand_in(skeleton: nn.Module, config: TrialConfig, device: torch.device) -> nn.Module:
+def _stand_in(skeleton: nn.Module, config: TrialConfig, device: torch.device) -> PeftModel:
     """The model of ``config`` with LoRA, on the ``meta`` device."""
     base = copy.deepcopy(skeleton)
     base.requires_grad_(False)
@@ -207,7 +220,7 @@ def _cast_biases(model: nn.Module) -> int:
     return sum(
         module.bias.numel() * (4 - module.bias_dtype.itemsize)
         for module in model.modules()
-        if isinstance(module, (_Int8, _FourBit)) and module.bias is not None
+        if isinstance(module, _StandIn) and module.bias is not None
     )
 
 
@@ -240,16 +253,21 @@ class _Held(TorchDispatchMode):
         self.now -= nbytes
 
 
-def _make_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> list[Tensor]:
+def _make_fake(
+    model: nn.Module, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
     """Gives every parameter and buffer a device, and no content. Returns them."""
     fakes: list[Tensor] = []
     for module in model.modules():
-        if isinstance(module, (_Int8, _FourBit)):
-            continue  # nothing reads their weights
+        stands_in = isinstance(module, _StandIn)
+        if isinstance(module, _StandIn):
+            module.place = device
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
+                if tensor is None or (stands_in and name == "weight"):
+                    continue  # nothing reads the weights of a stand-in
+                if stands_in and not tensor.requires_grad:
+                    tensor = tensor.to(dtype)  # bitsandbytes has cast it by then
                 fake: Any = FakeTensor(mode, tensor.detach(), device)
                 if isinstance(tensor, nn.Parameter):
                     fake = nn.Parameter(fake, tensor.requires_grad)
@@ -263,10 +281,10 @@ def _fake_step(
 ) -> tuple[int, int]:
     """(bytes held when the backward pass begins, most bytes of forward and backward)."""
     mode = FakeTensorMode()
-    at_rest = _make_fake(model, mode, device)
+    dtype = COMPUTE_DTYPES[config.training.compute_dtype]
+    at_rest = _make_fake(model, mode, device, dtype)
     model.train()
     batch = config.training.per_device_train_batch_size
-    dtype = COMPUTE_DTYPES[config.training.compute_dtype]
     half = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
     how = preprocessing_of(skeleton, config)
     with mode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -74,15 +75,16 @@ class SavedTensors:
     nbytes = 0
 
     def __init__(self, at_rest: Iterable[Tensor]) -> None:
-        self._at_rest = {tensor.untyped_storage().data_ptr() for tensor in at_rest}
-        # Held until the end, so that no address is used a second time; a view, so no more bytes.
-        self._saved: dict[int, Tensor] = {}
+        self._at_rest = {tensor.untyped_storage()._cdata for tensor in at_rest}
+        self._saved: dict[int, int] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in self._at_rest:
-            self._saved[address] = tensor.detach()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._at_rest and storage._cdata not in self._saved:
+            self._saved[storage._cdata] = storage.nbytes()
+            # Not held: what the forward pass drops again, as DoRA does, must not count as its peak.
+            weakref.finalize(storage, self._saved.pop, storage._cdata, None)
         return tensor
 
     def __enter__(self) -> SavedTensors:
@@ -91,7 +93,7 @@ class SavedTensors:
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
-        self.nbytes = sum(tensor.untyped_storage().nbytes() for tensor in self._saved.values())
+        self.nbytes = sum(self._saved.values())
         self._saved.clear()
 
 

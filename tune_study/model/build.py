@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
@@ -19,12 +19,28 @@ from tune_study.config import TrialConfig
 from tune_study.data.batches import Preprocessing
 from tune_study.errors import UserError
 from tune_study.model.footprint import base_bytes, bytes_at
-from tune_study.model.layers import adapted, block_linears, block_ranges, refuse_without_effect
-from tune_study.model.lora import speed_up
+from tune_study.model.initial import (
+    Beginning,
+    Factors,
+    InitialError,
+    begin,
+    lora_layers,
+    measure,
+    take,
+)
+from tune_study.model.layers import (
+    adapted_layers,
+    block_linears,
+    block_ranges,
+    refuse_without_effect,
+)
+from tune_study.model.lora import speed_up, why_pefts_own
 from tune_study.model.noise_scale import watch
 from tune_study.model.quantize import (
+    WEIGHT_ERROR_LIMITS,
     LayerReport,
     QuantizationFailed,
+    offer_dequantize,
     quantize_model,
     tensor_bytes,
 )
@@ -36,6 +52,10 @@ PEFT_CLASSES = {
     "int8": "peft.tuners.lora.bnb.Linear8bitLt",
     "4bit": "peft.tuners.lora.bnb.Linear4bit",
 }
+
+
+ROUNDING = 1e-4
+"""Relative error of float32 weights that were taken apart and added again; measured: under 1e-6."""
 
 
 class BuiltModel(NamedTuple):
@@ -54,6 +74,10 @@ class BuiltModel(NamedTuple):
 
     quantizable_bytes: int
     """Of the block layers' weights as built, quantization state included: all that it can touch."""
+    factors: dict[str, Factors]
+    """First values of the adapters that hold a part of the base, by layer (``initial.py``)."""
+    initial: dict[str, InitialError]
+    """The layers that do not begin by adding zero, against full precision."""
 
     @property
     def quantized_blocks(self) -> str:
@@ -64,12 +88,29 @@ class BuiltModel(NamedTuple):
     def quantization_error(self) -> float:
         """||W - dequantized W|| / ||W|| over all quantized layers together; 0 when there are none.
 
-        Frobenius norms, relative to full precision.
+        Frobenius norms. W is what was quantized: where adapters hold a part of it, the rest.
         """
         if not self.layers:
             return 0.0
         error = math.fsum(layer.error_norm**2 for layer in self.layers)
         return math.sqrt(error / math.fsum(layer.weight_norm**2 for layer in self.layers))
+
+    @property
+    def initial_error(self) -> float:
+        """The same of what the layers compute with at the start, adapters included, against the
+        full-precision weights. The quantization error, where the adapters begin by adding zero."""
+        if not self.layers:
+            return 0.0
+        errors, norms = zip(*(self.initial_norms(layer) for layer in self.layers), strict=True)
+        squares = (math.fsum(norm**2 for norm in part) for part in (errors, norms))
+        return math.sqrt(next(squares) / next(squares))
+
+    def initial_norms(self, layer: LayerReport) -> tuple[float, float]:
+        """(norm of the error at the start, norm of the full-precision weights) of a layer."""
+        found = self.initial.get(layer.name)
+        if found is None:
+            return layer.error_norm, layer.weight_norm
+        return found.error_norm, found.weight_norm
 
 
 def build_model(
@@ -78,12 +119,15 @@ def build_model(
     *,
     weights: Path | None = None,
     device: torch.device | str = "cpu",
+    factors: Mapping[str, Factors] | None = None,
 ) -> BuiltModel:
     """A fresh model for one trial: timm, then quantization, then LoRA, then the proofs.
 
-    The seed decides the new head and the adapters (and, with ``pretrained=false``, the base),
-    equally in every quantization mode. Raises ``UserError`` for a model, a weights file or a
-    setting that does not fit, and ``QuantizationFailed`` when a proof fails.
+    ``factors``, where given, are the adapters' first values instead of those that the configuration
+    says, and the base keeps what they leave of it. The seed decides the new head and the adapters
+    (and, with ``pretrained=false``, the base), equally in every quantization mode. Raises
+    ``UserError`` for a model, a weights file or a setting that does not fit, and
+    ``QuantizationFailed`` when a proof fails.
     """
     device = torch.device(device)
     torch.manual_seed(config.seed)
@@ -98,6 +142,7 @@ def build_model(
     full_bytes = bytes_at(tensors, 4), bytes_at(tensors, 2)
     refuse_without_effect(base, config)
     compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
+    beginning = take(base, config, device, compute_dtype, factors)
     layers = quantize_model(base, config.quantization, compute_dtype, device)
     weights_bytes = base_bytes(base)
     preprocessing = preprocessing_of(base, config)
@@ -105,13 +150,22 @@ def build_model(
         checkpoint_blocks(base, config.model)
         if device.type == "mps":
             draw_again_in_recomputation(base)
-    model = add_lora(base, config)
+    model = add_lora(base, config, beginning)
     model.to(device)
-    quantizable = weights_bytes - residue_bytes
+    modes = {layer.name: layer.mode for layer in layers}
     built = BuiltModel(
-        model, layers, preprocessing, base_parameters, *full_bytes, weights_bytes, quantizable
+        model,
+        layers,
+        preprocessing,
+        base_parameters,
+        *full_bytes,
+        weights_bytes,
+        weights_bytes - residue_bytes,
+        beginning.factors,
+        measure(model, beginning.weights, modes, compute_dtype, device),
     )
     _prove(built, config)
+    _prove_beginning(built, config)
     return built
 
 
@@ -175,26 +229,42 @@ def _after_block(states: dict[str, Tensor], *_: Any) -> None:
         torch.mps.set_rng_state(states["backward"])
 
 
-def add_lora(base: nn.Module, config: TrialConfig) -> PeftModel:
-    """LoRA on the target layers and a trained copy of the head. Raises ``UserError``."""
-    pattern, _ = adapted(base, config.lora.target_modules, config.model)
+def add_lora(base: nn.Module, config: TrialConfig, beginning: Beginning | None = None) -> PeftModel:
+    """LoRA on the target layers and a trained copy of the head. Raises ``UserError``.
+
+    ``beginning`` is what was taken of the base; without it all adapters are drawn.
+    """
+    beginning = beginning or Beginning({}, {})
+    spec = config.lora
+    pattern, _ = adapted_layers(base, spec, config.model)
+    # PEFT's own initialisations would look for the weights in the quantized base: see initial.py.
     lora = LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.lora_alpha,
-        lora_dropout=config.lora.lora_dropout,
+        r=spec.r,
+        lora_alpha=spec.lora_alpha,
+        lora_dropout=spec.lora_dropout,
         target_modules=pattern,
         # The head is new for this data set: it must be trained, whole.
         modules_to_save=classifier_names(base),
+        use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
+        bias=spec.bias,
+        lora_bias=spec.lora_bias,
+        rank_pattern=dict(spec.rank_pattern),
+        alpha_pattern=dict(spec.alpha_pattern),
     )
+    if spec.use_dora:
+        offer_dequantize(base)
     model = get_peft_model(base, lora)
     # PEFT draws a different count of random numbers for 4-bit layers: drawn anew, the adapters of
     # one seed are the same in all modes that are compared.
     torch.manual_seed(config.seed)
+    for name, layer in lora_layers(model):
+        factors, weight = beginning.factors.get(name), beginning.weights.get(name)
+        begin(layer, spec.init_lora_weights, factors, weight)
+        if why_pefts_own(spec) is None:
+            speed_up(layer)
     for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.reset_lora_parameters("default", init_lora_weights=True)
-            speed_up(module)
-        elif isinstance(module, ModulesToSaveWrapper):
+        if isinstance(module, ModulesToSaveWrapper):
             watch(cast(nn.Linear, module.modules_to_save["default"]))
     return model
 
@@ -202,12 +272,23 @@ def add_lora(base: nn.Module, config: TrialConfig) -> PeftModel:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by a short name such as ``blocks.0.attn.qkv.lora_A``."""
     return {
-        re.sub(r"(lora_[AB])\.default\.weight$", r"\1", name)
+        re.sub(r"(lora_\w+)\.default(?:\.weight)?(?=$|\.bias$)", r"\1", name)
         .removeprefix("base_model.model.")
-        .replace("modules_to_save.default.", ""): parameter
+        .replace("modules_to_save.default.", "")
+        .replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def learning_biases(model: PeftModel) -> list[nn.Parameter]:
+    """The parameters of the base model itself that learn (``lora.bias``)."""
+    heads = _heads(model)
+    return [
+        parameter
+        for name, parameter in trainable(model).items()
+        if ".lora_" not in name and name.split(".")[0] not in heads
+    ]
 
 
 def _prove(built: BuiltModel, config: TrialConfig) -> None:
@@ -225,18 +306,49 @@ def _prove(built: BuiltModel, config: TrialConfig) -> None:
         if actual != expected:
             raise QuantizationFailed(f"{name} is {mode} and should be a {expected}, not a {actual}")
     learning = trainable(built.model)
+    adapters = [name.removeprefix(prefix) for name, _ in lora_layers(built.model)]
     strangers = [
         name
         for name, parameter in learning.items()
         if parameter.dtype != torch.float32
-        or not (".lora_" in name or name.split(".")[0] in _heads(built.model))
+        or not (
+            ".lora_" in name
+            or name.split(".")[0] in _heads(built.model)
+            or (name.endswith(".bias") and config.lora.bias == "all")
+            or (name.removesuffix(".bias") in adapters and config.lora.bias == "lora_only")
+        )
     ]
+    if config.lora.bias != "none" and not learning_biases(built.model):
+        raise QuantizationFailed(f"lora.bias = {config.lora.bias}: no bias of the base learns")
     if found == 0 or strangers:
         raise QuantizationFailed(f"{found} LoRA layers; unexpected trainable: {strangers[:3]}")
     if not any(name.split(".")[0] in _heads(built.model) for name in learning):
         raise QuantizationFailed("the head is not trained")
     if config.quantization.mode != "none" and not built.layers:
         raise QuantizationFailed(f"quantization {config.quantization.mode} quantized no layer")
+
+
+def _prove_beginning(built: BuiltModel, config: TrialConfig) -> None:
+    """Base and adapters together begin near the full-precision layer, or ``QuantizationFailed``.
+
+    The initialisations made for quantized bases leave less of an error than quantization alone.
+    """
+    how = config.lora.init_lora_weights
+    modes = {layer.name: layer.mode for layer in built.layers}
+    for name, found in built.initial.items():
+        relative, mode = found.error_norm / found.weight_norm, modes.get(name, "none")
+        if not relative < WEIGHT_ERROR_LIMITS.get(mode, ROUNDING):
+            raise QuantizationFailed(
+                f"{name}: it begins with a weight error of {relative:.2g} with {mode} and "
+                f"lora.init_lora_weights = {how}, over {WEIGHT_ERROR_LIMITS.get(mode, ROUNDING)}"
+            )
+        closer = found.error_norm < found.alone_norm
+        if name in built.factors and mode != "none" and how != "olora" and not closer:
+            raise QuantizationFailed(
+                f"lora.init_lora_weights = {how}: {name} begins with a weight error of "
+                f"{relative:.4g}, and {mode} alone has {found.alone_norm / found.weight_norm:.4g}; "
+                "choose another initialisation or rank"
+            )
 
 
 def _heads(model: PeftModel) -> set[str]:

@@ -12,14 +12,14 @@ import re
 from collections.abc import Collection, Iterable
 from functools import cache
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from tune_study.config import QuantizationConfig, TrialConfig
+from tune_study.config import LoraSpec, QuantizationConfig, TrialConfig
 from tune_study.errors import UserError
 from tune_study.model import backbone  # noqa: F401  (registers the demo's backbone with timm)
 
@@ -77,6 +77,46 @@ def adapted(model: nn.Module, target_modules: str, name: str) -> tuple[str, list
     )
 
 
+def adapted_layers(model: nn.Module, lora: LoraSpec, name: str) -> tuple[str, list[str]]:
+    """``adapted``, without what ``lora`` excludes. Raises ``UserError`` for a pattern that matches
+    none of the layers, and for a rank that an initialisation cannot have."""
+    pattern, names = adapted(model, lora.target_modules, name)
+    kept = [layer for layer in names if _is_kept(layer, lora)]
+    if not kept:
+        raise UserError(
+            f"lora.exclude_modules = {lora.exclude_modules} and lora.layers_to_transform = "
+            f"{lora.layers_to_transform} leave no layer of {name} to adapt; choose among targets "
+            f"such as {names[0]}"
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        for part in getattr(lora, field):
+            if not any(re.match(rf"(.*\.)?({part})$", layer) for layer in kept):
+                raise UserError(
+                    f"lora.{field}: {part} matches no adapted layer; their names are such as "
+                    f"{kept[0]}"
+                )
+    for layer in kept if lora.begins_with_weights else ():
+        linear, r = cast(nn.Linear, model.get_submodule(layer)), lora.rank_of(layer)
+        most = min(linear.in_features, linear.out_features)
+        if r > most:
+            raise UserError(
+                f"lora.init_lora_weights = {lora.init_lora_weights}: {layer} has {most} singular "
+                f"values, fewer than its rank {r}; choose lora.r = {most} or less"
+            )
+    if len(kept) < len(names):
+        pattern = "|".join(map(re.escape, kept))
+    return pattern, kept
+
+
+def _is_kept(layer: str, lora: LoraSpec) -> bool:
+    if lora.exclude_modules is not None and re.fullmatch(lora.exclude_modules, layer):
+        return False
+    if lora.layers_to_transform is None:
+        return True
+    block = _BLOCK.match(layer)
+    return block is not None and int(block[2]) in lora.layers_to_transform
+
+
 def refuse_without_effect(model: nn.Module, config: TrialConfig) -> None:
     """Raises ``UserError`` for layers to be adapted or quantized that ``model`` never calls.
 
@@ -91,7 +131,7 @@ def refuse_without_effect(model: nn.Module, config: TrialConfig) -> None:
                 f"{why}; leave such layers out with "
                 f"--set 'quantization.skip_layers=[\"*.{_kind(name)}\"]'"
             )
-    names = adapted(model, config.lora.target_modules, config.model)[1]
+    names = adapted_layers(model, config.lora, config.model)[1]
     for name in names:
         if name not in called:
             raise UserError(

@@ -16,8 +16,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tune_study.config import LoraSpec
 from tune_study.model import noise_scale
 from tune_study.model.quantize import autocasted
+
+
+def why_pefts_own(lora: LoraSpec) -> str | None:
+    """Why layers of ``lora`` compute by PEFT's own forward pass; ``None`` where this one serves."""
+    if not (lora.use_dora or lora.lora_bias):
+        return None
+    field = "lora.use_dora" if lora.use_dora else "lora.lora_bias"
+    return f"{field} = true: the adapted layers compute by PEFT's own pass, slower than plain LoRA"
 
 
 def speed_up(layer: nn.Module) -> None:

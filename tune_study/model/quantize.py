@@ -124,8 +124,17 @@ def _outside_autocast(layer: Any, x: Tensor) -> Tensor:
     AVX512).
     """
     x = autocasted(x)
+    bias = layer.bias
     with torch.autocast(x.device.type, enabled=False):
-        return cast(Tensor, type(layer).forward(layer, x))
+        if bias is None or not bias.requires_grad:
+            return cast(Tensor, type(layer).forward(layer, x))
+        # bitsandbytes would cast a bias that learns to the type of the input, for good.
+        layer.bias = None
+        try:
+            out = type(layer).forward(layer, x)
+        finally:
+            layer.bias = bias
+        return cast(Tensor, out + bias.to(out.dtype))
 
 
 def autocasted(x: Tensor) -> Tensor:
@@ -143,6 +152,29 @@ def dequantize(layer: nn.Module) -> Tensor:
         raise TypeError(f"{type(layer).__name__} is not a quantized layer")
     weight: Any = layer.weight
     return dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def offer_dequantize(model: nn.Module) -> None:
+    """Lets PEFT's DoRA, which reads the base weights in every pass, do so by ``dequantize``.
+
+    By its own way an int8 layer on the CPU has lost its scales after the first pass, and the second
+    raises (peft 0.21.2, bitsandbytes 0.50.2). It asks layers with a ``W_q``, such as HQQ's, for
+    their ``dequantize``, and that for its device.
+    """
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
+            layer.__dict__["W_q"] = torch.empty(0, device=layer.weight.device)
+            if not hasattr(layer, "dequantize"):
+                layer.__dict__["dequantize"] = MethodType(dequantize, layer)
+
+
+def dequantized(
+    weight: Tensor, mode: str, compute_dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """What ``mode`` leaves of a weight matrix [out, in], as ``quantize_linear`` stores it."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return dequantize(quantize_linear(linear, mode, compute_dtype, device))
 
 
 def _int8_state(layer: bnb.nn.Linear8bitLt) -> tuple[Tensor, Tensor]:
@@ -245,10 +277,8 @@ def check_kernel(mode: str, in_features: int, device: str) -> float:
     on the CPU in 4 bit when ``in_features`` is not a multiple of the block of 64 weights.
     """
     weights = torch.empty(128, in_features).normal_(generator=torch.Generator().manual_seed(0))
-    linear = nn.Linear(in_features, 128, bias=False, device="meta")
-    linear.weight = nn.Parameter(weights, requires_grad=False)
-    layer = quantize_linear(linear, mode, torch.float32, device)
-    error = float((weights - dequantize(layer).cpu()).norm() / weights.norm())
+    left = dequantized(weights, mode, torch.float32, device).cpu()
+    error = float((weights - left).norm() / weights.norm())
     low, high = GAUSSIAN_ERROR_BANDS[mode]
     if not low < error < high:
         raise QuantizationFailed(

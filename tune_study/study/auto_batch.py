@@ -185,8 +185,8 @@ def measure(
     candidates = [size for size in range(1, min(images, LARGEST) + 1) if images % size == 0]
     kinds = {}
     for trial in sorted(trials, key=lambda trial: trial.lora.r):
-        lora = trial.lora.target_modules, trial.lora.lora_dropout
-        kinds[trial.quantization.model_dump_json(), lora] = trial
+        lora = trial.lora.of_a_step().model_copy(update={"r": 1})
+        kinds[trial.quantization.model_dump_json(), lora.model_dump_json()] = trial
     say(
         f"--batch auto: timing micro-batches of {first.model} that make {images} images a step, "
         f"{len(kinds)} modes, up to {len(candidates)} sizes each"

@@ -27,6 +27,7 @@ from tune_study.machine.resources import (
 from tune_study.memory.estimate import refuse_what_cannot_fit
 from tune_study.memory.predict import predict
 from tune_study.model.build import BuiltModel, build_model
+from tune_study.model.initial import added_by_training
 from tune_study.trial import checkpoint, fidelity, train
 from tune_study.trial.checkpoint import STATES_PER_CHECKPOINT
 from tune_study.trial.context import Report, RunContext
@@ -186,8 +187,14 @@ def _save(training: Training, context: RunContext, record: Record) -> None:
 
 
 def _save_adapter(built: BuiltModel, folder: Path) -> None:
-    """In PEFT's layout."""
-    built.model.save_pretrained(str(folder), save_embedding_layers=False)
+    """In PEFT's layout, for the original base.
+
+    Adapters that began with a part of the base, B0 A0, hold that part as well: what training added
+    is scaling * (B A - B0 A0), of twice the rank. PEFT converts PiSSA's so
+    (``LoraModel.subtract_mutated_init``), but not where ranks differ and scale by their root.
+    """
+    with added_by_training(built.model, built.factors) as state:
+        built.model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
 
 
 def _memory(config: TrialConfig, built: BuiltModel, training: Training) -> dict[str, Any]:

@@ -78,12 +78,22 @@ _latest: dict[str, Reference] = {}
 def twin(training: Training, weights: Path | None) -> Iterator[PeftModel]:
     """The full-precision model of the same trial, in the same adapter state.
 
+    Where the adapters began with a part of the base, B0 and A0, the twin's base is
+    W - scaling * B0 A0: at the start it computes with the full-precision weights W exactly, and it
+    differs from the trial's model by what quantization, after all that the initialisation made
+    good, has left. For PiSSA that is the error of the quantized rest; for LoftQ the twin is not the
+    trial of mode ``none``, whose adapters begin otherwise.
+
     Random states are put back at the end, whatever is drawn in between.
     """
     with kept_random_states(training.device):
         classes = len(training.data.class_names)
         built = build_model(
-            _of_twin(training.config), classes, weights=weights, device=training.device
+            _of_twin(training.config),
+            classes,
+            weights=weights,
+            device=training.device,
+            factors=training.factors,
         )
         with torch.no_grad():
             for name, parameter in trainable(built.model).items():
@@ -212,8 +222,10 @@ def gradient_fidelity(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) 
 
 
 def output_fidelity(ours: Tensor, theirs: Tensor, head: nn.Linear | None) -> OutputFidelity:
-    """Compares features before any training, when the adapters add exactly nothing, and what the
-    pretrained ``head`` makes of them."""
+    """Compares features before any training, and what the pretrained ``head`` makes of them.
+
+    The twin's adapters add exactly nothing to the pretrained model then, or what was taken of it.
+    """
     cosine = float(cosine_similarity(ours, theirs, dim=-1).mean())
     cosine = 1.0 if torch.equal(ours, theirs) else cosine
     if head is None:

@@ -17,7 +17,9 @@ from tune_study.folder.files import now, write_json
 from tune_study.folder.results import read_results
 from tune_study.machine.provenance import commit, hardware, versions
 from tune_study.machine.resources import rss_peak_bytes
-from tune_study.model.build import BuiltModel
+from tune_study.model.build import BuiltModel, learning_biases
+from tune_study.model.lora import why_pefts_own
+from tune_study.model.quantize import LayerReport
 from tune_study.trial.micro_batch import out_of_memory_events
 from tune_study.trial.train import Row, Training
 
@@ -45,6 +47,8 @@ class Record:
         said = read_results(folder.parent, folder.name).get("warnings")
         self.warnings: list[str] = said if isinstance(said, list) else []
         """Sentences for the user: what went wrong and was mended."""
+        self.notes: list[str] = []
+        """Sentences about how the trial computes, which are no fault."""
         self.effective = config
         """``config`` with the micro-batch that memory allowed."""
         self.model_metrics: dict[str, Any] = {}
@@ -76,11 +80,20 @@ class Record:
         self.warnings.append(sentence)
         self.log(f"warning: {sentence}")
 
+    def note(self, sentence: str) -> None:
+        """For ``results.json``, and once for the log."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+            self.log(f"note: {sentence}")
+
     def built(self, built: BuiltModel, training: Training) -> None:
         self.training = training
+        if why := why_pefts_own(self.config.lora):
+            self.note(why)
         parameters = sum(p.numel() for p in training.parameters.values())
+        of_base = sum(p.numel() for p in learning_biases(built.model))
         self.model_metrics = {
-            "total_parameters": built.base_parameters + parameters,
+            "total_parameters": built.base_parameters + parameters - of_base,
             "trainable_parameters": parameters,
             "quantized_layers": len(built.layers),
             "quantized_blocks": built.quantized_blocks,
@@ -90,20 +103,19 @@ class Record:
             "weights_saving_fp32": 1 - built.weights_bytes / built.bytes_fp32,
             "weights_saving_16bit": 1 - built.weights_bytes / built.bytes_16bit,
             "quantization_error": built.quantization_error,
+            "initial_error": built.initial_error,
             "num_classes": len(training.data.class_names),
             "train_images": len(training.data.train.labels),
             "val_images": len(training.data.val.labels),
             "test_images": len(training.data.test.labels),
             "data_sha256": training.data.sha256,
         }
-        layers = [
-            {**layer._asdict(), "relative_error": layer.relative_error, "sqnr_db": layer.sqnr_db}
-            for layer in built.layers
-        ]
+        layers = [_layer(built, layer) for layer in built.layers]
         self._analysis = {
             "trial_id": self.config.trial_id,
             "mode": self.config.quantization.mode,
             "quantization_error": built.quantization_error,
+            "initial_error": built.initial_error,
             "layers": layers,
         }
 
@@ -139,6 +151,7 @@ class Record:
                 "device": self._device,
                 "device_settings": self.settings,
                 "num_threads": self._num_threads,
+                "notes": self.notes,
                 "started_at": self._started_at,
                 "written_at": now(),
             },
@@ -202,6 +215,23 @@ class Record:
             "images_per_s": statistics.median(row["images_per_s"] for row in history),
             **_over_epochs(history),
         }
+
+
+def _layer(built: BuiltModel, layer: LayerReport) -> dict[str, Any]:
+    """A layer of ``quantization_analysis.json``; errors are relative, of Frobenius norms.
+
+    ``initial_error`` is that of the layer at the start, adapter included, and
+    ``error_without_adapter`` what quantization alone leaves of the full-precision weights.
+    """
+    error, norm = built.initial_norms(layer)
+    found = built.initial.get(layer.name)
+    return {
+        **layer._asdict(),
+        "relative_error": layer.relative_error,
+        "sqnr_db": layer.sqnr_db,
+        "initial_error": error / norm if norm else math.nan,
+        "error_without_adapter": found.alone_norm / norm if found else layer.relative_error,
+    }
 
 
 def _over_epochs(history: list[Row]) -> dict[str, float]:

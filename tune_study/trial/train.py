@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from tune_study.data.splits import Dataset
 from tune_study.machine.device import random_states, set_random_states
 from tune_study.memory.step import StepMemory, measure_step
 from tune_study.model.build import COMPUTE_DTYPES, BuiltModel, trainable
+from tune_study.model.initial import Factors
 from tune_study.model.noise_scale import NoiseScale, gradients_of_first_half
 from tune_study.trial.gradients import GradientFlowMonitor
 
@@ -61,6 +62,8 @@ class Training:
     best: dict[str, Tensor] = field(default_factory=dict)
     """The trainable parameters at the best epoch, on the CPU."""
     best_epoch: int = 0
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    """What the adapters took of the base when they began (``BuiltModel.factors``)."""
 
     @property
     def best_accuracy(self) -> float:
@@ -132,6 +135,7 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
         generator=torch.Generator().manual_seed(config.seed),
         monitor=GradientFlowMonitor(parameters, warmup_steps=settings.warmup_steps),
         noise=NoiseScale(parameters) if settings.gradient_noise_scale else None,
+        factors=built.factors,
     )
 
 

@@ -232,6 +232,6 @@ def test_images_are_prepared_as_timm_says(tiny, monkeypatch, interpolation, take
 def test_the_error_over_all_layers_weighs_them_by_their_norms():
     layer = models.LayerReport("blocks.0.x", "nf4", "c", "d", (1, 1), 1, 1, 3.0, 6.0)
     layers = [layer, layer._replace(error_norm=4.0, weight_norm=8.0)]
-    built = models.BuiltModel(None, layers, None, 0, 0, 0, 0, 0)
+    built = models.BuiltModel(None, layers, None, 0, 0, 0, 0, 0, {}, {})
     assert built.quantization_error == pytest.approx(5 / 10)
     assert built._replace(layers=[]).quantization_error == 0
