@@ -47,10 +47,10 @@ Alpha = Annotated[int, Field(ge=1, le=65536)]
 INITIALISATIONS = ("default", "gaussian", "orthogonal", "olora", "pissa", "loftq")
 _NO_INITIALISATION = {
     "false": "PEFT has it for debugging: the adapters would change the model before any training; ",
-    "eva": "EVA needs the activations of training images before there is a model to train; ",
-    "corda": "CorDA needs the activations of training images before there is a model to train; ",
-    "lora_ga": "LoRA-GA needs gradients of training images before there is a model to train; ",
-    "mica": "MiCA freezes B, which PEFT does for full-precision layers alone; ",
+    "eva": "it needs the activations of training images before there is a model to train; ",
+    "corda": "it needs the activations of training images before there is a model to train; ",
+    "lora_ga": "it needs gradients of training images before there is a model to train; ",
+    "mica": "it freezes B, which PEFT does for full-precision layers alone; ",
 }
 """What else PEFT has, and why it is not to be had here."""
 _NOT_OFFERED = {
@@ -371,7 +371,7 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{field} is missing: the grid must name a {field}"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
+    if first["type"] == "value_error" and field in ("", "lora"):
         return message  # of fields that do not go together: it names them
     if field.endswith("mode"):
         message = f"choose one of {', '.join(MODES)}"

@@ -1,5 +1,6 @@
 import contextlib
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from tune_study.config import (
 )
 from tune_study.errors import UserError, first_line, printed
 
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"model": "deit_tiny_patch16_224", "dataset": "cifar10"}
 
 
@@ -44,6 +46,15 @@ def test_every_field_changes_the_id(name):
         "lora.lora_dropout": 0.5,
         "training.gradient_checkpointing": True,
         "training.gradient_noise_scale": True,
+        "lora.exclude_modules": ".*qkv",
+        "lora.layers_to_transform": [0, 3],
+        "lora.rank_pattern": {"qkv": 2},
+        "lora.alpha_pattern": {"qkv": 2},
+        "lora.use_rslora": True,
+        "lora.use_dora": True,
+        "lora.init_lora_weights": "pissa",
+        "lora.bias": "all",
+        "lora.lora_bias": True,
     }
     value = other.get(name, 77 if "rate" not in name and "decay" not in name else 0.077)
     changed = parse_trial(assign(GOOD, name, value))
@@ -79,6 +90,39 @@ def test_id_is_a_plain_file_name_whatever_the_names_are(name):
         ({"training": {"learning_rate": float("nan")}}, ["training.learning_rate", "nan"]),
         ({"training": {"num_epochs": 3}}, ["training.num_epochs", "training.num_train_epochs"]),
         ({"modle": "x"}, ["modle", "did you mean model"]),
+        (
+            {"lora": {"init_lora_weights": "pisa"}},
+            ["lora.init_lora_weights = 'pisa'", "choose one of default, gaussian", "pissa_niter_N"],
+        ),
+        ({"lora": {"init_lora_weights": "EVA"}}, ["it needs the activations", "choose one of"]),
+        ({"lora": {"init_lora_weights": "lora_ga"}}, ["it needs gradients of training images"]),
+        ({"lora": {"init_lora_weights": False}}, ["for debugging", "choose one of default"]),
+        ({"lora": {"init_lora_weights": "mica"}}, ["it freezes B"]),
+        ({"lora": {"layers_to_transform": []}}, ["lora.layers_to_transform", "at least one block"]),
+        ({"lora": {"exclude_modules": "("}}, ["lora.exclude_modules", "regular expression"]),
+        ({"lora": {"rank_pattern": {"(": 2}}}, ["lora.rank_pattern", "regular expression"]),
+        ({"lora": {"rank_pattern": {"qkv": 0}}}, ["lora.rank_pattern.qkv", "0", "equal to 1"]),
+        ({"lora": {"use_qalora": True}}, ["unknown field lora.use_qalora: PEFT has it for GPTQ"]),
+        ({"lora": {"loftq_config": {}}}, ["lora.loftq_iter"]),
+        (
+            {"lora": {"init_lora_weights": "orthogonal", "r": 3}},
+            [
+                "lora.init_lora_weights = orthogonal: it needs even ranks, and one is 3",
+                "lora.r = 4",
+            ],
+        ),
+        (
+            {"lora": {"lora_bias": True, "use_dora": True}},
+            ["lora.lora_bias = true", "leave lora.use_dora false"],
+        ),
+        (
+            {"lora": {"use_dora": True}, "training": {"gradient_noise_scale": True}},
+            ["training.gradient_noise_scale = true", "lora.use_dora", "leave either out"],
+        ),
+        (
+            {"lora": {"bias": "all"}, "training": {"gradient_noise_scale": True}},
+            ["training.gradient_noise_scale = true", "lora.bias"],
+        ),
     ],
 )
 def test_wrong_values_are_refused_with_field_value_and_what_is_allowed(change, words):
@@ -87,6 +131,33 @@ def test_wrong_values_are_refused_with_field_value_and_what_is_allowed(change, w
     for word in words:
         assert word in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_pefts_true_is_the_default_initialisation():
+    as_in_peft = parse_trial({**GOOD, "lora": {"init_lora_weights": True}})
+    assert as_in_peft == parse_trial(GOOD)
+
+
+def test_the_trials_of_an_earlier_study_keep_their_ids():
+    """docs/results was planned before LoRA had more than four fields."""
+    study = json.loads((ROOT / "docs/results/study.json").read_text())
+    assert len(study["plan"]) > 5
+    for entry in study["plan"]:
+        values = {name: value for name, value in entry.items() if name != "trial_id"}
+        assert set(values["lora"]) == {"r", "lora_alpha", "lora_dropout", "target_modules"}
+        assert parse_trial(values).trial_id == entry["trial_id"]
+
+
+def test_the_order_of_rank_patterns_changes_the_id():
+    ids = {
+        parse_trial({**GOOD, "lora": {field: dict(pairs)}}).trial_id
+        for field in ("rank_pattern", "alpha_pattern")
+        for pairs in (
+            [("qkv", 2), ("blocks.0.*", 4)],
+            [("blocks.0.*", 4), ("qkv", 2)],
+        )
+    }
+    assert len(ids) == 4
 
 
 def test_records_are_frozen():
@@ -173,6 +244,7 @@ def test_any_values_are_a_trial_or_a_user_error(values):
         ("lora.r", 1, 1024, 0, 1025),
         ("lora.lora_alpha", 1, 65536, 0, 65537),
         ("lora.lora_dropout", 0, 0.999, -0.001, 1),
+        ("lora.loftq_iter", 1, 100, 0, 101),
         ("seed", 0, 2**31 - 1, -1, 2**31),
         ("data.train_size", 1, 10**9, 0, None),
         ("data.val_size", 1, 10**9, 0, None),
@@ -209,6 +281,16 @@ def test_defaults():
             "lora_alpha": 16,
             "lora_dropout": 0.1,
             "target_modules": r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])",
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+            "use_rslora": False,
+            "use_dora": False,
+            "init_lora_weights": "default",
+            "loftq_iter": 1,
+            "bias": "none",
+            "lora_bias": False,
         },
         "quantization": {"mode": "none", "skip_layers": [], "overrides": {}},
         "seed": 42,

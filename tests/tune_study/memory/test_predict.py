@@ -32,6 +32,29 @@ def test_predicted_ledger_is_the_measured_one(tiny, mode, compute_dtype):
 
 
 @pytest.mark.parametrize("mode", ["none", "int8", "nf4"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"bias": "lora_only", "use_dora": True},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa", "rank_pattern": {"qkv": 2}, "layers_to_transform": [0, 4]},
+    ],
+)
+def test_the_ledger_of_other_adapters_is_the_measured_one(tiny, mode, spec):
+    training = {"compute_dtype": "fp32", "per_device_train_batch_size": 5}
+    config = tiny(mode, lora=spec, training=training)
+    data = load("digits", None, config.data)
+    expected = predict(config, 10, torch.device("cpu"))
+    training = train.start(config, build_model(config, 10), data, torch.device("cpu"))
+    measured = train.measure_memory(training)
+    assert expected.ledger[:5] == measured.ledger[:5]
+    assert expected.ledger.activation_bytes == pytest.approx(measured.activation_bytes, rel=1e-4)
+    assert expected.peak_train_bytes == pytest.approx(measured.peak_train_bytes, rel=3e-3)
+
+
+@pytest.mark.parametrize("mode", ["none", "int8", "nf4"])
 def test_gradient_checkpointing_shrinks_the_activations_and_changes_no_bit(tiny, mode):
     runs = {}
     for checkpointing in (False, True):
@@ -57,11 +80,16 @@ def test_trials_share_a_prediction_where_their_steps_hold_the_same_bytes(tiny):
     plain = of_a_step(tiny("nf4"))
     same = tiny("nf4", seed=9, lora={"lora_alpha": 32}, training={"learning_rate": 0.5})
     assert of_a_step(same) == plain
+    begun = {"init_lora_weights": "pissa", "use_rslora": True, "alpha_pattern": {"qkv": 3}}
+    assert of_a_step(tiny("nf4", lora=begun)) == plain
     assert of_a_step(tiny("nf4", data={"train_size": 100})) == plain
     others = [
         tiny("int8"),
         tiny("nf4", lora={"r": 8}),
         tiny("nf4", lora={"lora_dropout": 0.5}),
+        tiny("nf4", lora={"use_dora": True}),
+        tiny("nf4", lora={"bias": "all"}),
+        tiny("nf4", lora={"rank_pattern": {"qkv": 3}}),
         tiny("nf4", data={"image_size": 64}),
         tiny("nf4", quantization={"mode": "nf4", "overrides": {"blocks.0.*": "int8"}}),
         *(
@@ -73,8 +101,8 @@ def test_trials_share_a_prediction_where_their_steps_hold_the_same_bytes(tiny):
             )
         ),
     ]
-    assert len({of_a_step(other).model_dump_json() for other in [tiny("nf4"), *others]}) == 9
-    assert of_a_step(others[5]).training.per_device_train_batch_size == 21
+    assert len({of_a_step(other).model_dump_json() for other in [tiny("nf4"), *others]}) == 12
+    assert of_a_step(others[8]).training.per_device_train_batch_size == 21
 
 
 def test_what_is_held_falls_when_a_tensor_goes_and_the_most_stays():

@@ -28,6 +28,24 @@ def test_a_trial_is_the_same_alone_after_another_and_killed(tiny, tmp_path, mode
     assert outcome(config, tmp_path / "killed") == alone
 
 
+@pytest.mark.parametrize(
+    ("mode", "spec"),
+    [
+        ("nf4", {"init_lora_weights": "pissa_niter_2", "bias": "all"}),
+        ("nf4-dq", {"init_lora_weights": "loftq", "loftq_iter": 2}),
+        ("int8", {"init_lora_weights": "loftq", "use_dora": True}),
+        ("none", {"init_lora_weights": "pissa", "use_dora": True}),
+        ("int8", {"lora_bias": True, "rank_pattern": {"qkv": 2}}),
+    ],
+)
+def test_a_base_without_what_the_adapters_took_is_rebuilt_the_same(tiny, tmp_path, mode, spec):
+    small = {"data": {"train_size": 16}, "training": {"per_device_train_batch_size": 8}}
+    config = tiny(mode, lora=spec, **small)
+    killed(config, tmp_path / "killed", 1)
+    alone = outcome(config, tmp_path / "alone")
+    assert outcome(config, tmp_path / "killed") == alone
+
+
 def test_the_seed_matters(tiny, tmp_path):
     one, other = (outcome(tiny("nf4", seed=seed), tmp_path) for seed in (1, 2))
     assert one[1] != other[1]

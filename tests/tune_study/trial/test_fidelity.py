@@ -13,6 +13,7 @@ from tune_study.data.splits import load
 from tune_study.errors import UserError
 from tune_study.model import build
 from tune_study.model.build import build_model
+from tune_study.model.initial import effective_weight, lora_layers
 from tune_study.trial import fidelity, train
 from tune_study.trial.fidelity import (
     features_of,
@@ -115,6 +116,45 @@ def test_a_model_without_a_pretrained_head_has_no_logits(tiny):
     assert 0 < outputs.feature_cosine < 1
     assert math.isnan(outputs.pretrained_top1_agreement)
     assert math.isnan(outputs.pretrained_logit_kl)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "loftq", "use_dora": True},
+    ],
+)
+def test_the_twin_of_a_base_without_what_the_adapters_took(tiny, spec):
+    """It begins at the full-precision weights, so that the rest is the error of quantization."""
+    fp32 = {"compute_dtype": "fp32"}
+    training = started(tiny("nf4", lora=spec, training=fp32))
+    whole = dict(lora_layers(started(tiny("none", training=fp32)).model))
+    before = training.model.base_model.model.blocks[0].attn.qkv.lora_B["default"].weight
+    before = before.detach().clone()
+    for moment in ("start", "end"):
+        with twin(training, None) as other:
+            for name, layer in lora_layers(other):
+                mine = training.parameters[f"{name}.lora_B"]
+                assert torch.equal(layer.lora_B["default"].weight, mine)
+                if moment == "start":
+                    full = whole[name].base_layer.weight
+                    assert float((effective_weight(layer) - full).norm() / full.norm()) < 1e-5
+        if moment == "start":
+            list(train.fit(training))
+    assert not torch.equal(training.parameters["blocks.0.attn.qkv.lora_B"], before)
+
+
+def test_an_initialisation_made_for_quantized_bases_brings_the_features_nearer(tiny):
+    found = {
+        how: both(started(tiny("nf4", lora={"init_lora_weights": how, "loftq_iter": 5})))
+        for how in ("default", "loftq", "pissa")
+    }
+    for how in ("loftq", "pissa"):
+        assert found[how][1].feature_cosine > found["default"][1].feature_cosine
+        # Neither A nor B is 0: every tensor has a gradient from the first step on.
+        assert all(layer["cosine"] is not None for layer in found[how][0].layers.values())
 
 
 def test_a_wrong_twin_is_seen(tiny):
