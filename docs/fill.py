@@ -119,7 +119,9 @@ def _values(field: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in field["enum"])
     limits = [f"{sign} {field[key]}" for key, sign in LIMITS.items() if key in field]
     words = {"null": "`null`", "boolean": "`true` or `false`", "string": "text"}
-    words |= {"array": "list of patterns", "object": "pattern: mode"}
+    number = field.get("items", field.get("additionalProperties", {})).get("type") == "integer"
+    words["array"] = "list of integers" if number else "list of patterns"
+    words["object"] = f"pattern: {'integer' if number else 'mode'}"
     kind = words.get(field["type"], field["type"])
     return f"{kind} {', '.join(limits)}".strip()
 

@@ -85,7 +85,7 @@ class SavedTensors:
             self._saved[storage._cdata] = storage.nbytes()
             # Not held: what the forward pass drops again, as DoRA does, must not count as its peak.
             weakref.finalize(storage, self._saved.pop, storage._cdata, None)
-        return tensor
+        return tensor.detach()  # an operation's own output would keep that operation for good
 
     def __enter__(self) -> SavedTensors:
         self._hooks.__enter__()

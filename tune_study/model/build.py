@@ -80,6 +80,11 @@ class BuiltModel(NamedTuple):
     """The layers that do not begin by adding zero, against full precision."""
 
     @property
+    def learning_of_base(self) -> int:
+        """Elements of the base model itself that learn (``lora.bias``)."""
+        return sum(parameter.numel() for parameter in learning_biases(self.model))
+
+    @property
     def quantized_blocks(self) -> str:
         """The blocks with quantized layers, as ``layers.block_ranges`` writes them."""
         return block_ranges(layer.name for layer in self.layers)

@@ -17,7 +17,7 @@ from tune_study.folder.files import now, write_json
 from tune_study.folder.results import read_results
 from tune_study.machine.provenance import commit, hardware, versions
 from tune_study.machine.resources import rss_peak_bytes
-from tune_study.model.build import BuiltModel, learning_biases
+from tune_study.model.build import BuiltModel
 from tune_study.model.lora import why_pefts_own
 from tune_study.model.quantize import LayerReport
 from tune_study.trial.micro_batch import out_of_memory_events
@@ -91,9 +91,8 @@ class Record:
         if why := why_pefts_own(self.config.lora):
             self.note(why)
         parameters = sum(p.numel() for p in training.parameters.values())
-        of_base = sum(p.numel() for p in learning_biases(built.model))
         self.model_metrics = {
-            "total_parameters": built.base_parameters + parameters - of_base,
+            "total_parameters": built.base_parameters + parameters - built.learning_of_base,
             "trainable_parameters": parameters,
             "quantized_layers": len(built.layers),
             "quantized_blocks": built.quantized_blocks,

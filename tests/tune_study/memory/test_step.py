@@ -4,6 +4,7 @@ from torch import nn
 
 from tune_study.data.splits import load
 from tune_study.memory import step as steps
+from tune_study.memory.predict import _Held
 from tune_study.memory.step import (
     Ledger,
     SavedTensors,
@@ -189,3 +190,15 @@ def test_the_peak_is_what_the_step_held_beyond_the_bytes_at_rest(monkeypatch, ex
     assert found.peak_source == "planted"
     assert torch.equal(model.weight, before)
     assert not optimizer.state
+
+
+def test_what_the_forward_pass_drops_is_neither_counted_nor_held():
+    weight = nn.Parameter(torch.ones(1000))
+    with _Held([weight]) as held, SavedTensors([weight]) as seen:
+        kept = weight.exp()  # saves its result
+        dropped = weight.exp()
+        assert held.now == 8000
+        del dropped
+        assert held.now == 4000
+    assert seen.nbytes == 4000
+    kept.sum().backward()

@@ -1,4 +1,4 @@
-"""How adapters begin: against PEFT's own, against the papers' formulas, and what the proofs see."""
+"""How adapters begin: as PEFT, as the papers say, and what the proofs see."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from tune_study.errors import UserError
 from tune_study.model import initial
 from tune_study.model.build import build_model, learning_biases, trainable
-from tune_study.model.initial import effective_weight, lora_layers, loftq
+from tune_study.model.initial import effective_weight, loftq, lora_layers
 from tune_study.model.layers import block_linears
 from tune_study.model.quantize import QuantizationFailed, dequantize, dequantized
 from tune_study.model.weights import load_base
@@ -268,7 +268,7 @@ def test_adapters_at_another_scale_are_found(tiny, monkeypatch):
 def test_an_initialisation_that_makes_it_worse_is_found(tiny, monkeypatch):
     """OLoRA's factors take nothing off the error: under PiSSA's name they are refused."""
     monkeypatch.setattr(initial, "principal", lambda w, r, *_: initial.orthonormal(w, r))
-    with pytest.raises(QuantizationFailed, match="alone has .*; choose another initialisation"):
+    with pytest.raises(QuantizationFailed, match=r"alone has .*; choose another initialisation"):
         build_model(tiny("nf4", lora={"init_lora_weights": "pissa"}), 10)
 
 

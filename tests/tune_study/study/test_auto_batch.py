@@ -308,6 +308,19 @@ def test_speed_is_of_the_fastest_of_two_steps_after_one_that_warms_up(monkeypatc
     assert training.model.training
 
 
+def test_adapters_that_make_other_steps_are_timed_beside_the_plain_ones(
+    tiny, tmp_path, monkeypatch
+):
+    timed = []
+    monkeypatch.setattr(
+        auto_batch, "_timed", lambda trials, *_: (timed.extend(trials), ({2: [2.0]}, []))[1]
+    )
+    specs = [{"use_dora": True}, {"init_lora_weights": "pissa", "use_rslora": True}, {}]
+    trials = [six(tiny, "none", lora={"r": 4, **spec}) for spec in specs]
+    auto_batch.measure(trials, RunContext(study_dir=tmp_path), lambda line: None)
+    assert sorted(trial.lora.use_dora for trial in timed) == [False, True]
+
+
 def test_every_mode_is_timed_once_at_its_largest_rank(tiny, tmp_path, monkeypatch):
     timed, settled = [], []
 

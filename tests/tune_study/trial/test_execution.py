@@ -120,6 +120,37 @@ def test_the_quantization_of_every_layer_is_written(finished):
     assert len(gradients["epochs"]) == 3
 
 
+def test_how_a_trial_computes_and_how_its_layers_begin_is_written(finished, tiny, tmp_path):
+    small = {"data": {"train_size": 16}, "training": {"num_train_epochs": 2}}
+    config = tiny("nf4", lora={"use_dora": True, "init_lora_weights": "loftq"}, **small)
+    killed(config, tmp_path, 1)
+    results, _ = run(config, tmp_path)
+    (note,) = results["run"]["notes"]
+    assert note.startswith("lora.use_dora = true: the adapted layers compute by PEFT's own pass")
+    assert finished[2]["run"]["notes"] == []
+    metrics = results["train"]["model_metrics"]
+    assert 0 < metrics["initial_error"] < metrics["quantization_error"]
+    analysis = json.loads((tmp_path / config.trial_id / "quantization_analysis.json").read_text())
+    assert analysis["initial_error"] == metrics["initial_error"]
+    for layer in analysis["layers"]:
+        assert layer["initial_error"] < layer["error_without_adapter"]
+    config, study_dir, *_ = finished
+    analysis = json.loads((study_dir / config.trial_id / "quantization_analysis.json").read_text())
+    for layer in analysis["layers"]:
+        assert layer["initial_error"] == layer["error_without_adapter"] == layer["relative_error"]
+
+
+def test_a_bias_of_the_base_that_learns_is_counted_once(tiny, tmp_path):
+    built = {}
+    for bias in ("none", "all"):
+        config = tiny("none", lora={"bias": bias}, data={"train_size": 16})
+        built[bias] = run(config, tmp_path)[0]["train"]["model_metrics"]
+    assert built["all"]["total_parameters"] == built["none"]["total_parameters"]
+    learning = [built[bias]["trainable_parameters"] for bias in ("none", "all")]
+    blocks = 6 * (384 + 128 + 512 + 128 + 2 * 128)  # four layers and two norms
+    assert learning[1] - learning[0] == blocks + 2 * 128  # patches, last norm
+
+
 def test_the_saved_adapter_is_the_best_epochs_and_peft_loads_it(finished):
     from peft import PeftModel
 

@@ -60,12 +60,14 @@ def training(history, best_epoch=1, best_accuracy=0.5):
 
 BUILT = SimpleNamespace(
     base_parameters=100,
+    learning_of_base=2,
     layers=[],
     quantized_blocks=6,
     weights_bytes=30,
     bytes_fp32=120,
     bytes_16bit=75,
     quantization_error=0.25,
+    initial_error=0.125,
 )
 
 
@@ -92,7 +94,7 @@ def test_fidelity_columns_are_those_of_their_moment_and_nan_where_unknown():
 def test_the_columns_of_the_model_are_counted(record):
     record.built(BUILT, training([]))
     assert record.model_metrics == {
-        "total_parameters": 111,
+        "total_parameters": 109,
         "trainable_parameters": 11,
         "quantized_layers": 0,
         "quantized_blocks": 6,
@@ -102,6 +104,7 @@ def test_the_columns_of_the_model_are_counted(record):
         "weights_saving_fp32": 0.75,
         "weights_saving_16bit": 0.6,
         "quantization_error": 0.25,
+        "initial_error": 0.125,
         "num_classes": 3,
         "train_images": 7,
         "val_images": 4,
