@@ -25,7 +25,7 @@ COMMANDS = [
 
 def test_every_option_on_the_page_exists():
     known = {name for p in typer.main.get_command(run.app).params for name in p.opts}
-    assert len(COMMANDS) == 12
+    assert len(COMMANDS) == 13
     assert {command[2] for command in COMMANDS} == {"tune_study.run", "tune_study.merge"}
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE):
         assert option in known | {"--output"}, option
