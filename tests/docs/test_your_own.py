@@ -82,10 +82,11 @@ def test_the_commands_run(folder, monkeypatch, capsys):
     assert "all 2 trials ended well" in found[2]
     assert "RANDOM" in found[3]
     assert "eva02_tiny_patch14_224-folder_folder_leaves" in found[4]
-    assert "12 to run: 12 new; 12 finished stay as they are" in found[6]
-    assert "all 24 trials ended well" in found[7]
-    assert "24 that this command does not name stay as they are" in found[8]
-    assert "24 trials: 12 of one, 12 of two" in found[11]
+    assert "36 planned trials" in found[5]
+    assert "12 to run: 12 new; 12 finished stay as they are" in found[7]
+    assert "all 24 trials ended well" in found[8]
+    assert "24 that this command does not name stay as they are" in found[9]
+    assert "24 trials: 12 of one, 12 of two" in found[12]
     results = folder / "ray_results"
     for name, planned in (("leaves", 2), ("growing", 36), ("both", 24)):
         trials = pd.read_parquet(results / name / "trials.parquet")

@@ -83,7 +83,6 @@ def take(
     if not (lora.begins_with_weights or lora.use_dora or given):
         return found
     modes = plan_layers(base, config.quantization)
-    torch.manual_seed(config.seed)  # of pissa_niter_N's sketch
     for name in adapted_layers(base, lora, config.model)[1]:
         layer = cast(nn.Linear, base.get_submodule(name))
         weight = layer.weight.detach().to("cpu", copy=True)

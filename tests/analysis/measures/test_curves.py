@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.measures.curves import curve_bands, curve_gaps, layer_gradients
+from analysis.measures.curves import curve_bands, curve_gaps, layer_gradients, layer_of
 from tests import synthetic
 
 TINY = ("deit_tiny_patch16_224",)
@@ -100,3 +100,9 @@ def test_broken_gradients_are_named(content: str, tmp_path: Path) -> None:
     (path / cells[0]["trial_id"] / "gradients.json").write_text(content)
     _, problems = layer_gradients(path, trials)
     assert len(problems) == 1
+
+
+def test_what_peft_puts_around_a_layers_name_is_left_out() -> None:
+    parts = ("lora_A", "lora_B", "lora_B.bias", "lora_magnitude_vector", "bias")
+    assert {layer_of(f"blocks.0.mlp.fc1.{part}") for part in parts} == {"blocks.0.mlp.fc1"}
+    assert layer_of("head.weight") == "head"
