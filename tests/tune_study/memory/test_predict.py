@@ -43,7 +43,7 @@ def test_predicted_ledger_is_the_measured_one(tiny, mode, compute_dtype):
     ],
 )
 def test_the_ledger_of_other_adapters_is_the_measured_one(tiny, mode, spec):
-    training = {"compute_dtype": "fp32", "per_device_train_batch_size": 5}
+    training = {"compute_dtype": "bf16", "per_device_train_batch_size": 5}
     config = tiny(mode, lora=spec, training=training)
     data = load("digits", None, config.data)
     expected = predict(config, 10, torch.device("cpu"))
@@ -51,7 +51,8 @@ def test_the_ledger_of_other_adapters_is_the_measured_one(tiny, mode, spec):
     measured = train.measure_memory(training)
     assert expected.ledger[:5] == measured.ledger[:5]
     assert expected.ledger.activation_bytes == pytest.approx(measured.activation_bytes, rel=1e-4)
-    assert expected.peak_train_bytes == pytest.approx(measured.peak_train_bytes, rel=3e-3)
+    near = 0.03 if without_bf16("cpu") else 5e-3
+    assert expected.peak_train_bytes == pytest.approx(measured.peak_train_bytes, rel=near)
 
 
 @pytest.mark.parametrize("mode", ["none", "int8", "nf4"])
