@@ -51,7 +51,7 @@ def test_the_ledger_of_other_adapters_is_the_measured_one(tiny, mode, spec):
     measured = train.measure_memory(training)
     assert expected.ledger[:5] == measured.ledger[:5]
     assert expected.ledger.activation_bytes == pytest.approx(measured.activation_bytes, rel=1e-4)
-    near = 0.03 if without_bf16("cpu") else 5e-3
+    near = 0.03 if without_bf16("cpu") else 0.02
     assert expected.peak_train_bytes == pytest.approx(measured.peak_train_bytes, rel=near)
 
 
