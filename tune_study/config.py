@@ -315,9 +315,9 @@ class TrialConfig(_Record):
     def trial_id(self) -> str:
         """The axes in words, then 8 hex digits of a hash over the whole configuration."""
         values = self.model_dump(mode="json")
-        for record, names in _JOINED_LATER.items():
+        for record, joined in _JOINED_LATER.items():
             plain = _DEFAULTS[record].model_dump(mode="json")
-            for name in names:
+            for name in joined:
                 if values[record][name] == plain[name]:
                     del values[record][name]
         for record, name in _ORDERED:
