@@ -29,8 +29,8 @@ import pandas as pd
 from analysis.load import StudyError, read_study, told
 from analysis.statistics.pairs import paired_differences
 
-GRIDS = {"full": 12}
-"""Configurations (model x dataset x LoRA) of the named grids."""
+GRIDS = {"full": 12, "demo": 1, "smoke": 1, "sensitivity": 1}
+"""Configurations (all but quantization and seed) of the named grids, as ``--dry-run`` counts."""
 CONFIGURATION_SD = 0.005
 SEED_SD = 0.004
 MAX_SEEDS = 50
@@ -241,8 +241,8 @@ def _spread(options: argparse.Namespace) -> Spread:
         known = GRIDS.get(options.grid)
         if known is None and options.configurations is None:
             raise StudyError(
-                f"--grid {options.grid}: only {', '.join(GRIDS)} is known here; "
-                "give --configurations N"
+                f"--grid {options.grid}: known here are {', '.join(GRIDS)}; give --configurations "
+                "N, as python -m tune_study.run --dry-run counts them"
             )
         spread = Spread(CONFIGURATION_SD, SEED_SD, known or 0, "assumed")
     given = {
@@ -280,7 +280,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--grid", default="full", help="named grid, for its number of configurations (full = 12)")
-    add("--configurations", type=int, help="number of model x dataset x LoRA settings")
+    add(
+        "--configurations",
+        type=int,
+        help="their number, as --dry-run of the study counts them",
+    )
     add("--study", help="study folder to take configurations and sds from")
     add("--effect", type=float, default=0.01, help="effect to see (default 0.01 = 1 pp)")
     add("--margin", type=float, default=0.01, help="margin of equivalence (default 0.01)")

@@ -105,7 +105,7 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
         leave_one_out=leave_one_out(paired, baseline=baseline),
         memory=memory,
         ledger=ledger,
-        peaks=peak_ratios(ledger if asked is None else ledger[:0], baseline),
+        peaks=peak_ratios(ledger if asked is None else ledger[:0], trials, baseline),
         speed=speed,
         convergence=per_trial,
         convergence_comparison=convergence.compare_convergence(per_trial, baseline=baseline),
