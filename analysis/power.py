@@ -27,6 +27,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from analysis.load import StudyError, read_study, told
+from analysis.statistics.cells import units
 from analysis.statistics.pairs import paired_differences
 
 GRIDS = {"full": 12, "demo": 1, "smoke": 1, "sensitivity": 1}
@@ -169,8 +170,8 @@ def spread_of(trials: pd.DataFrame, metric: str = "test_accuracy") -> Spread:
     Raises ``StudyError`` with fewer than two configurations.
     """
     pairs = paired_differences(trials, metric=metric)
-    cells = pairs.groupby(["configuration", "quantization"], sort=False)["difference"]
-    table = cells.agg(["size", "mean", "var"]).reset_index()
+    cells = pairs.groupby(["configuration", "quantization"])["difference"]
+    table = units(trials).merge(cells.agg(["size", "mean", "var"]).reset_index())
     n = table.groupby("quantization").size()
     if n.empty or n.max() < 2:
         count = 0 if n.empty else int(n.max())
