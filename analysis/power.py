@@ -30,7 +30,7 @@ from analysis.load import StudyError, read_study, told
 from analysis.statistics.cells import units
 from analysis.statistics.pairs import paired_differences
 
-GRIDS = {"full": 12, "demo": 1, "smoke": 1, "sensitivity": 1}
+GRIDS = {"full": 12, "demo": 3, "smoke": 1, "sensitivity": 1}
 """Configurations (all but quantization and seed) of the named grids, as ``--dry-run`` counts."""
 CONFIGURATION_SD = 0.005
 SEED_SD = 0.004

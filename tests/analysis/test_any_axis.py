@@ -19,6 +19,7 @@ from analysis.measures import curves
 from analysis.statistics import cells, pairs, planning, ratios
 from analysis.statistics.comparison import compare_modes
 from search_spaces import grids
+from tests import synthetic
 from tune_study.folder.results import axes
 from tune_study.study import manifest, plan, session
 from tune_study.trial import simulate
@@ -221,3 +222,12 @@ def test_every_setting_of_one_mode_is_a_treatment_with_a_row_of_its_own() -> Non
 def test_power_counts_configurations_as_a_plan_does(name: str) -> None:
     trials = plan.plan(getattr(grids, name)())
     assert power.GRIDS[name] == len({trial.configuration for trial in trials})
+
+
+def test_settings_of_a_later_version_in_which_trials_differ_are_named(tmp_path: Any) -> None:
+    cells = synthetic.plan(models=("m",), datasets=("d",), lora=((4, 8),), seeds=(1,))
+    for number, cell in enumerate(cells):
+        cell["lora"] |= {"use_magic": number % 2 == 0, "constant": 3}
+    problems = read_study(synthetic.write_study(tmp_path / "s", cells)).problems
+    assert len(problems) == 1
+    assert "('lora.use_magic')" in problems[0]

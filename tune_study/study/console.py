@@ -71,7 +71,8 @@ def print_plan(
             "unknown" if math.isnan(row.peak_train_bytes) else f"{row.peak_train_bytes / 1e6:.0f}",
             "unknown" if math.isnan(row.train_time_s) else duration(row.train_time_s),
         )
-    Console(highlight=False, width=max(console.width, WIDTH)).print(table)
+    width = max(console.width, WIDTH + max(map(len, beside.values()), default=0))
+    Console(highlight=False, width=width).print(table)
     distinct = f"{len({trial.trial_id for trial in trials})} distinct ids: {_counted(trials)}."
     if extension:
         distinct += f" In {context.study_dir.name}: {extension.sentence}."
