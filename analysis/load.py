@@ -26,7 +26,7 @@ from analysis.folder.contents import (
     survey,
 )
 from analysis.text.layout import clean
-from tune_study.folder import schema
+from tune_study.folder import names, schema
 from tune_study.folder.files import mapping
 from tune_study.folder.results import AXES, PLANNED, axes, measured
 
@@ -293,6 +293,11 @@ def _checked(study: Study) -> Study:
     unknown = sorted(set(modes.dropna().unique()) - set(schema.MODES))
     if unknown:
         problems.append(f"unknown quantization in the plan: {listed(unknown)}")
+    if others := _not_known(manifest["plan"]):
+        problems.append(
+            f"the trials differ in settings that this version does not know ({listed(others)}) and "
+            "cannot tell apart: open the study with the version that wrote it"
+        )
     silent = trials["status"].isin(schema.GOOD_STATUSES) & trials["test_accuracy"].isna()
     if silent.any():
         ids = list(trials.loc[silent, "trial_id"])
@@ -300,6 +305,13 @@ def _checked(study: Study) -> Study:
     epochs, dropped = _in_order(study.epochs, trials)
     named = configurations.named(trials.assign(configuration=None))
     return Study(named, epochs, manifest, problems + dropped, study.path)
+
+
+def _not_known(plan: list[dict[str, Any]]) -> list[str]:
+    """Settings of a later version in which the planned trials differ."""
+    cells = [names.settings(entry) for entry in plan]
+    others = {name for cell in cells for name in cell} - set(schema.SETTING_NAMES)
+    return [name for name in names.varying_fields(cells) if name in others] if others else []
 
 
 def _in_order(epochs: pd.DataFrame, trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:

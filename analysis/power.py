@@ -27,10 +27,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from analysis.load import StudyError, read_study, told
+from analysis.statistics.cells import units
 from analysis.statistics.pairs import paired_differences
 
-GRIDS = {"full": 12}
-"""Configurations (model x dataset x LoRA) of the named grids."""
+GRIDS = {"full": 12, "demo": 3, "smoke": 1, "sensitivity": 1}
+"""Configurations (all but quantization and seed) of the named grids, as ``--dry-run`` counts."""
 CONFIGURATION_SD = 0.005
 SEED_SD = 0.004
 MAX_SEEDS = 50
@@ -169,8 +170,8 @@ def spread_of(trials: pd.DataFrame, metric: str = "test_accuracy") -> Spread:
     Raises ``StudyError`` with fewer than two configurations.
     """
     pairs = paired_differences(trials, metric=metric)
-    cells = pairs.groupby(["configuration", "quantization"], sort=False)["difference"]
-    table = cells.agg(["size", "mean", "var"]).reset_index()
+    cells = pairs.groupby(["configuration", "quantization"])["difference"]
+    table = units(trials).merge(cells.agg(["size", "mean", "var"]).reset_index())
     n = table.groupby("quantization").size()
     if n.empty or n.max() < 2:
         count = 0 if n.empty else int(n.max())
@@ -241,8 +242,8 @@ def _spread(options: argparse.Namespace) -> Spread:
         known = GRIDS.get(options.grid)
         if known is None and options.configurations is None:
             raise StudyError(
-                f"--grid {options.grid}: only {', '.join(GRIDS)} is known here; "
-                "give --configurations N"
+                f"--grid {options.grid}: known here are {', '.join(GRIDS)}; give --configurations "
+                "N, as python -m tune_study.run --dry-run counts them"
             )
         spread = Spread(CONFIGURATION_SD, SEED_SD, known or 0, "assumed")
     given = {
@@ -280,7 +281,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--grid", default="full", help="named grid, for its number of configurations (full = 12)")
-    add("--configurations", type=int, help="number of model x dataset x LoRA settings")
+    add(
+        "--configurations",
+        type=int,
+        help="their number, as --dry-run of the study counts them",
+    )
     add("--study", help="study folder to take configurations and sds from")
     add("--effect", type=float, default=0.01, help="effect to see (default 0.01 = 1 pp)")
     add("--margin", type=float, default=0.01, help="margin of equivalence (default 0.01)")

@@ -20,9 +20,10 @@ import typer.main
 
 from search_spaces import grids, optuna_spaces
 from tune_study import config, run
+from tune_study.folder import schema
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("docs/options.md", "docs/architecture.md")
+PAGES = ("docs/options.md", "docs/architecture.md", "ray_results/README.md")
 MORE = {
     "--grid": "your-own.md#a-grid-of-your-own",
     "--data-dir": "your-own.md#your-images",
@@ -48,6 +49,8 @@ def filled(text: str) -> str:
         "grids": lambda: functions(grids),
         "spaces": lambda: functions(optuna_spaces),
         "fields": fields,
+        "trials": lambda: columns(schema.TRIALS),
+        "epochs": lambda: columns(schema.EPOCHS),
         "tune_study": lambda: package("tune_study"),
         "search_spaces": lambda: package("search_spaces"),
         "analysis": lambda: package("analysis"),
@@ -88,16 +91,16 @@ def functions(module: ModuleType) -> str:
 
 def fields() -> str:
     """The fields of ``config.TrialConfig``, a table per record."""
-    schema = config.TrialConfig.model_json_schema()
+    known = config.TrialConfig.model_json_schema()
     tables, own = [], []
-    for name, field in schema["properties"].items():
+    for name, field in known["properties"].items():
         if "$ref" in field:
-            record = schema["$defs"][field["$ref"].rpartition("/")[2]]
+            record = known["$defs"][field["$ref"].rpartition("/")[2]]
             rows = [_field(record, f"{name}.", inner) for inner in record["properties"]]
             head = f"### {name}\n\n{_as_yaml(record['description'])}\n\n"
             tables.append(head + _table("field | values | default", rows))
         else:
-            own.append(_field(schema, "", name))
+            own.append(_field(known, "", name))
     return "\n\n".join([_table("field | values | default", own), *tables])
 
 
@@ -135,6 +138,12 @@ def _docstrings() -> dict[tuple[str, str], str]:
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
                 found[record.name, field.target.id] = below.value.value
     return found
+
+
+def columns(table: tuple[schema.Column, ...]) -> str:
+    """The columns of one of a study's tables."""
+    rows = [f"| `{c.name}` | {c.kind} | {_cell(c.unit)} | {_cell(c.meaning)} |" for c in table]
+    return _table("column | type | unit | what it is", rows)
 
 
 def package(name: str) -> str:

@@ -61,7 +61,7 @@ def smoke() -> dict[str, Any]:
 def sensitivity() -> dict[str, Any]:
     """Which blocks hurt: none, nf4 in one block of DeiT-tiny at a time, and in all; 14 x 3 = 42.
 
-    The column ``quantized_blocks`` tells the trials apart.
+    Each is a treatment with a name of its own: ``nf4 without blocks 0-2, 4-11`` is block 3 alone.
     """
     return {
         **_deit_tiny_on_cifar10(),
@@ -103,7 +103,7 @@ def _deit_tiny_on_cifar10() -> dict[str, Any]:
 
 
 def _one_block_at_a_time(depth: int, mode: str = "nf4") -> list[dict[str, Any]]:
-    """``depth`` quantization settings; the mode stays the name of what is quantized."""
+    """``depth`` quantization settings of one mode."""
     return [
         {"mode": mode, "skip_layers": [f"blocks.{i}.*" for i in range(depth) if i != block]}
         for block in range(depth)

@@ -5,18 +5,32 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis.findings.findings import Findings
-from analysis.statistics.cells import finished, modes_of
+from analysis.statistics.cells import finished, modes_of, varying
 from analysis.text.layout import Section, Table, count, notes, table_of, text
-from analysis.text.wording import between, known, number, p_value, percent, plural, points, signed
+from analysis.text.wording import (
+    between,
+    known,
+    listing,
+    number,
+    p_value,
+    percent,
+    plural,
+    points,
+    signed,
+)
+from tune_study.folder.names import SHORT, field_in_words
+
+LONG = {short: field for field, short in SHORT.items()}
 
 
 def accuracy(found: Findings) -> Section:
     table = found.comparison
     paragraphs = [
-        "Each quantized trial is set against the unquantized trial of the same model, data set, "
-        "LoRA setting and seed. The interval is over configurations (model x data set x LoRA), "
-        "because seeds of one configuration share too much to count as independent. "
-        "pp = percentage points of test accuracy.",
+        "Each quantized trial is set against the unquantized trial of the same configuration and "
+        "seed. A configuration is every setting but quantization and seed; "
+        f"{_configurations(found.study.trials)}. The interval is over configurations, because "
+        "seeds of one share too much to count as independent. pp = percentage points of test "
+        "accuracy.",
         "The verdict compares the interval with a margin that was fixed beforehand. A difference "
         "that is not significant is not called equal: only an interval inside the margin is.",
     ]
@@ -49,6 +63,21 @@ def accuracy(found: Findings) -> Section:
     tables.append(_cells(found.cells))
     figures = ("accuracy_difference", "pareto_weights", "seed_spread")
     return Section("accuracy", "Accuracy", paragraphs, tables, figures)
+
+
+def _configurations(trials: pd.DataFrame) -> str:
+    """``here are 6, by image size (2) and learning rate (3)``."""
+    if (count := trials["configuration"].nunique()) < 2:
+        return "here is one"
+    axes = {name: trials[name].nunique(dropna=False) for name in varying(trials)}
+    if (
+        axes.get("lora_alpha")
+        == axes.get("lora_r")
+        == len(trials[["lora_r", "lora_alpha"]].drop_duplicates())
+    ):
+        del axes["lora_alpha"]
+    words = [f"{field_in_words(LONG.get(name, name))} ({n})" for name, n in axes.items()]
+    return f"here are {count:,}, by {listing(words, 6)}"
 
 
 def _sampling(trials: pd.DataFrame) -> list[str]:
@@ -177,9 +206,7 @@ def _cells(table: pd.DataFrame) -> Table:
         "Test accuracy of every cell, over its seeds",
         shown,
         {
-            "model": text("model"),
-            "data set": text("dataset"),
-            "LoRA r": lambda r: str(r["lora_r"]),
+            "configuration": text("configuration"),
             "mode": text("quantization"),
             "seeds": lambda r: number(r["n"], 0),
             "mean": lambda r: percent(r["mean"], 2),

@@ -6,7 +6,7 @@ import pandas as pd
 
 from analysis.findings.findings import Findings
 from analysis.measures.memory import LEDGER, why_no_peak
-from analysis.text.layout import Section, Table, notes, size, table_of, text
+from analysis.text.layout import Cell, Section, Table, notes, size, table_of, text
 from analysis.text.wording import MISSING, listing, megabytes, number, percent, signed, span
 
 
@@ -66,6 +66,7 @@ def _ledger(table: pd.DataFrame) -> Table:
         table,
         {
             "model": text("model"),
+            **_setting(table),
             "mode": text("quantization"),
             "batch": lambda r: MISSING if pd.isna(r["batch_size"]) else str(r["batch_size"]),
             **{label: size(name) for name, label in LEDGER.items()},
@@ -75,6 +76,11 @@ def _ledger(table: pd.DataFrame) -> Table:
     )
 
 
+def _setting(table: pd.DataFrame) -> dict[str, Cell]:
+    """What else varies and moves memory, where anything does."""
+    return {"setting": text("setting")} if "setting" in table else {}
+
+
 def _peaks(table: pd.DataFrame) -> Table:
     return table_of(
         "peaks",
@@ -82,6 +88,7 @@ def _peaks(table: pd.DataFrame) -> Table:
         table,
         {
             "model": text("model"),
+            **_setting(table),
             "batch": lambda r: MISSING if pd.isna(r["batch_size"]) else str(r["batch_size"]),
             "mode": text("quantization"),
             "change of the peak": lambda r: f"{signed((r['ratio'] - 1) * 100, 1)} %",

@@ -35,13 +35,15 @@ def trials(found: Findings) -> Section:
                 bad.head(50),
                 {
                     "trial": text("trial_id"),
+                    "configuration": text("configuration"),
+                    "mode": text("quantization"),
                     "status": text("status"),
                     "epochs": lambda r: (
                         MISSING if pd.isna(r["epochs_completed"]) else str(r["epochs_completed"])
                     ),
                     "reason": text("error"),
                 },
-                wide=(0, 3),
+                wide=(0, 1, 5),
                 note="" if len(bad) <= 50 else f"The first 50 of {len(bad)}.",
             )
         )
@@ -99,8 +101,8 @@ def methods(found: Findings) -> Section:
         "each configuration, and carry a t-interval over configuration means; a bootstrap over "
         "configurations, sign flips and Wilcoxon's test check it. Seeds of one configuration get "
         "an interval and no p-value.",
-        "What the intervals do not cover: other model families, other data, other training "
-        "settings, and the sampling of the test images, which all modes share.",
+        "What the intervals do not cover: other model families, other data, settings that this "
+        "study did not vary, and the sampling of the test images, which all modes share.",
         "Test images never influenced a choice: the test accuracy is read once, at the epoch "
         "with the best validation accuracy.",
     ]

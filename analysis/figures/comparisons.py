@@ -214,7 +214,7 @@ def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[st
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    scope = [name for name in ("machine", "model", "batch_size") if name in table]
+    scope = [name for name in ("machine", "model", "batch_size", "setting") if name in table]
     panels = panels_of(table, scope)
     known = [name for name in parts if table[name].notna().any()]
     rows = sum(len(group) for _, group in panels)
@@ -263,7 +263,7 @@ def _scope_title(scope: Sequence[str], values: Sequence[str]) -> str:
     text = short(named["model"])
     if named.get("batch_size", "<NA>") not in ("<NA>", "nan"):
         text += f", batch {named['batch_size']}"
-    return text
+    return f"{text}, {named['setting']}" if "setting" in named else text
 
 
 def plot_qlora(table: pd.DataFrame, *, title: str, caption: str) -> Drawn:
@@ -340,5 +340,5 @@ def plot_seeds(table: pd.DataFrame, sds: pd.DataFrame, *, title: str, caption: s
         axis.set_yticks(range(len(modes)), labels)
         axis.set_ylim(len(modes) - 0.4, -0.6)
         axis.grid(axis="y", visible=False)
-        axis.set_xlabel("test accuracy minus the mean over seeds, percentage points")
+        axis.set_xlabel("test accuracy minus the mean over seeds, pp")
     return Drawn(key, title, caption, figure, tips=tips)

@@ -102,7 +102,7 @@ def _over_epochs(found: Findings) -> list[Drawn]:
             curve_bands(epochs, trials),
             key="learning_curves",
             title="Learning curves",
-            caption="Validation accuracy, mean over LoRA settings and seeds; the band is one "
+            caption="Validation accuracy, mean over configurations and seeds; the band is one "
             "standard deviation. A curve ends where fewer than half of its trials go on.",
             label="val. accuracy, %",
             scale=100,

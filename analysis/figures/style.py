@@ -38,8 +38,8 @@ _STYLES = {
     "fp4": ("#CC79A7", "v", (0, (5, 1, 1, 1, 1, 1)), "\\\\"),
     "fp4-dq": ("#E69F00", "P", (0, (1, 3)), "++"),
 }
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
-_DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "8")
+_DASHES: tuple[Any, ...] = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), "-")
 _HATCHES = ("//", "xx", "..", "\\\\", "++", "oo")
 _OTHERS: ContextVar[tuple[str, ...]] = ContextVar("_OTHERS", default=())
 _MOST_PANELS = 6

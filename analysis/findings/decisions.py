@@ -67,7 +67,7 @@ def decide(
     """
     lines = tolerances(trials, comparison, memory)
     lines.append(smallest_weights(memory))
-    lines.append(lowest_peak(ledger, baseline))
+    lines.append(lowest_peak(trials, ledger, baseline))
     lines.append(fastest(speed, baseline))
     lines.append(stability(trials))
     return lines
@@ -229,10 +229,10 @@ def _size_in_words(row: dict[Any, Any]) -> str:
     )
 
 
-def lowest_peak(ledger: pd.DataFrame, baseline: str = "none") -> Decision:
+def lowest_peak(trials: pd.DataFrame, ledger: pd.DataFrame, baseline: str = "none") -> Decision:
     """Whether quantization lowers the peak of a training step, from the measured peaks."""
     question = "Training must need less memory"
-    shares = memory.peak_ratios(ledger, baseline)
+    shares = memory.peak_ratios(ledger, trials, baseline)
     if shares.empty:
         return Decision(
             question, "Not measured on this machine", memory.why_no_peak(ledger), "", False

@@ -105,7 +105,7 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
         leave_one_out=leave_one_out(paired, baseline=baseline),
         memory=memory,
         ledger=ledger,
-        peaks=peak_ratios(ledger if asked is None else ledger[:0], baseline),
+        peaks=peak_ratios(ledger if asked is None else ledger[:0], trials, baseline),
         speed=speed,
         convergence=per_trial,
         convergence_comparison=convergence.compare_convergence(per_trial, baseline=baseline),
@@ -172,7 +172,7 @@ def _by_dataset(trials: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
 def means_per_mode(trials: pd.DataFrame, metrics: tuple[str, ...]) -> pd.DataFrame:
     """Mean of each metric over configuration means, per mode; ``n`` trials that ended well."""
-    good = finished(named(trials))
+    good, order = finished(named(trials)), units(trials)["configuration"]
     rows: list[dict[str, Any]] = []
     for mode in modes_of(trials["quantization"]):
         own = good[good["quantization"] == mode]
@@ -180,6 +180,7 @@ def means_per_mode(trials: pd.DataFrame, metrics: tuple[str, ...]) -> pd.DataFra
         for metric in metrics:
             values = own[metric].astype("float64")
             grouped = values.groupby(own["configuration"], sort=False)
-            row[metric] = float(grouped.mean().mean())
+            means = grouped.mean()
+            row[metric] = float(means.reindex(order[order.isin(means.index)]).mean())
         rows.append(row)
     return pd.DataFrame(rows, columns=["quantization", "n", *metrics])

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.literature import claims as lit
-from analysis.statistics.cells import finished, named
+from analysis.statistics.cells import finished, named, units
 from analysis.statistics.pairs import paired_differences
 
 _COLUMNS = (
@@ -77,10 +77,12 @@ def _ours(trials: pd.DataFrame, claim: lit.Claim, metric: str) -> list[dict[str,
         base = own[own["quantization"] == "none"]
         values = base.assign(value=base[metric])
         quantity = "accuracy, LoRA without quantization"
+    order = units(own)["configuration"].tolist()
     images = own.groupby("model", observed=True)["train_images"].median()
     rows = []
     for model, group in values.groupby("model", observed=True):
-        means = group.groupby("configuration", sort=False)["value"].mean()
+        means = group.groupby("configuration")["value"].mean()
+        means = means.reindex([name for name in order if name in means.index])
         rows.append(
             {
                 "our_model": str(model),

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.folder.configurations import SHORT
 from analysis.folder.contents import read_json
-from analysis.statistics.cells import machine_of, modes_of
+from analysis.statistics.cells import modes_of, named, units, varying
+from analysis.statistics.pairs import PAIR, matched
+from tune_study.folder import names
 
 BITS = {"int8": 8.0, "nf4": 4.5, "nf4-dq": 4.127, "fp4": 4.5, "fp4-dq": 4.127}
 """Bits per quantized weight: 4 plus 32/64 for one fp32 constant per block of 64, or plus
@@ -25,6 +28,23 @@ LEDGER = {
     "activation_bytes": "activations",
 }
 """Parts of a training step's memory, in the order they are stacked."""
+_MOVES_NO_MEMORY = (
+    "pretrained",
+    "data.train_size",
+    "data.val_size",
+    "data.test_size",
+    "data.augment",
+    "training.num_train_epochs",
+    "training.per_device_train_batch_size",
+    "training.gradient_accumulation_steps",
+    "training.per_device_eval_batch_size",
+    "training.learning_rate",
+    "training.weight_decay",
+    "training.warmup_steps",
+    "training.max_grad_norm",
+    "training.early_stopping_patience",
+)
+"""Settings over which a step's memory may be averaged; the batch has a column of its own."""
 
 
 def quantized_parameters(study_path: Path | None, trials: pd.DataFrame) -> pd.DataFrame:
@@ -160,33 +180,63 @@ def why_no_peak(ledger: pd.DataFrame) -> str:
     return "; ".join(reasons) or "no trial recorded a peak"
 
 
-def peak_ratios(ledger: pd.DataFrame, baseline: str = "none") -> pd.DataFrame:
+def peak_ratios(ledger: pd.DataFrame, trials: pd.DataFrame, baseline: str = "none") -> pd.DataFrame:
     """Peak of each mode over that of ``baseline``, per machine, model and batch size.
 
-    Columns: the scope, ``quantization, ratio, activation_share, peak_source, n``.
+    Over the matched pairs of ``trials``: the sum of the mode's peaks over that of the baseline's.
+    Columns: the scope of ``ledger``, ``quantization, ratio, activation_share, peak_source, n``.
     """
-    scope = [n for n in ("machine", "model", "batch_size") if n in ledger]
+    scope = _scope(ledger)
     columns = [*scope, "quantization", "ratio", "activation_share", "peak_source", "n"]
-    if ledger.empty:
+    measured = with_setting(named(trials))
+    measured = measured[measured["peak_train_bytes"].notna()]
+    if ledger.empty or measured.empty:
         return pd.DataFrame(columns=columns)
-    measured = ledger[ledger["peak_train_bytes"].notna()]
-    base = measured.loc[measured["quantization"] == baseline, [*scope, "peak_train_bytes"]]
-    ours = measured[measured["quantization"] != baseline]
-    table = ours.merge(base, on=scope, suffixes=("", "_base"), how="inner")
-    table["ratio"] = table["peak_train_bytes"] / table["peak_train_bytes_base"]
+    keys = [*PAIR, *(name for name in scope if name != "model")]
+    pairs = matched(measured, units(trials), "peak_train_bytes", baseline, keys)
+    sums = pairs.groupby([*scope, "quantization"], dropna=False)[["value", "base"]].sum()
+    ratios = (sums["value"] / sums["base"]).rename("ratio").reset_index()
+    table = ledger.merge(ratios, on=[*scope, "quantization"], how="inner")
     table["activation_share"] = table["activation_bytes"] / table["peak_train_bytes"]
     return table[columns]
+
+
+def _scope(table: pd.DataFrame) -> list[str]:
+    """What memory is never averaged over."""
+    return [name for name in ("machine", "model", "batch_size", "setting") if name in table]
+
+
+def with_setting(trials: pd.DataFrame) -> pd.DataFrame:
+    """``trials`` with what else varies and moves memory, such as ``image size 48``, in ``setting``.
+
+    Without the column where nothing else varies.
+    """
+    fields = [name for name in varying(trials) if name not in (*SHORT, *_MOVES_NO_MEMORY)]
+    if not fields:
+        return trials
+    distinct = trials[fields].drop_duplicates()
+    words = {
+        key: ", ".join(
+            names.words_of(field, None if pd.isna(value) else value)
+            for field, value in zip(fields, key, strict=True)
+        )
+        for key in distinct.astype(object).itertuples(index=False, name=None)
+    }
+    rows = trials[fields].astype(object).itertuples(index=False, name=None)
+    return trials.assign(setting=pd.array([words[row] for row in rows], dtype="string"))
 
 
 def memory_ledger(trials: pd.DataFrame) -> pd.DataFrame:
     """Mean bytes of each part of a training step, per (machine, model, batch, mode).
 
-    Columns: the parts of ``LEDGER``, ``peak_train_bytes``, ``peak_source``, ``n``. A part that no
-    trial measured is NaN. Averaged over data sets and LoRA settings, never over hardware.
+    Columns: the parts of ``LEDGER``, ``peak_train_bytes``, ``peak_source``, ``n``, and ``setting``
+    where anything else varies that moves memory. A part that no trial measured is NaN. Averaged
+    over data sets and LoRA settings, never over hardware.
     """
     parts = [*LEDGER, "peak_train_bytes"]
+    trials = with_setting(trials)
     ran = trials[trials[list(LEDGER)].notna().any(axis=1)]
-    keys = [*machine_of(ran), "model", "batch_size", "quantization"]
+    keys = [*_scope(ran), "quantization"]
     values = ran.assign(**{name: ran[name].astype("float64") for name in parts})
     grouped = values.groupby(keys, observed=True, sort=False, dropna=False)
     table = grouped[parts].mean()
@@ -197,4 +247,5 @@ def memory_ledger(trials: pd.DataFrame) -> pd.DataFrame:
     table = table.reset_index()
     places = {mode: place for place, mode in enumerate(modes_of(trials["quantization"]))}
     table["_order"] = table["quantization"].map(places)
-    return table.sort_values(["model", "_order"], kind="stable").drop(columns="_order")
+    order = [name for name in ("model", "setting", "_order") if name in table]
+    return table.sort_values(order, kind="stable").drop(columns="_order")

@@ -1,6 +1,6 @@
 """Inference about one mean from a handful of independent values, as functions of an array.
 
-The values are configuration means of paired differences (one per model x dataset x LoRA setting).
+The values are configuration means of paired differences (see ``pairs``).
 Every function takes a float array of shape (n,) without missing values. ``nan`` comes back where
 nothing can be inferred; the caller says why. Only numpy and scipy.special, which load fast.
 """

@@ -45,7 +45,8 @@ def more_needed(
     if not len(means):
         return More(None, None, "has no finished pair yet")
     if len(means) < 2:
-        return More(None, None, "needs other models, data sets or LoRA settings too")
+        why = "needs other configurations too: another model, data set, rank or setting"
+        return More(None, None, why)
     freedom = int((counts - 1).sum())
     within = float((grouped.var(ddof=1).fillna(0) * (counts - 1)).sum() / freedom) if freedom else 0
     seeds = float(counts.mean())

@@ -12,11 +12,15 @@ import pytest
 from ray import tune
 
 from analysis import power, report
+from analysis.figures.style import style, styles_of
 from analysis.findings import decisions, findings
 from analysis.load import Study, read_study
 from analysis.measures import curves
 from analysis.statistics import cells, pairs, planning, ratios
 from analysis.statistics.comparison import compare_modes
+from search_spaces import grids
+from tests import synthetic
+from tune_study.folder.results import axes
 from tune_study.study import manifest, plan, session
 from tune_study.trial import simulate
 from tune_study.trial.context import RunContext, Simulation
@@ -101,8 +105,9 @@ def test_all_chapters_stand_on_the_same_pairs(study: Study) -> None:
         left_out = found.leave_one_out[found.leave_one_out["quantization"] == mode]
         expected = [by_all.drop(key).mean() for by_all, key in _each(means.loc[mode, "difference"])]
         assert sorted(left_out["mean_difference"]) == pytest.approx(sorted(expected))
-        at_loss = decisions.tolerance(trials, found.comparison, found.memory, 0.02)
-        assert f"{means.loc[mode, 'difference'].mean() * 100:.2f}".lstrip("-") in at_loss.evidence
+        row = found.comparison.set_index("quantization", drop=False).loc[mode].to_dict()
+        told = decisions.in_words(trials, row, 0.02)
+        assert f"{abs(means.loc[mode, 'difference'].mean()) * 100:.2f} pp" in told
     spread = power.spread_of(trials)
     assert spread.n_configurations == 6
     within = own.groupby(["quantization", "training.learning_rate", "data.image_size"])
@@ -175,3 +180,54 @@ def test_a_table_of_an_earlier_version_reads_as_it_did(study: Study, tmp_path: A
         del cell["training"]["gradient_checkpointing"]  # joined later
     (tmp_path / "study.json").write_text(json.dumps(document))
     pd.testing.assert_frame_equal(read_study(tmp_path).trials, study.trials)
+
+
+def test_a_table_that_is_not_of_its_plan_is_not_used(study: Study, tmp_path: Any) -> None:
+    assert study.path is not None
+    (tmp_path / "study.json").write_text((study.path / "study.json").read_text())
+    study.epochs.to_csv(tmp_path / "epochs.csv", index=False)
+    rate = study.trials["training.learning_rate"] * 2
+    edited = study.trials.assign(**{"training.learning_rate": rate})
+    edited.to_csv(tmp_path / "trials.csv", index=False)
+    read = read_study(tmp_path)
+    assert any("their training.learning_rate differs" in problem for problem in read.problems)
+    assert (read.trials["status"] == "pending").all()
+
+
+def test_every_setting_of_one_mode_is_a_treatment_with_a_row_of_its_own() -> None:
+    trials = plan.plan(grids.sensitivity())
+    simulation = Simulation(effects={"nf4": PLANTED})
+    rows = []
+    for trial in trials:
+        told = axes({"trial_id": trial.trial_id, **trial.model_dump(mode="json")})
+        accuracy = simulate.draw(trial, simulation)[1]
+        rows.append({**told, "status": "completed", "test_accuracy": accuracy})
+    table = pd.DataFrame(rows)
+    found = compare_modes(table)
+    assert list(found["n_pairs"]) == [3] * 13
+    assert list(found["quantization"])[:3] == [
+        "nf4",
+        "nf4 without blocks 1-11",
+        "nf4 without blocks 0, 2-11",
+    ]
+    assert found["mean_difference"].nunique() == 13
+    with styles_of(cells.modes_of(table["quantization"])):
+        looks = [style(name) for name in cells.modes_of(table["quantization"])]
+    assert len({look[0] for look in looks}) == 14
+    assert len({(look[1], str(look[2])) for look in looks}) == 14
+    assert style("nf4") == looks[1]
+
+
+@pytest.mark.parametrize("name", power.GRIDS)
+def test_power_counts_configurations_as_a_plan_does(name: str) -> None:
+    trials = plan.plan(getattr(grids, name)())
+    assert power.GRIDS[name] == len({trial.configuration for trial in trials})
+
+
+def test_settings_of_a_later_version_in_which_trials_differ_are_named(tmp_path: Any) -> None:
+    cells = synthetic.plan(models=("m",), datasets=("d",), lora=((4, 8),), seeds=(1,))
+    for number, cell in enumerate(cells):
+        cell["lora"] |= {"use_magic": number % 2 == 0, "constant": 3}
+    problems = read_study(synthetic.write_study(tmp_path / "s", cells)).problems
+    assert len(problems) == 1
+    assert "('lora.use_magic')" in problems[0]

@@ -100,3 +100,27 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "nowhere" in error
+
+
+def test_what_varies_in_a_study_is_matched_and_what_differs_between_them_compared() -> None:
+    """Two learning rates in each are two cells; a weight decay of each is what is compared."""
+
+    def planned(decay: float) -> Study:
+        cells = [
+            {**cell, "training": {"learning_rate": rate, "weight_decay": decay}}
+            for cell in CELLS[:8]
+            for rate in (0.1, 0.2)
+        ]
+        cells = [{**cell, "trial_id": str(number)} for number, cell in enumerate(cells)]
+        return _study(cells)
+
+    a, b = planned(0.0), planned(0.5)
+    b.trials.loc[b.trials["training.learning_rate"] == 0.2, "test_accuracy"] -= 0.01
+    found = compare.compare(a, b)
+    assert found.n_pairs == 16
+    assert ("setting: training.weight_decay", "0.0", "0.5") in found.differences
+    assert not any("learning_rate" in name for name, *_ in found.differences)
+    row = _row(found, "test_accuracy", "all")
+    difference = b.trials["test_accuracy"].to_numpy() - a.trials["test_accuracy"].to_numpy()
+    assert row["n_configurations"] == 2
+    assert row["mean_difference"] == pytest.approx(difference.mean())

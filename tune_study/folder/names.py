@@ -23,6 +23,8 @@ SHORT = {
 """Fields whose column in the trials table has a short name as well."""
 _NO_PART = ("trial_id", "seed", "quantization")
 _WORDS = {
+    "dataset": "data set",
+    "lora.r": "rank",
     "lora.target_modules": "targets",
     "training.num_train_epochs": "epochs",
     "training.per_device_train_batch_size": "batch",
@@ -235,7 +237,9 @@ def words_of(field: str, value: Any, most: int | None = _LONGEST) -> str:
         text = text.rstrip("/").rpartition("/")[2].removeprefix("folder:") or text
     if most is not None and len(text) > most:
         text = f"{text[: most // 2]}…{text[-(most // 2 - 1) :]}"
-    return text if field in ("model", "dataset") else f"{field_in_words(field)} {text}"
+    if field in ("model", "dataset"):
+        return text
+    return f"r {text}" if field == "lora.r" else f"{field_in_words(field)} {text}"
 
 
 def field_in_words(field: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -45,13 +46,18 @@ def print_plan(
     context: RunContext,
     extension: Extension | None = None,
     notes: Sequence[str] = (),
+    plan: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """The table of the plan, with a status where the study folder is there already."""
+    """The table of the plan, with a status where the study folder is there already.
+
+    ``plan`` is what study.json would hold, other trials included: by it these are told apart.
+    """
     for note in notes:
         console.print(f"note: {note}")
     table = Table(title=f"{len(trials)} planned trials", title_justify="left")
     table.add_column("trial", no_wrap=True)
-    _, beside = told_apart([cell_of(trial) for trial in trials])
+    _, beside = told_apart(plan or [cell_of(trial) for trial in trials])
+    beside = {trial.trial_id: beside[trial.trial_id] for trial in trials}
     if any(beside.values()):
         table.add_column("in words")
     if extension:
@@ -71,7 +77,8 @@ def print_plan(
             "unknown" if math.isnan(row.peak_train_bytes) else f"{row.peak_train_bytes / 1e6:.0f}",
             "unknown" if math.isnan(row.train_time_s) else duration(row.train_time_s),
         )
-    Console(highlight=False, width=max(console.width, WIDTH)).print(table)
+    width = max(console.width, WIDTH + max(map(len, beside.values()), default=0))
+    Console(highlight=False, width=width).print(table)
     distinct = f"{len({trial.trial_id for trial in trials})} distinct ids: {_counted(trials)}."
     if extension:
         distinct += f" In {context.study_dir.name}: {extension.sentence}."

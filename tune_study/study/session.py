@@ -140,11 +140,12 @@ def _look(command: Command) -> Checked:
 
 def _dry_run(command: Command, checked: Checked, choices: Mapping[str, Any]) -> int:
     trials, context = command.trials, command.context
-    notes = manifest.review(trials, context, checked.checksums).notes
+    review = manifest.review(trials, context, checked.checksums)
+    notes, plan = review.notes, list(review.cells.values())
     extension = extension_of(trials, context, command.given.retry_failed)
     if command.auto and len(choices) < len(trials):
         notes = [*notes, auto_batch.NOT_YET]
-    print_plan(command.console, trials, checked, context, extension, notes)
+    print_plan(command.console, trials, checked, context, extension, notes, plan)
     return 0
 
 
@@ -249,7 +250,8 @@ def _progress(
     command: Command, waiting: Sequence[TrialConfig], planned: int, done: int
 ) -> Progress:
     epochs = {trial.trial_id: trial.training.num_train_epochs for trial in waiting}
-    plan = [] if command.settings else [manifest.cell_of(trial) for trial in command.trials]
+    written = manifest.read_manifest(command.context.study_dir) or {"plan": []}
+    plan = [] if command.settings else written["plan"]
     return Progress(command.console, command.context.study_dir, planned, done, epochs, plan)
 
 

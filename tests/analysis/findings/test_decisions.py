@@ -108,7 +108,7 @@ def test_one_configuration_gets_an_interval_over_seeds_and_no_decision() -> None
     assert not line.decided
     assert "in this one configuration" in line.evidence
     assert "over its 3 seeds" in line.evidence
-    assert "other models" in line.answer
+    assert "another model, data set, rank or setting" in line.answer
 
 
 def test_planned_seeds_decide_as_often_as_promised() -> None:

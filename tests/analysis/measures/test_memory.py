@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.measures.memory import memory_ledger, memory_ratios, quantized_parameters
+from analysis.measures.memory import memory_ledger, memory_ratios, peak_ratios, quantized_parameters
 from tests import synthetic
 from tests.analysis.studies import only
 
@@ -62,3 +62,55 @@ def test_memory_is_not_averaged_over_machines() -> None:
     ledger = memory_ledger(trials)
     assert len(ledger) == 8
     assert ledger.groupby("machine")["n"].sum().to_dict() == {"laptop": 12, "server": 24}
+
+
+def test_a_mixture_is_held_against_the_bits_of_each_layer(tmp_path: Path) -> None:
+    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), seeds=(1,))[:2]
+    cells[1]["quantization"] = {"mode": "int8", "overrides": {"blocks.0.*": "nf4"}}
+    path = synthetic.write_study(tmp_path / "s", cells[:1])
+    layers = [{"shape": [64, 32], "mode": "nf4"}, {"shape": [16, 8], "mode": "int8"}]
+    folder = path / cells[1]["trial_id"]
+    folder.mkdir()
+    (folder / "quantization_analysis.json").write_text(json.dumps({"layers": layers}))
+    mixed = "int8, block 0 nf4"
+    trials = synthetic.study_frames(cells[:1])[0]
+    trials = trials.assign(trial_id=cells[1]["trial_id"], quantization=mixed)
+    found = only(quantized_parameters(path, trials), quantization=mixed)
+    assert found["quantized_parameters"] == 64 * 32 + 16 * 8
+    assert found["quantized_bits"] == 64 * 32 * 4.5 + 16 * 8 * 8 + 16 * 32
+    row = only(memory_ratios(trials, quantized_parameters(path, trials)), quantization=mixed)
+    parameters = row["weights_bytes_fp32"] / 4
+    inside = found["quantized_parameters"]
+    expected = (found["quantized_bits"] + 32 * (parameters - inside)) / parameters
+    assert row["theoretical_bits"] == pytest.approx(expected)
+    unknown = only(memory_ratios(trials), quantization=mixed)
+    assert np.isnan(unknown["theoretical_bits"])
+    assert "theory needs the quantized layers" in unknown["note"]
+
+
+def test_a_peak_is_set_against_its_own_pair_alone() -> None:
+    trials, _ = synthetic.study_frames(synthetic.plan(models=TINY, datasets=("cifar10",)))
+    lost = (trials["quantization"] == "none") & (trials["lora_r"] == 16)
+    trials.loc[lost, "peak_train_bytes"] = None
+    ratio = only(peak_ratios(memory_ledger(trials), trials), quantization="nf4")["ratio"]
+    kept = trials[trials["lora_r"] < 16].groupby("quantization")["peak_train_bytes"].sum()
+    assert ratio == pytest.approx(kept["nf4"] / kept["none"])
+
+
+def test_what_moves_memory_is_not_averaged_over() -> None:
+    trials, _ = synthetic.study_frames(synthetic.plan(models=TINY, datasets=("cifar10",)))
+    trials["data.image_size"] = trials["lora_r"].map({4: 48, 8: 48, 16: 96}).astype("Int64")
+    trials["training.learning_rate"] = trials["seed"].astype("float64")
+    large = trials["data.image_size"] == 96
+    trials.loc[large, "peak_train_bytes"] *= 4
+    ledger = memory_ledger(trials)
+    assert ledger.groupby("setting")["n"].sum().to_dict() == {
+        "image size 48": 24,
+        "image size 96": 12,
+    }
+    peaks = peak_ratios(ledger, trials)
+    assert len(peaks) == 6
+    for size, own in trials.groupby("data.image_size"):
+        sums = own.groupby("quantization")["peak_train_bytes"].sum()
+        row = only(peaks, quantization="int8", setting=f"image size {size}")
+        assert row["ratio"] == pytest.approx(sums["int8"] / sums["none"])

@@ -152,3 +152,27 @@ def test_what_runs_is_shown_with_its_epoch_and_time(tmp_path, monkeypatch):
 )
 def test_durations(seconds, words):
     assert duration(seconds) == words
+
+
+def test_trials_are_told_apart_in_words_where_their_ids_do_not(tmp_path):
+    usual = {"model": "m", "dataset": "digits", "quantization": {"mode": "nf4"}, "seed": 1}
+    plan = [
+        {**usual, "trial_id": name, "training": {"learning_rate": rate}}
+        for name, rate in (("a", 0.1), ("b", 0.2))
+    ]
+    output = io.StringIO()
+    epochs = {"a": 2, "b": 2, "other": 2}
+    progress = Progress(Console(file=output, width=200), tmp_path, 2, 0, epochs, plan)
+    for name in epochs:
+        progress.on_trial_start(0, [], trial_of(name))
+    assert output.getvalue().splitlines() == [
+        "a (learning rate 0.1): started",
+        "b (learning rate 0.2): started",
+        "other: started",
+    ]
+    live = Console(file=io.StringIO(), width=200)
+    live.print(progress._render())
+    shown = live.file.getvalue()
+    assert "learning rate 0.1 · nf4 · seed 1" in shown
+    assert "learning rate 0.2 · nf4 · seed 1" in shown
+    assert "other" in shown

@@ -10,6 +10,7 @@ from rich.console import Console
 from tune_study.config import parse_trial
 from tune_study.memory.estimate import Estimate
 from tune_study.study import console
+from tune_study.study.manifest import cell_of
 from tune_study.study.preflight import Checked
 from tune_study.study.status import Extension
 from tune_study.trial.context import RunContext, Simulation
@@ -128,3 +129,17 @@ def test_a_warm_up_as_long_as_the_training_never_ends(warmup, said_at):
     text = said.file.getvalue()
     assert said_at in text
     assert text.count("\n") == bool(said_at)
+
+
+def test_trials_are_told_apart_by_the_whole_study_where_their_ids_do_not(capsys, tmp_path):
+    tiny = {**VALUES, "model": "deit_tiny_patch16_224"}
+    rates = [parse_trial({**tiny, "training": {"learning_rate": rate}}) for rate in (0.1, 0.2)]
+    context = RunContext(study_dir=tmp_path, simulation=Simulation())
+    plan = [cell_of(trial) for trial in rates]
+    for options, words in (({}, ""), ({"plan": plan}, "learning rate 0.2")):
+        below = output()
+        console.print_plan(below, rates[1:], Checked({}, {}), context, **options)
+        shown = capsys.readouterr().out
+        (line,) = [row for row in shown.splitlines() if rates[1].trial_id in row]
+        assert words in line
+        assert ("in words" in shown) == bool(words)

@@ -194,3 +194,15 @@ def test_a_study_json_of_another_version_is_refused(tiny, tmp_path, change, wher
     write_json(there.study_dir / "study.json", {**found, **change})
     with pytest.raises(UserError, match=f"not of this version of tune-study .{where}: "):
         manifest.planned_ids(there.study_dir)
+
+
+def test_an_axis_of_the_grid_takes_further_values_and_nothing_else_does(tiny, tmp_path):
+    where = context(tmp_path)
+
+    def at(rate, size=None):
+        return tiny("none", training={"learning_rate": rate}, data={"image_size": size})
+
+    open_study([at(0.1), at(0.2)], where)
+    assert len(open_study([at(0.3)], where)["plan"]) == 3
+    with pytest.raises(UserError, match=r"data\.image_size was None and is 48"):
+        open_study([at(0.1, 48)], where)
