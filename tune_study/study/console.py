@@ -17,6 +17,7 @@ from tune_study.loggers.progress import duration
 from tune_study.memory.estimate import Estimate, estimate
 from tune_study.model.footprint import expected_weights_bytes
 from tune_study.model.layers import skeleton_of
+from tune_study.model.weights import listed
 from tune_study.study.manifest import cell_of
 from tune_study.study.options import EXIT_FAILED
 from tune_study.study.preflight import Checked
@@ -127,6 +128,19 @@ def say_what_is_unusual(
         console.print("note: SIMULATED: results are drawn from a model, nothing is trained")
     elif any(not trial.pretrained for trial in trials):
         console.print("note: pretrained=false: the backbones start from RANDOM weights")
+
+
+def say_what_was_adapted(console: Console, checked: Checked) -> None:
+    """Of weights that are not in a model as their file holds them."""
+    words = {
+        "left_out": "are left out",
+        "resampled": "are resampled",
+        "missing": "are not in the file and keep their initial values",
+    }
+    for model, entry in checked.checksums["weights"].items():
+        for kind, what in words.items():
+            if names := entry.get(kind):
+                console.print(f"note: weights of {model}: {listed(names)} {what}")
 
 
 def say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: Checked) -> None:

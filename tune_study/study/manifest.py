@@ -268,13 +268,16 @@ def listed_changes(changes: Sequence[str], most: int = 4) -> str:
 def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The data and weights whose checksums differ: ``the data of cifar10 (sha256 ..., then ...)``.
 
-    Both are the ``provenance`` of a study.json, or what ``preflight`` found.
+    Both are the ``provenance`` of a study.json, or what ``preflight`` found. A checksum that an
+    earlier version did not take says nothing.
     """
     return [
         f"the {kind} of {name} (sha256 {str(entry['sha256'])[:12]}, then {str(then)[:12]})"
         for kind in ("data", "weights")
         for name, entry in now[kind].items()
-        if name in before[kind] and (then := before[kind][name]["sha256"]) != entry["sha256"]
+        if name in before[kind]
+        and (then := before[kind][name]["sha256"]) != entry["sha256"]
+        and not (then is None and before[kind][name].get("pretrained"))
     ]
 
 

@@ -61,6 +61,9 @@ class Options:
         Path | None,
         Option(metavar="PATH", help="file, or folder with MODEL.safetensors; default: the hub"),
     ] = None
+    adapt_weights: Annotated[
+        bool, Option("--adapt-weights", help="leave out or resample what does not fit the model")
+    ] = False
     train_size: Annotated[int | None, Option(metavar="IMAGES", help="stratified subset")] = None
     val_size: Annotated[int | None, Option(metavar="IMAGES", help="for validation")] = None
     test_size: Annotated[int | None, Option(metavar="IMAGES", help="stratified subset")] = None

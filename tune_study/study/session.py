@@ -36,6 +36,7 @@ from tune_study.study.console import (
     print_plan,
     say_long_warm_up,
     say_what_is_unusual,
+    say_what_was_adapted,
 )
 from tune_study.study.options import EXIT_FAILED, EXIT_STOPPED, Options, resolved, safe_name
 from tune_study.study.plan import trials_of, with_compute_dtype
@@ -135,7 +136,14 @@ def _look(command: Command) -> Checked:
     if context.simulation is None:
         command.trials = with_compute_dtype(command.console, command.trials, context)
     say_what_is_unusual(command.console, command.trials, context.simulation)
-    return preflight.check(command.trials, context, auto_batch=command.auto)
+    checked = preflight.check(
+        command.trials,
+        context,
+        auto_batch=command.auto,
+        adapt_weights=command.given.adapt_weights,
+    )
+    say_what_was_adapted(command.console, checked)
+    return checked
 
 
 def _dry_run(command: Command, checked: Checked, choices: Mapping[str, Any]) -> int:

@@ -160,6 +160,8 @@ def test_inputs_differ_by_their_checksum_and_new_ones_do_not():
         f"the data of d (sha256 {'3' * 12}, then {'1' * 12})",
         "the weights of m (sha256 4, then None)",
     ]
+    before["weights"]["m"]["pretrained"] = True  # of a version that took none of such a file
+    assert len(manifest.changed_inputs(before, now)) == 1
 
 
 def test_a_study_of_two_compute_dtypes_has_none(tiny, tmp_path):
