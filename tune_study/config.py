@@ -178,6 +178,10 @@ class TrialConfig(_Record):
         settings = self.training
         return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
 
+    def on(self, dataset: str) -> TrialConfig:
+        """The same on another data set, or on one under another name."""
+        return self if dataset == self.dataset else self.model_copy(update={"dataset": dataset})
+
     def with_micro_batch(self, micro: int) -> TrialConfig:
         """The same with micro-batches of ``micro`` images, a divisor of ``images_per_step``."""
         update = {

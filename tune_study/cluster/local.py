@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from tune_study.errors import UserError, first_line
+from tune_study.machine import environment
 from tune_study.machine.environment import spared_from_collection
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -49,6 +50,7 @@ def start(slots: int, *, dashboard: bool) -> None:
     """
     if ray.is_initialized():
         return
+    refuse_unusable_folder()
     if one_gpu_at_most(Path("/dev")):
         os.environ.setdefault("RAY_preload_python_modules", PRELOADED)
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -68,6 +70,26 @@ def start(slots: int, *, dashboard: bool) -> None:
         ) from error
     # Ray's own would end the command with a stack trace of its C++.
     signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def refuse_unusable_folder() -> None:
+    """Raises ``UserError`` where Ray's sockets have no room in their names, or can't be made."""
+    variable, folder = environment.ray_folder()
+    set_it = "set RAY_TMPDIR to a short folder that can be written, such as /tmp"
+    socket = f"{folder}/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    longest = 103 if sys.platform == "darwin" else 107  # of a Unix socket's address
+    if (excess := len(os.fsencode(socket)) - longest) > 0 and sys.platform != "win32":
+        raise UserError(
+            f"{variable}={folder}: Ray's sockets lie there, and its name is {excess} bytes too "
+            f"long for them; {set_it}"
+        )
+    try:
+        (folder / "ray").mkdir(parents=True, exist_ok=True)
+        usable = os.access(folder / "ray", os.W_OK | os.X_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        raise UserError(f"{variable}={folder}: Ray's files can't be written there; {set_it}")
 
 
 def one_gpu_at_most(devices: Path) -> bool:

@@ -11,6 +11,7 @@ import optuna
 from search_spaces import optuna_spaces
 from search_spaces.lookup import function_of
 from tune_study.config import TrialConfig, assign, parse_trial
+from tune_study.data.names import Names
 from tune_study.errors import UserError
 from tune_study.folder.files import read_json
 
@@ -47,6 +48,12 @@ class Settings(NamedTuple):
     assignments: tuple[tuple[str, Any], ...]
     compute_dtype: str | None = None
     """Of trials that do not name theirs, where the device has no kernel for bf16."""
+    names: Names | None = None
+    """What the study calls its folders of images."""
+
+    def with_names(self, names: Names) -> Settings:
+        fixed = [(k, names.of(v) if k == "dataset" else v) for k, v in self.assignments]
+        return self._replace(names=names, assignments=tuple(fixed))
 
     def record(self) -> dict[str, Any]:
         """What study.json keeps of it."""
@@ -79,7 +86,8 @@ class Settings(NamedTuple):
         if self.compute_dtype and "compute_dtype" not in training:
             values = assign(values, "training.compute_dtype", self.compute_dtype)
         try:
-            return parse_trial(values)
+            drawn = parse_trial(values)
+            return drawn.on(self.names.of(drawn.dataset)) if self.names else drawn
         except UserError as error:
             answers = ", ".join(f"{name} = {value}" for name, value in trial.params.items())
             raise UserError(

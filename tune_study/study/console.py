@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def print_plan(
             "unknown" if math.isnan(row.peak_train_bytes) else f"{row.peak_train_bytes / 1e6:.0f}",
             "unknown" if math.isnan(row.train_time_s) else duration(row.train_time_s),
         )
-    Console(highlight=False, width=max(console.width, WIDTH)).print(table)
+    wide = Console(highlight=False, markup=False, emoji=False, width=max(console.width, WIDTH))
+    wide.print(table)
     distinct = f"{len({trial.trial_id for trial in trials})} distinct ids: {_counted(trials)}."
     if extension:
         distinct += f" In {context.study_dir.name}: {extension.sentence}."
@@ -105,6 +107,11 @@ def _row(trial: TrialConfig, checked: Checked, context: RunContext) -> Estimate:
     return Estimate(expected_weights_bytes(skeleton, trial), math.nan, math.nan)
 
 
+def quoted(path: Path) -> str:
+    """As it can be pasted into a shell."""
+    return shlex.quote(str(path))
+
+
 def judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
     """0 when every planned trial ended well; else 1, after a list of those that did not."""
     bad = {trial: status for trial, status in statuses.items() if status not in PLANNED_ENDS}
@@ -115,7 +122,7 @@ def judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
         return 0
     console.print(f"{len(bad)} of {len(statuses)} trials did not end well:")
     for trial_id, status in bad.items():
-        console.print(f"  {trial_id}: {status} (see {study_dir / trial_id})")
+        console.print(f"  {trial_id}: {status} (see {quoted(study_dir / trial_id)})")
     console.print("run them again with --retry-failed added to the command")
     return EXIT_FAILED
 

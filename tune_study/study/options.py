@@ -239,6 +239,7 @@ def resolved(option: str, path: Path, there: str = "") -> Path:
     ``there`` is what must be: "folder", or "file or folder".
     """
     try:
+        path = path.expanduser()  # the shell leaves --option=~/folder as it is
         found = path.is_dir() or ("file" in there and path.is_file())
         path = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, not text

@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import ray
@@ -14,6 +16,7 @@ from ray.air._internal import usage
 
 from tune_study.cluster import local
 from tune_study.errors import UserError
+from tune_study.machine import environment
 from tune_study.machine.environment import spared_from_collection
 from tune_study.study.schedule import run  # noqa: F401  (what the command imports)
 
@@ -133,3 +136,27 @@ def test_ray_starts_beside_the_imports_and_waits_for_them(monkeypatch):
     monkeypatch.setattr(local, "start", start)
     local.start_during_imports(2, dashboard=True)
     assert order == [(2, True), "imported"]
+
+
+def test_a_folder_without_room_for_rays_sockets_is_refused_with_its_remedy(monkeypatch):
+    session = f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    room = (103 if sys.platform == "darwin" else 107) - len(session)
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        fits = Path(short, "x" * (room - len(short) - 1))
+        monkeypatch.setenv("RAY_TMPDIR", str(fits))
+        local.refuse_unusable_folder()
+        monkeypatch.setenv("RAY_TMPDIR", f"{fits}y")
+        with pytest.raises(UserError, match=r"RAY_TMPDIR=.* is 1 bytes too long .*set RAY_TMPDIR"):
+            local.refuse_unusable_folder()
+        assert not Path(f"{fits}y").exists()
+        monkeypatch.delenv("RAY_TMPDIR")
+        monkeypatch.setattr(environment.tempfile, "tempdir", f"{fits}y")
+        if sys.platform == "linux":
+            with pytest.raises(UserError, match=r"TMPDIR=.* 1 bytes too long"):
+                local.refuse_unusable_folder()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", "/dev/null")
+    with pytest.raises(UserError, match="RAY_TMPDIR=/dev/null: Ray's files can't be written there"):
+        local.refuse_unusable_folder()

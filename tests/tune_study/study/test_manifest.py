@@ -196,3 +196,20 @@ def test_a_study_json_of_another_version_is_refused(tiny, tmp_path, change, wher
     write_json(there.study_dir / "study.json", {**found, **change})
     with pytest.raises(UserError, match=f"not of this version of tune-study .{where}: "):
         manifest.planned_ids(there.study_dir)
+
+
+def test_a_study_keeps_where_its_folders_of_images_lie(tiny, tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    where = context(tmp_path)
+    open_study([tiny("none", dataset="folder:d"), tiny("nf4")], where)
+    manifest_ = manifest.read_manifest(where.study_dir)
+    assert manifest_["folders"] == {"folder:d": "../d"}
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    names = manifest.names_in(where.study_dir)
+    assert names.of("folder:../d/") == "folder:d"
+    assert names.of("digits") == "digits"
+    open_study([tiny("int8")], where)
+    assert manifest.read_manifest(where.study_dir)["folders"] == {"folder:d": "../d"}
+    assert manifest.names_in(tmp_path / "nothing").of("folder:x") == "folder:x"
