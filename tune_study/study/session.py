@@ -30,6 +30,7 @@ from tune_study.machine.provenance import cores
 from tune_study.search import settings as spaces
 from tune_study.search.settings import Settings
 from tune_study.study import auto_batch, manifest, preflight, schedule, status
+from tune_study.study.cards import write_cards
 from tune_study.study.console import (
     STOPPED,
     judge,
@@ -240,6 +241,7 @@ def _run(command: Command, store: Store | None, logged: Trackers | None) -> int:
         if logged:
             logged.close(trials)
         collect(study_dir)
+        write_cards(study_dir)
         _say_where(command, report=not now)
         if store and Stop.reason not in ("lease", "storage"):
             push_end(store, [trial.trial_id for trial in trials])
