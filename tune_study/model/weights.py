@@ -96,13 +96,12 @@ def refuse_misfit(fit: Fit, model: str, weights: Path | None) -> None:
         )
 
 
-def listed(names: Iterable[str], most: int = 6) -> str:
+def listed(names: Iterable[str], most: int = 6, of: str = "tensor") -> str:
     """``24 tensors (blocks.*.ls1.gamma, blocks.*.ls2.gamma)``."""
     names = list(names)
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    kinds = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
     more = f", and {len(kinds) - most} more kinds" if len(kinds) > most else ""
-    plural = "tensor" if len(names) == 1 else "tensors"
-    return f"{len(names)} {plural} ({', '.join(kinds[:most])}{more})"
+    return f"{len(names)} {of}{'s' if len(names) > 1 else ''} ({', '.join(kinds[:most])}{more})"
 
 
 def weights_are_here(model: str) -> bool:

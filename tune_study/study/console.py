@@ -17,7 +17,7 @@ from tune_study.folder.schema import PLANNED_ENDS
 from tune_study.loggers.progress import duration
 from tune_study.memory.estimate import Estimate, estimate
 from tune_study.model.footprint import expected_weights_bytes
-from tune_study.model.layers import skeleton_of
+from tune_study.model.layers import passed_over, skeleton_of
 from tune_study.model.weights import listed
 from tune_study.study.manifest import cell_of
 from tune_study.study.options import EXIT_FAILED
@@ -148,6 +148,17 @@ def say_what_was_adapted(console: Console, checked: Checked) -> None:
         for kind, what in words.items():
             if names := entry.get(kind):
                 console.print(f"note: weights of {model}: {listed(names)} {what}")
+
+
+def say_what_is_passed_over(console: Console, trials: Sequence[TrialConfig]) -> None:
+    """Of what ``lora.target_modules`` matches, that which cannot have an adapter."""
+    settings = {(t.model, t.data.image_size, t.lora.target_modules) for t in trials}
+    for model, image_size, targets in sorted(settings, key=str):
+        if over := passed_over(skeleton_of(model, 10, image_size), targets):
+            console.print(
+                f"note: lora.target_modules = {targets} of {model}: linear layers get an adapter, "
+                f"{listed(over, of='module')} do not"
+            )
 
 
 def say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: Checked) -> None:

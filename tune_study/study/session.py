@@ -37,6 +37,7 @@ from tune_study.study.console import (
     print_plan,
     quoted,
     say_long_warm_up,
+    say_what_is_passed_over,
     say_what_is_unusual,
     say_what_was_adapted,
 )
@@ -154,6 +155,8 @@ def _look(command: Command) -> Checked:
         adapt_weights=command.given.adapt_weights,
     )
     say_what_was_adapted(command.console, checked)
+    if context.simulation is None:
+        say_what_is_passed_over(command.console, command.trials)
     return checked
 
 
