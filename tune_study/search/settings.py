@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial
 
 from search_spaces import optuna_spaces
 from search_spaces.lookup import function_of
@@ -105,6 +108,20 @@ def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
     return [(name, value)]
 
 
+_SCALARS = (bool, int, float, str)
+
+
+def _label(name: str, choice: Any) -> str:
+    """For Optuna, whose file gives back a tuple as a list, and then knows no such choice."""
+    try:
+        return json.dumps(choice, sort_keys=True)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"choice {choice!r:.100} of {name} can't be kept; choose among numbers, words, lists "
+            "and mappings"
+        ) from None
+
+
 class _Fixed:
     """An Optuna trial in front of which ``--set`` stands: what it fixes is not asked."""
 
@@ -114,7 +131,10 @@ class _Fixed:
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         field = name.partition("/")[0]
         if field not in self._fixed:
-            return self._trial.suggest_categorical(name, choices)
+            if all(choice is None or isinstance(choice, _SCALARS) for choice in choices):
+                return self._trial.suggest_categorical(name, choices)
+            labels = [_label(name, choice) for choice in choices]
+            return choices[labels.index(self._trial.suggest_categorical(name, labels))]
         value = self._fixed[field]
         return value if value in choices else choices[0]  # the field itself is replaced later
 
@@ -194,6 +214,25 @@ def probes(settings: Settings) -> list[TrialConfig]:
 
     Nothing is recorded: they are what ``preflight`` looks at before the search begins.
     """
+    return _probed(settings)[0]
+
+
+def asked(settings: Settings) -> dict[str, list[BaseDistribution]]:
+    """What the space asks, by parameter: the ranges and choices of all probes that differ."""
+    return distributions_of(_probed(settings)[1].get_trials(deepcopy=False))
+
+
+def distributions_of(trials: Iterable[FrozenTrial]) -> dict[str, list[BaseDistribution]]:
+    """The different ones of each parameter that ``trials`` were asked."""
+    found: dict[str, list[BaseDistribution]] = {}
+    for trial in trials:
+        for name, distribution in trial.distributions.items():
+            if distribution not in found.setdefault(name, []):
+                found[name].append(distribution)
+    return found
+
+
+def _probed(settings: Settings) -> tuple[list[TrialConfig], optuna.Study]:
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -202,7 +241,7 @@ def probes(settings: Settings) -> list[TrialConfig]:
         found = [settings.config(study.ask()) for _ in range(PROBES)]
     finally:
         optuna.logging.set_verbosity(before)
-    return list({trial.trial_id: trial for trial in found}.values())
+    return list({trial.trial_id: trial for trial in found}.values()), study
 
 
 def largest(trials: Sequence[TrialConfig]) -> list[TrialConfig]:
