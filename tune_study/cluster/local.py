@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def start(slots: int, *, dashboard: bool) -> None:
     if ray.is_initialized():
         return
     refuse_unusable_folder()
+    lend_token()
     if one_gpu_at_most(Path("/dev")):
         os.environ.setdefault("RAY_preload_python_modules", PRELOADED)
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -90,6 +92,23 @@ def refuse_unusable_folder() -> None:
         usable = False
     if not usable:
         raise UserError(f"{variable}={folder}: Ray's files can't be written there; {set_it}")
+
+
+def lend_token() -> None:
+    """Ray's processes know each other by a token in the home; where none can be kept, by another.
+
+    Of the environment alone, and for as long as the command runs.
+    """
+    if {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        return
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(exist_ok=True)
+        kept = (folder / "auth_token").is_file() or os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):  # no home at all is a RuntimeError
+        kept = False
+    if not kept:
+        os.environ["RAY_AUTH_TOKEN"] = uuid.uuid4().hex
 
 
 def one_gpu_at_most(devices: Path) -> bool:

@@ -160,3 +160,22 @@ def test_a_folder_that_cannot_be_written_is_refused(monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "/dev/null")
     with pytest.raises(UserError, match="RAY_TMPDIR=/dev/null: Ray's files can't be written there"):
         local.refuse_unusable_folder()
+
+
+def test_a_home_that_cannot_be_written_needs_no_token_file(monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    local.lend_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.setenv("HOME", "/dev/null")
+    local.lend_token()
+    first = os.environ["RAY_AUTH_TOKEN"]
+    assert len(first) == 32
+    local.lend_token()
+    assert os.environ["RAY_AUTH_TOKEN"] == first
+    del os.environ["RAY_AUTH_TOKEN"]
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    local.lend_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ
