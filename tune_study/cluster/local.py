@@ -77,6 +77,9 @@ def start(slots: int, *, dashboard: bool) -> None:
 def refuse_unusable_folder() -> None:
     """Raises ``UserError`` where Ray's sockets have no room in their names, or can't be made."""
     variable, folder = environment.ray_folder()
+    if not folder.is_absolute():  # Ray's processes work elsewhere
+        folder = folder.absolute()
+        os.environ["RAY_TMPDIR"] = str(folder)
     set_it = "set RAY_TMPDIR to a short folder that can be written, such as /tmp"
     socket = f"{folder}/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
     longest = 103 if sys.platform == "darwin" else 107  # of a Unix socket's address

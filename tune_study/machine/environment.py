@@ -78,7 +78,10 @@ def ray_folder() -> tuple[str, Path]:
     """
     if folder := os.environ.get("RAY_TMPDIR"):
         return "RAY_TMPDIR", Path(folder)
-    return "TMPDIR", Path("/tmp" if sys.platform == "darwin" else tempfile.gettempdir())
+    if sys.platform.startswith("linux") and "TMPDIR" in os.environ:
+        return "TMPDIR", Path(os.environ["TMPDIR"])
+    unix = sys.platform.startswith(("linux", "darwin"))
+    return "RAY_TMPDIR", Path("/tmp" if unix else tempfile.gettempdir())
 
 
 def prepare() -> None:

@@ -18,6 +18,7 @@ from tune_study.errors import UserError, first_line
 HUB = "hf-hub:"
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Of a model on the hub, in the order in which timm looks for them."""
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC)
 OTHERWISE = "give --weights FILE_OR_DIR, or start from random weights with --set pretrained=false"
 
 
@@ -84,8 +85,8 @@ def fetched(
 
     Raises ``UserError``, whose remedy is the network or ``otherwise``.
     """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub import constants, errors, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 
     if (path := downloaded(repo, files)) is not None:
         return path
@@ -100,16 +101,16 @@ def fetched(
         with contextlib.suppress(urllib.error.HTTPError):  # an answer, whatever it says
             urllib.request.urlopen(constants.ENDPOINT, timeout=20).close()
         for file in files:
-            with contextlib.suppress(EntryNotFoundError):
+            with contextlib.suppress(RemoteEntryNotFoundError):
                 return Path(hf_hub_download(name, file, revision=revision))
         raise UserError(f"model = {model}: the hub has no {' or '.join(files)} of it; {otherwise}")
-    except (HfHubHTTPError, HFValidationError) as error:
+    except (HfHubHTTPError, ValueError) as error:  # a name, or an HF_ENDPOINT, that cannot be
         raise UserError(
             f"model = {model}: the hub does not give {files[0]} of it "
             f"({type(error).__name__}); look whether it is there and open to you, {otherwise}"
         ) from None
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC):
+    except (OSError, errors.HTTPError) as error:  # the hub's own HTTP library
+        if getattr(error, "errno", None) in _UNWRITABLE:
             raise UserError(
                 f"model = {model}: the hub's cache {shlex.quote(constants.HF_HUB_CACHE)} can't be "
                 f"written ({first_line(error)}); set HF_HOME to a folder with room that can"

@@ -242,6 +242,9 @@ def resolved(option: str, path: Path, there: str = "") -> Path:
         path = path.expanduser()  # the shell leaves --option=~/folder as it is
         found = path.is_dir() or ("file" in there and path.is_file())
         path = path.resolve()
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{option} {path}: it is no usable path (its name is not UTF-8)") from None
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, not text
         raise UserError(f"{option} {path}: it is no usable path ({error})") from None
     if there and not found:

@@ -16,7 +16,6 @@ from ray.air._internal import usage
 
 from tune_study.cluster import local
 from tune_study.errors import UserError
-from tune_study.machine import environment
 from tune_study.machine.environment import spared_from_collection
 from tune_study.study.schedule import run  # noqa: F401  (what the command imports)
 
@@ -150,7 +149,7 @@ def test_a_folder_without_room_for_rays_sockets_is_refused_with_its_remedy(monke
             local.refuse_unusable_folder()
         assert not Path(f"{fits}y").exists()
         monkeypatch.delenv("RAY_TMPDIR")
-        monkeypatch.setattr(environment.tempfile, "tempdir", f"{fits}y")
+        monkeypatch.setenv("TMPDIR", f"{fits}y")
         if sys.platform == "linux":
             with pytest.raises(UserError, match=r"TMPDIR=.* 1 bytes too long"):
                 local.refuse_unusable_folder()
@@ -160,6 +159,14 @@ def test_a_folder_that_cannot_be_written_is_refused(monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "/dev/null")
     with pytest.raises(UserError, match="RAY_TMPDIR=/dev/null: Ray's files can't be written there"):
         local.refuse_unusable_folder()
+
+
+def test_a_relative_folder_is_the_same_for_all_of_rays_processes(monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.chdir(short)
+        monkeypatch.setenv("RAY_TMPDIR", "r")
+        local.refuse_unusable_folder()
+        assert os.environ["RAY_TMPDIR"] == f"{short}/r"
 
 
 def test_a_home_that_cannot_be_written_needs_no_token_file(monkeypatch, tmp_path):

@@ -1,12 +1,15 @@
+import io
 import json
+import re
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 
 from tune_study.config import parse_trial
@@ -14,6 +17,13 @@ from tune_study.errors import UserError
 from tune_study.model.hub import refuse_unknown_model, repository
 from tune_study.model.layers import skeleton_of
 from tune_study.model.weights import Fit, load_base, load_fitted, weights_are_here
+
+ANSWER = SimpleNamespace(headers={}, request=None, status_code=403)
+
+
+class ReadTimeout(errors.HTTPError):
+    """As the hub's HTTP library has it: no OSError."""
+
 
 DEIT = "deit_tiny_patch16_224"
 
@@ -61,11 +71,7 @@ def test_offline_is_said_without_looking_for_a_network(tiny, cache, monkeypatch)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tiny, cache, monkeypatch):
-    class Answer:
-        def close(self):
-            pass
-
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *given, **options: Answer())
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *given, **options: io.BytesIO())
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/dev/null/hub")
 
     def download(*given, local_files_only=False, **options):
@@ -75,6 +81,27 @@ def test_a_cache_that_cannot_be_written_is_named(tiny, cache, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert "set HF_HOME" in sentence(tiny("none", model=DEIT))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (lambda: ReadTimeout("slow"), r"could not be downloaded \(ReadTimeout\)"),
+        (lambda: errors.LocalEntryNotFoundError("no network"), "could not be downloaded"),
+        (lambda: errors.RemoteEntryNotFoundError("no", response=ANSWER), r"has no model\.saf.* or"),
+        (lambda: errors.GatedRepoError("no", response=ANSWER), r"does not give .*GatedRepoError"),
+        (lambda: ValueError("unknown url type"), "does not give"),
+    ],
+)
+def test_what_a_download_dies_of_is_one_sentence(tiny, cache, monkeypatch, error, words):
+    def download(*given, local_files_only=False, **options):
+        raise errors.LocalEntryNotFoundError("not there") if local_files_only else error()
+
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *given, **options: io.BytesIO())
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    said = sentence(tiny("none", model=DEIT))
+    assert re.search(words, said)
+    assert "--weights" in said
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "pointer", "page", "empty"])

@@ -208,7 +208,11 @@ def test_the_home_is_meant_where_the_shell_leaves_it(tmp_path, monkeypatch):
     assert resolved("--output-dir", Path("~/r")) == tmp_path.resolve() / "r"
     assert resolved("--data-dir", Path("~"), "folder") == tmp_path.resolve()
     assert function_of("--grid", "~/g.py:g", grids)[1]() == {}
-    with pytest.raises(
-        UserError, match="--output-dir ~nobody-of-this-name/r: it is no usable path"
-    ):
+    with pytest.raises(UserError, match="--output-dir ~nobody-here/r: it is no usable path"):
         resolved("--output-dir", Path("~nobody-here/r"))
+
+
+def test_a_path_that_is_no_text_is_refused(tmp_path):
+    odd = Path(os.fsdecode(b"\xff"))
+    with pytest.raises(UserError, match=r"it is no usable path \(its name is not UTF-8\)"):
+        resolved("--output-dir", odd)
