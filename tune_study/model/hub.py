@@ -29,6 +29,8 @@ def refuse_unknown_model(name: str) -> None:
         return
     if current := get_deprecated_models().get(name):
         raise UserError(f"model = {name}: timm calls it {current} by now; name that one")
+    if name.startswith("local-dir:"):
+        raise UserError(f"model = {name}: name its architecture, and the folder with --weights")
     if "/" in name:
         raise UserError(f"model = {name}: write {HUB}{name} for a model of the hub's")
     if not timm.is_model(name):

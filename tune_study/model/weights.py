@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -163,7 +164,10 @@ def _create(config: TrialConfig, options: dict[str, Any], weights: str = "") -> 
     """Raises ``UserError``, where there are ``weights`` (in words) about them."""
     try:
         return timm.create_model(config.model, **options)
-    except (RuntimeError, TypeError, AssertionError, ValueError, KeyError, OSError) as error:
+    except (
+        RuntimeError, TypeError, AssertionError, ValueError, KeyError, OSError, EOFError,
+        pickle.UnpicklingError,
+    ) as error:  # fmt: skip
         detail = " ".join(str(error).split())[:300] or type(error).__name__
         if "No pretrained weights" in detail or isinstance(error, OSError):
             detail += f"; or {hub.OTHERWISE}"
@@ -214,8 +218,6 @@ def _read_hub_state(model: str, path: Path) -> dict[str, Tensor]:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, by name. Raises ``_Unreadable``."""
-    import pickle
-
     from safetensors import SafetensorError
     from timm.models import load_state_dict
 

@@ -140,14 +140,14 @@ def say_what_is_unusual(
 def say_what_was_adapted(console: Console, checked: Checked) -> None:
     """Of weights that are not in a model as their file holds them."""
     words = {
-        "left_out": "are left out",
-        "resampled": "are resampled",
-        "missing": "are not in the file and keep their initial values",
+        "left_out": "left out",
+        "resampled": "resampled",
+        "missing": "not in the file and left at their initial values",
     }
     for model, entry in checked.checksums["weights"].items():
         for kind, what in words.items():
             if names := entry.get(kind):
-                console.print(f"note: weights of {model}: {listed(names)} {what}")
+                console.print(f"note: weights of {model}, {what}: {listed(names)}")
 
 
 def say_what_is_passed_over(console: Console, trials: Sequence[TrialConfig]) -> None:

@@ -74,11 +74,12 @@ def check(
             bases[key] = load_fitted(trial, classes, context.weights)[1]
             if not adapt_weights:
                 refuse_misfit(bases[key], trial.model, context.weights)
-        if trial.model not in sha256["weights"]:  # a large file is read once, not once a trial
-            sha256["weights"][trial.model] = {
-                **_weights_sha256(trial, context),
-                **{kind: list(names) for kind, names in bases[key]._asdict().items() if names},
-            }
+        entry = sha256["weights"].get(trial.model)
+        if entry is None:  # a large file is read once, not once a trial
+            entry = sha256["weights"][trial.model] = _weights_sha256(trial, context)
+        for kind, names in bases[key]._asdict().items():
+            if names:
+                entry[kind] = list(dict.fromkeys([*entry.get(kind, []), *names]))
     planned = []
     for trial in trials:
         folder = context.study_dir / trial.trial_id

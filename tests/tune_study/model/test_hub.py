@@ -171,6 +171,7 @@ def test_an_unknown_or_old_name_is_answered_with_the_one_to_take():
         ("zzz", "timm has no such model; try deit_tiny_patch16_224$"),
         ("vit_tiny_patch16_224_in21k", "calls it vit_tiny_patch16_224.augreg_in21k by now"),
         ("some/vit", "write hf-hub:some/vit"),
+        ("local-dir:/some/vit", "the folder with --weights"),
     ):
         with pytest.raises(UserError, match=near):
             refuse_unknown_model(name)

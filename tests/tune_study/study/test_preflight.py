@@ -89,6 +89,14 @@ def test_weights_that_the_model_does_not_take_need_a_word_and_are_recorded(tiny,
     entry = checked.checksums["weights"]["vit_glyphs_patch4_32"]
     assert entry["left_out"] == ["blocks.0.ls1.gamma"]
     assert "resampled" not in entry
+    size = more["patch_embed.proj.weight"].shape[:2]
+    more["patch_embed.proj.weight"] = torch.randn(*size, 8, 8)
+    save_file(more, tmp_path / "w.safetensors")
+    other = tiny("none", data={"image_size": 64})
+    both = preflight.check([tiny("none"), other], where, adapt_weights=True)
+    entry = both.checksums["weights"]["vit_glyphs_patch4_32"]
+    assert entry["left_out"] == ["blocks.0.ls1.gamma"]
+    assert "patch_embed.proj.weight" in entry["resampled"]
     console = Console(file=io.StringIO(), width=200)
     say_what_was_adapted(console, checked)
-    assert "1 tensor (blocks.*.ls1.gamma) are left out" in console.file.getvalue()
+    assert "left out: 1 tensor (blocks.*.ls1.gamma)" in console.file.getvalue()
