@@ -17,7 +17,7 @@ def study(tiny, tmp_path):
     cells = [{"trial_id": t.trial_id, **t.model_dump(mode="json")} for t in trials]
     for trial in trials:
         folder = tmp_path / trial.trial_id
-        accuracy = ACCURACIES.get(trial.seed, float("nan"))
+        accuracy = ACCURACIES.get(trial.seed, 0.1)
         results = {
             "trial_id": trial.trial_id,
             "status": "completed" if trial.seed < 4 else "diverged",
