@@ -297,3 +297,10 @@ def test_two_writings_of_a_folder_are_one_data_set(monkeypatch, tmp_path):
     command = session._command(Options(simulate=True, grid="g.py:g"))
     command.settle_names()
     assert [trial.dataset for trial in command.trials] == ["folder:d", "digits"]
+
+
+def test_the_cards_are_written_when_the_trials_are_known(study, monkeypatch):
+    written = []
+    monkeypatch.setattr(session, "write_cards", written.append)
+    study(["completed"] * 3)
+    assert len(written) == 1
