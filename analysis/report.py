@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,12 +84,12 @@ def _report(study: str, to: Path | None) -> str:
     if not remote.is_uri(study):
         if to is not None:
             raise StudyError(f"--to {to}: it is for a study behind a URI; leave it out")
-        return str(write_report(study))
+        return shlex.quote(str(write_report(study)))
     if to is not None:
         if to.exists():
             raise StudyError(f"--to {to}: it is there already; name a new folder")
         places.fetch(study, to)
-        return str(write_report(to))
+        return shlex.quote(str(write_report(to)))
     with places.near(study) as folder:
         path = write_report(folder)
         places.put_back(study, folder)
@@ -106,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="with a URI: fetch the study into this new folder, and leave it there",
     )
     options = parser.parse_args(arguments)
-    return told(lambda: _report(options.study, options.to), "the report can't be written")
+    to = options.to and Path(os.path.expanduser(options.to))  # the shell leaves --to=~/x as it is
+    return told(lambda: _report(options.study, to), "the report can't be written")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def function_of(option: str, value: str, module: ModuleType) -> tuple[str, Calla
     path, colon, name = value.rpartition(":")
     if not colon:
         return value, getattr(module, value)
+    path = os.path.expanduser(path)
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{option} {value}: {path} is no Python file; its name must end in .py")
@@ -41,7 +42,8 @@ def refuse_unknown_function(option: str, value: str, module: str) -> None:
     """
     path, colon, _ = value.rpartition(":")
     if colon:
-        if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
+        # Unlike Path.is_file, False for a name that no file can have.
+        if not os.path.isfile(os.path.expanduser(path)):
             raise UserError(f"{option} {value}: there is no file {path}")
         return
     package, _, name = module.rpartition(".")

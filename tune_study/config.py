@@ -15,7 +15,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -227,6 +227,10 @@ class TrainingConfig(_Record):
     The training is the same to the last bit."""
 
 
+_ON_THE_HUB = re.compile(
+    r"(?P<hub>(https?://)?(huggingface\.co|hf\.co)/|hf[-_]hub:)?"
+    r"((?P<owner>[^/:\s]+)/)?(?P<name>[^/:\s]+)/?"
+)
 _JOINED_LATER = {
     "training": ("gradient_checkpointing", "gradient_noise_scale"),
     "lora": (
@@ -257,6 +261,16 @@ class TrialConfig(_Record):
     """``False`` starts from random weights, and every table and page says so."""
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+
+    @field_validator("model")
+    @classmethod
+    def _one_name(cls, value: str) -> str:
+        """``timm/NAME`` on the hub is timm's NAME: a model has one name, and so one trial id."""
+        found = _ON_THE_HUB.fullmatch(value)
+        if found is None or not (found["hub"] or found["owner"] == "timm"):
+            return value
+        name, owner = found["name"], found["owner"] or "timm"
+        return name if owner == "timm" and "@" not in name else f"hf-hub:{owner}/{name}"
 
     @field_validator("dataset")
     @classmethod
@@ -302,6 +316,10 @@ class TrialConfig(_Record):
         """Images of one optimizer step, however many micro-batches they come in."""
         settings = self.training
         return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+
+    def on(self, dataset: str) -> TrialConfig:
+        """The same on another data set, or on one under another name."""
+        return self if dataset == self.dataset else self.model_copy(update={"dataset": dataset})
 
     def with_micro_batch(self, micro: int) -> TrialConfig:
         """The same with micro-batches of ``micro`` images, a divisor of ``images_per_step``."""
@@ -416,25 +434,38 @@ def _suggestion(key: str) -> str:
 def parse_assignment(text: str) -> tuple[str, Any]:
     """``"training.num_train_epochs=3"`` -> ``("training.num_train_epochs", 3)``.
 
-    The value is read as YAML, without tags and aliases: a few of these can unfold to gigabytes, and
-    none is of use here. Raises ``UserError``.
+    Names, paths and patterns are taken as they stand, unless they are quoted; other values are read
+    as YAML, without tags and aliases: a few of these can unfold to gigabytes, and none is of use
+    here. Nothing of a value is cut off as a comment. Raises ``UserError``.
     """
     key, equals, value = text.partition("=")
-    key, text = key.strip(), text[:_LONGEST]
+    key, value, text = key.strip(), value.strip(), text[:_LONGEST]
     if not equals:
         raise UserError(f"--set {text}: write it as FIELD=VALUE, e.g. training.num_train_epochs=3")
     if key not in [*field_names(), "quantization"]:
         raise UserError(f"--set {text}: unknown field {key}{_suggestion(key)}")
+    if _holds_text(key) and value not in ("", "null") and value[0] not in "'\"":
+        return key, value
     try:
-        if any(isinstance(t, yaml.TagToken | yaml.AliasToken) for t in yaml.scan(value)):
+        tokens = list(yaml.scan(value))
+        if any(isinstance(t, yaml.TagToken | yaml.AliasToken) for t in tokens):
             raise UserError(f"--set {text}: write the value out, without YAML's tags and aliases")
-        parsed = yaml.safe_load(value)
+        read = max((t.end_mark.index for t in tokens if t.start_mark != t.end_mark), default=0)
+        parsed = yaml.safe_load(value) if not value[read:].strip() else value
     except (yaml.YAMLError, ValueError, RecursionError):  # an impossible date is a ValueError
         raise UserError(f"--set {text}: the value {_shown(value)} is not valid YAML") from None
     # YAML 1.1 reads 1e-3 as text; a number is meant.
     if isinstance(parsed, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", parsed):
         parsed = float(parsed)
     return key, parsed
+
+
+def _holds_text(key: str) -> bool:
+    """Whether any text is a value of the field."""
+    record: Any = TrialConfig
+    for name in key.split("."):
+        record = record.model_fields[name].annotation
+    return record is str or {*get_args(record)} == {str, type(None)}
 
 
 def assign(values: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:

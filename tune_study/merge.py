@@ -7,6 +7,7 @@ and C is written whole or not at all; it can be continued and extended like any 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import shutil
 import sys
@@ -272,7 +273,8 @@ def main() -> None:
     options = parser.parse_args()
     command = shlex.join(["python", "-m", "tune_study.merge", *sys.argv[1:]])
     try:
-        folder, notes = merge(options.studies, options.output, command)
+        # The shell leaves --output=~/folder as it is.
+        folder, notes = merge(options.studies, Path(os.path.expanduser(options.output)), command)
     except UserError as error:
         print(printed(error), file=sys.stderr)
         sys.exit(2)
@@ -280,7 +282,8 @@ def main() -> None:
 
     for note in notes:
         print(note)
-    print(f"results: {folder}\nreport:  {write_report(folder)}")
+    report = write_report(folder)
+    print(f"results: {shlex.quote(str(folder))}\nreport:  {shlex.quote(str(report))}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The commands of docs/your-own.md, as they stand there, run in a folder with two class folders."""
 
+import itertools
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -33,16 +35,23 @@ def test_every_option_on_the_page_exists():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The folder of the page: ``leaves`` with two classes of 20 small images, ``my_grid.py``."""
+    """The folder of the page: ``leaves`` of two classes that overlap, and the page's two files."""
     generator = np.random.default_rng(0)
-    for name, level in (("oak", 60), ("ash", 180)):
-        (tmp_path / "leaves" / name).mkdir(parents=True)
-        for i in range(20):
-            pixels = np.clip(generator.normal(level, 30, (24, 24, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "leaves" / name / f"{i}.png")
-    (tmp_path / "my_grid.py").write_text(
-        re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]  # type: ignore[index]
-    )
+    stripes = np.tile(np.repeat([0, 160], 4), 4)[:, None]
+    for part, name, number in itertools.product(("train", "test"), ("oak", "ash"), range(18)):
+        folder = tmp_path / "leaves" / part / name
+        folder.mkdir(parents=True, exist_ok=True)
+        upright = (name == "oak") == (number < 15)  # three of 18 look like the other class
+        pixels = (stripes.T if upright else stripes)[..., None] + generator.integers(
+            96, size=(32, 32, 3)
+        )
+        # Of 256 px, so that a trial and the page's program shrink them by the same amount.
+        Image.fromarray(pixels.astype(np.uint8).repeat(8, 0).repeat(8, 1)).save(
+            folder / f"{number}.png"
+        )
+    grid, client = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "my_grid.py").write_text(grid)
+    (tmp_path / "use_adapter.py").write_text(client)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -94,6 +103,26 @@ def test_the_commands_run(folder, monkeypatch, capsys):
         assert set(trials["status"]) <= {"completed", "early_stopped"}
     cells = json.loads((results / "leaves" / "study.json").read_text())["plan"]
     assert {cell["dataset"] for cell in cells} == {"folder:leaves"}
+    for mode in ("none", "nf4"):
+        (trial,) = (results / "leaves").glob(f"*-{mode}-s42-*")
+        accuracy = client(trial, monkeypatch, capsys)
+        assert accuracy["test"] == accuracy["reported"]
+        assert 0.6 < accuracy["reported"] < 1
+        card = (trial / "adapter" / "README.md").read_text()
+        assert f"{accuracy['reported']:.4f} (seed 42)" in card
+        assert f"vit_glyphs_patch4_32, {mode}, on folder:leaves" in card
+        assert "my_grid.py:leaves" in card
+
+
+def client(trial, monkeypatch, capsys):
+    """What the page's own program prints of a trial."""
+    monkeypatch.setattr("sys.argv", ["use_adapter.py", str(trial), "leaves/test"])
+    runpy.run_path("use_adapter.py")
+    said = capsys.readouterr().out
+    return {
+        word: float(value)
+        for word, value in re.findall(r"(test|reported) (?:accuracy )?([\d.]+)", said)
+    }
 
 
 @pytest.mark.slow

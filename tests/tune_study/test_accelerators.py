@@ -291,7 +291,7 @@ def test_rays_address_is_sought_where_ray_keeps_it(platform, named, monkeypatch)
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(environment.tempfile, "tempdir", named.get("TMPDIR", "/tmp"))
-    assert str(environment._temporary_folder()) == get_default_system_temp_dir()
+    assert str(environment.ray_folder()[1]) == get_default_system_temp_dir()
 
 
 def test_a_mac_is_named_by_its_chip_and_system(monkeypatch):

@@ -184,6 +184,32 @@ def test_set_reads_yaml_values():
     assert parse_assignment("data.train_size=null") == ("data.train_size", None)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("dataset=folder:my #1", "folder:my #1"),
+        ("dataset=folder:a: b", "folder:a: b"),
+        ("dataset=folder:[exp] d", "folder:[exp] d"),
+        ("dataset=folder:it's", "folder:it's"),
+        ('dataset="folder:quoted #2"', "folder:quoted #2"),
+        ("dataset='folder:é: x'", "folder:é: x"),
+        ("dataset=folder:a=b", "folder:a=b"),
+        ("model=yes", "yes"),
+        ("model=123", "123"),
+        ("lora.target_modules=[ab].*", "[ab].*"),
+        ("lora.target_modules=.*\\.qkv # all", ".*\\.qkv # all"),
+        ("lora.target_modules=*.x", "*.x"),
+        ("seed=1 # one", "1 # one"),
+        ("seed=1 ", 1),
+        ("data.train_size= null", None),
+        ("quantization.overrides={a: nf4}", {"a": "nf4"}),
+        ("quantization.skip_layers=[a] # b", "[a] # b"),
+    ],
+)
+def test_set_takes_a_value_whole(text, value):
+    assert parse_assignment(text)[1] == value
+
+
 @pytest.mark.parametrize("text", ["epochs=3", "training.learning_rate", "=3", "lora.r=[", ""])
 def test_set_refuses_in_one_sentence(text):
     with pytest.raises(UserError, match="--set"):
@@ -373,10 +399,10 @@ def test_a_folder_of_images_is_named_by_its_last_part():
     ],
 )
 def test_an_exponent_is_a_number_where_the_whole_text_is_one(text, value):
-    assert parse_assignment(f" model = {text}") == ("model", value)
+    assert parse_assignment(f" seed = {text}") == ("seed", value)
 
 
-@pytest.mark.parametrize("text", ["model=!!str x", "model=[&a x, *a]"])
+@pytest.mark.parametrize("text", ["seed=!!int 1", "quantization.skip_layers=[&a x, *a]"])
 def test_set_takes_no_tags_and_aliases(text):
     with pytest.raises(UserError, match="without YAML's tags and aliases"):
         parse_assignment(text)

@@ -58,7 +58,7 @@ def receive(inputs: Inputs, config: TrialConfig, context: RunContext, folder: Pa
     if config.model not in inputs.weights:
         return context.model_copy(update={"weights": None})
     suffix, reference = inputs.weights[config.model]
-    path = folder / f"{config.model}{suffix}"
+    path = folder / f"{config.model.replace('/', '_')}{suffix}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda temporary: ray.get(reference).tofile(temporary))

@@ -8,12 +8,14 @@ import os
 import signal
 import sys
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from tune_study.errors import UserError, first_line
+from tune_study.machine import environment
 from tune_study.machine.environment import spared_from_collection
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -49,6 +51,8 @@ def start(slots: int, *, dashboard: bool) -> None:
     """
     if ray.is_initialized():
         return
+    refuse_unusable_folder()
+    lend_token()
     if one_gpu_at_most(Path("/dev")):
         os.environ.setdefault("RAY_preload_python_modules", PRELOADED)
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -68,6 +72,46 @@ def start(slots: int, *, dashboard: bool) -> None:
         ) from error
     # Ray's own would end the command with a stack trace of its C++.
     signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def refuse_unusable_folder() -> None:
+    """Raises ``UserError`` where Ray's sockets have no room in their names, or can't be made."""
+    variable, folder = environment.ray_folder()
+    if not folder.is_absolute():  # Ray's processes work elsewhere
+        folder = folder.absolute()
+        os.environ["RAY_TMPDIR"] = str(folder)
+    set_it = "set RAY_TMPDIR to a short folder that can be written, such as /tmp"
+    socket = f"{folder}/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    longest = 103 if sys.platform == "darwin" else 107  # of a Unix socket's address
+    if (excess := len(os.fsencode(socket)) - longest) > 0 and sys.platform != "win32":
+        raise UserError(
+            f"{variable}={folder}: Ray's sockets lie there, and its name is {excess} bytes too "
+            f"long for them; {set_it}"
+        )
+    try:
+        (folder / "ray").mkdir(parents=True, exist_ok=True)
+        usable = os.access(folder / "ray", os.W_OK | os.X_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        raise UserError(f"{variable}={folder}: Ray's files can't be written there; {set_it}")
+
+
+def lend_token() -> None:
+    """Ray's processes know each other by a token in the home; where none can be kept, by another.
+
+    Of the environment alone, and for as long as the command runs.
+    """
+    if {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        return
+    try:
+        folder = Path.home() / ".ray"
+        folder.mkdir(exist_ok=True)
+        kept = (folder / "auth_token").is_file() or os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):  # no home at all is a RuntimeError
+        kept = False
+    if not kept:
+        os.environ["RAY_AUTH_TOKEN"] = uuid.uuid4().hex
 
 
 def one_gpu_at_most(devices: Path) -> bool:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tune_study.errors import UserError
+from tune_study.machine import limits
 
 TOO_SLOW = 4.0
 """A device that multiplies bf16 this many times slower than fp32 has no kernel for it."""
@@ -128,11 +128,8 @@ def free_bytes(device: torch.device) -> int | None:
         ours = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
         return min(ours, psutil.virtual_memory().available)  # all processes share the memory
     free = psutil.virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    try:  # a container may have less than the machine
-        return min(free, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        return free
+    left = limits.memory_left()
+    return free if left is None else min(free, left)
 
 
 def without_bf16(device: str) -> str | None:

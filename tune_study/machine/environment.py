@@ -63,20 +63,25 @@ def clustered(arguments: Sequence[str]) -> bool:
     given += [a.partition("=")[2] for a in arguments if a.startswith("--address=")]
     address = given[-1] if given else "local"
     if address == "auto":
-        running = _temporary_folder() / "ray" / "ray_current_cluster"
+        running = ray_folder()[1] / "ray" / "ray_current_cluster"
         address = os.environ.get("RAY_ADDRESS") or (
             running.read_text().strip() if running.is_file() else "local"
         )
     return not re.match(r"local$|localhost:|127\.|\[::1\]", address)
 
 
-def _temporary_folder() -> Path:
-    """Where Ray keeps its address: on a Mac not the temporary folder of the system (Ray's own
-    ``get_default_system_temp_dir``, which cannot be imported before the settings are made).
+def ray_folder() -> tuple[str, Path]:
+    """(the variable that decides, the folder) where Ray keeps its files and its address.
+
+    Ray's own ``get_default_system_temp_dir``, which cannot be imported before the settings are
+    made: on a Mac it is not the temporary folder of the system.
     """
     if folder := os.environ.get("RAY_TMPDIR"):
-        return Path(folder)
-    return Path("/tmp" if sys.platform == "darwin" else tempfile.gettempdir())
+        return "RAY_TMPDIR", Path(folder)
+    if sys.platform.startswith("linux") and "TMPDIR" in os.environ:
+        return "TMPDIR", Path(os.environ["TMPDIR"])
+    unix = sys.platform.startswith(("linux", "darwin"))
+    return "RAY_TMPDIR", Path("/tmp" if unix else tempfile.gettempdir())
 
 
 def prepare() -> None:

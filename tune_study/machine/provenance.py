@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+from tune_study.machine import limits
+
 PACKAGES = ("torch", "torchvision", "timm", "peft", "bitsandbytes", "ray", "transformers", "numpy")
 
 
@@ -75,10 +77,13 @@ def what_computes(device: str) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """CPU cores that this process may use: by its affinity, and by the time it is given."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        there = len(os.sched_getaffinity(0))
+    else:
+        there = os.cpu_count() or 1
+    given = limits.cpus()
+    return there if given is None else max(1, min(there, int(given)))
 
 
 def _system() -> str:

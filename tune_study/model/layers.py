@@ -22,6 +22,7 @@ from torch import nn
 from tune_study.config import LoraSpec, QuantizationConfig, TrialConfig
 from tune_study.errors import UserError
 from tune_study.model import backbone  # noqa: F401  (registers the demo's backbone with timm)
+from tune_study.model.weights import classifier_names
 
 BLOCK_LAYERS = re.compile(r"(.*\.)?blocks\.\d+\..+")
 
@@ -63,17 +64,68 @@ def adapted(model: nn.Module, target_modules: str, name: str) -> tuple[str, list
     """(PEFT's pattern, the names) of the linear layers that ``target_modules`` means.
 
     The regular expression is held against whole names; where none matches, against names from
-    ``blocks`` on, so that one setting serves plain and staged models. Raises ``UserError`` when
-    nothing matches; ``name`` is the model's.
+    ``blocks`` on, so that one setting serves plain and staged models. Where it matches modules that
+    hold linear layers and none of these, such as ``blocks\\.0\\.attn``, they are meant. The head is
+    trained whole and gets no adapter. Raises ``UserError`` when nothing is left; ``name`` is the
+    model's.
     """
-    names = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
+    pattern, matching, names = _matching(model, target_modules)
+    if not names:
+        raise UserError(
+            f"lora.target_modules = {target_modules}: {_why_none(model, matching, name)}; "
+            "choose a timm Vision Transformer or other targets, such as "
+            r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])"
+        )
+    if matching != names:  # PEFT would take, or refuse, all that the pattern matches
+        pattern = "|".join(map(re.escape, names))
+    return pattern, names
+
+
+def passed_over(model: nn.Module, target_modules: str) -> list[str]:
+    """Names of the modules that ``target_modules`` matches and that get no adapter of their own.
+
+    Modules that hold adapted layers are none of these: the layers are what is meant.
+    """
+    _, matching, names = _matching(model, target_modules)
+    return [n for n in matching if not any(f"{layer}.".startswith(f"{n}.") for layer in names)]
+
+
+def _matching(model: nn.Module, target_modules: str) -> tuple[str, list[str], list[str]]:
+    """(pattern, names of all modules that it matches, those of the linear layers that it means)."""
+    modules = dict(model.named_modules())
+    heads = [f"{head}." for head in classifier_names(model)]
+
+    def linears(names: Iterable[str]) -> list[str]:
+        return [
+            name
+            for name in names
+            if isinstance(modules[name], nn.Linear) and not f"{name}.".startswith(tuple(heads))
+        ]
+
     staged = rf"(?:.+\.)?(?=blocks\.)(?:{target_modules})"
-    for pattern in (target_modules, staged):
-        if matching := [n for n in names if re.fullmatch(pattern, n)]:
-            return pattern, matching
-    raise UserError(
-        f"lora.target_modules = {target_modules}: no linear layer of {name} has such a name; "
-        "choose a timm Vision Transformer or other targets"
+    both = {
+        pattern: [name for name in modules if name and re.fullmatch(pattern, name)]
+        for pattern in (target_modules, staged)
+    }
+    for pattern, matching in both.items():
+        if names := linears(matching):
+            return pattern, matching, names
+    for pattern, matching in both.items():
+        within = tuple(f"{name}." for name in matching)
+        if within and (names := linears(name for name in modules if name.startswith(within))):
+            return pattern, matching, names
+    return target_modules, both[target_modules] or both[staged], []
+
+
+def _why_none(model: nn.Module, matching: list[str], name: str) -> str:
+    if not matching:
+        return f"no linear layer of {name} has such a name"
+    first = model.get_submodule(matching[0])
+    if isinstance(first, nn.Linear):
+        return f"of {name} it matches {matching[0]} alone, the head, which is trained whole anyway"
+    return (
+        f"of {name} it matches {matching[0]}, a {type(first).__name__}, and no linear layer, which "
+        "alone gets an adapter"
     )
 
 

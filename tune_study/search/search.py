@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 from sqlalchemy.exc import DatabaseError
 
@@ -24,7 +25,7 @@ from tune_study.folder.files import read_json, write_json
 from tune_study.folder.results import measured, read_results
 from tune_study.folder.schema import FINISHED_STATUSES, GOOD_STATUSES
 from tune_study.loggers.progress import Progress
-from tune_study.search.settings import Settings, probes
+from tune_study.search.settings import Settings, asked, distributions_of, probes
 from tune_study.trial.context import RunContext
 
 STORAGE_FILE = "optuna.sqlite3"
@@ -73,6 +74,27 @@ def open_storage(study_dir: Path) -> optuna.storages.RDBStorage:
         ) from None
 
 
+def _first_unlike(
+    before: Sequence[BaseDistribution], now: Sequence[BaseDistribution]
+) -> BaseDistribution | None:
+    """Of ``now``. A range may depend on other answers: then there are several, all of them fine."""
+    for distribution in now:
+        if _fixed(distribution) != _fixed(before[0]):
+            return distribution
+    return now[0] if len(before) == len(now) == 1 and before != now else None
+
+
+def _fixed(distribution: BaseDistribution) -> list[Any]:
+    """What Optuna lets no parameter change: kind, choices, scale."""
+    return [type(distribution), *(getattr(distribution, name, None) for name in ("choices", "log"))]
+
+
+def _shown(distribution: BaseDistribution) -> str:
+    """Its choices, or what it is in Optuna's words."""
+    choices = getattr(distribution, "choices", None)
+    return ", ".join(map(str, choices)) if choices is not None else str(distribution)
+
+
 class Search:
     """One search in its study folder. ``trials`` is the plan, which grows as Optuna suggests."""
 
@@ -84,7 +106,24 @@ class Search:
         self.problem: UserError | None = None
         self._progress: Progress | None = None
         self.storage = open_storage(context.study_dir)
+        self._refuse_changed_space()
         self._refuse_edited_space()
+
+    def _refuse_changed_space(self) -> None:
+        """Optuna itself would notice other choices only when it asks for the next trial."""
+        begun = distributions_of(
+            trial
+            for study in self.storage.get_all_studies()
+            for trial in self.storage.get_all_trials(study._study_id, deepcopy=False)
+        )
+        for name, now in asked(self.settings).items():
+            before = begun.get(name, [])
+            if before and (changed := _first_unlike(before, now)):
+                raise UserError(
+                    f"--space {self.settings.space}: {name} is not asked as when this search began "
+                    f"(then {_shown(before[0])}, now {_shown(changed)}); put it back to continue, "
+                    "or choose another --name"
+                )
 
     def _refuse_edited_space(self) -> None:
         params = self.params()

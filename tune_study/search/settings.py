@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial
 
 from search_spaces import optuna_spaces
 from search_spaces.lookup import function_of
 from tune_study.config import TrialConfig, assign, parse_trial
+from tune_study.data.names import Names
 from tune_study.errors import UserError
 from tune_study.folder.files import read_json
 
@@ -47,6 +51,12 @@ class Settings(NamedTuple):
     assignments: tuple[tuple[str, Any], ...]
     compute_dtype: str | None = None
     """Of trials that do not name theirs, where the device has no kernel for bf16."""
+    names: Names | None = None
+    """What the study calls its folders of images."""
+
+    def with_names(self, names: Names) -> Settings:
+        fixed = [(k, names.of(v) if k == "dataset" else v) for k, v in self.assignments]
+        return self._replace(names=names, assignments=tuple(fixed))
 
     def record(self) -> dict[str, Any]:
         """What study.json keeps of it."""
@@ -79,7 +89,8 @@ class Settings(NamedTuple):
         if self.compute_dtype and "compute_dtype" not in training:
             values = assign(values, "training.compute_dtype", self.compute_dtype)
         try:
-            return parse_trial(values)
+            drawn = parse_trial(values)
+            return drawn.on(self.names.of(drawn.dataset)) if self.names else drawn
         except UserError as error:
             answers = ", ".join(f"{name} = {value}" for name, value in trial.params.items())
             raise UserError(
@@ -97,6 +108,20 @@ def _leaves(name: str, value: Any) -> list[tuple[str, Any]]:
     return [(name, value)]
 
 
+_SCALARS = (bool, int, float, str)
+
+
+def _label(name: str, choice: Any) -> str:
+    """For Optuna, whose file gives back a tuple as a list, and then knows no such choice."""
+    try:
+        return json.dumps(choice, sort_keys=True)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"choice {choice!r:.100} of {name} can't be kept; choose among numbers, words, lists "
+            "and mappings"
+        ) from None
+
+
 class _Fixed:
     """An Optuna trial in front of which ``--set`` stands: what it fixes is not asked."""
 
@@ -106,7 +131,10 @@ class _Fixed:
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         field = name.partition("/")[0]
         if field not in self._fixed:
-            return self._trial.suggest_categorical(name, choices)
+            if all(choice is None or isinstance(choice, _SCALARS) for choice in choices):
+                return self._trial.suggest_categorical(name, choices)
+            labels = [_label(name, choice) for choice in choices]
+            return choices[labels.index(self._trial.suggest_categorical(name, labels))]
         value = self._fixed[field]
         return value if value in choices else choices[0]  # the field itself is replaced later
 
@@ -186,6 +214,25 @@ def probes(settings: Settings) -> list[TrialConfig]:
 
     Nothing is recorded: they are what ``preflight`` looks at before the search begins.
     """
+    return _probed(settings)[0]
+
+
+def asked(settings: Settings) -> dict[str, list[BaseDistribution]]:
+    """What the space asks, by parameter: the ranges and choices of all probes that differ."""
+    return distributions_of(_probed(settings)[1].get_trials(deepcopy=False))
+
+
+def distributions_of(trials: Iterable[FrozenTrial]) -> dict[str, list[BaseDistribution]]:
+    """The different ones of each parameter that ``trials`` were asked."""
+    found: dict[str, list[BaseDistribution]] = {}
+    for trial in trials:
+        for name, distribution in trial.distributions.items():
+            if distribution not in found.setdefault(name, []):
+                found[name].append(distribution)
+    return found
+
+
+def _probed(settings: Settings) -> tuple[list[TrialConfig], optuna.Study]:
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -194,7 +241,7 @@ def probes(settings: Settings) -> list[TrialConfig]:
         found = [settings.config(study.ask()) for _ in range(PROBES)]
     finally:
         optuna.logging.set_verbosity(before)
-    return list({trial.trial_id: trial for trial in found}.values())
+    return list({trial.trial_id: trial for trial in found}.values()), study
 
 
 def largest(trials: Sequence[TrialConfig]) -> list[TrialConfig]:

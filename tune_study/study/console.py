@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from tune_study.folder.schema import PLANNED_ENDS
 from tune_study.loggers.progress import duration
 from tune_study.memory.estimate import Estimate, estimate
 from tune_study.model.footprint import expected_weights_bytes
-from tune_study.model.layers import skeleton_of
+from tune_study.model.layers import passed_over, skeleton_of
+from tune_study.model.weights import listed
 from tune_study.study.manifest import cell_of
 from tune_study.study.options import EXIT_FAILED
 from tune_study.study.preflight import Checked
@@ -78,7 +80,7 @@ def print_plan(
             "unknown" if math.isnan(row.train_time_s) else duration(row.train_time_s),
         )
     width = max(console.width, WIDTH + max(map(len, beside.values()), default=0))
-    Console(highlight=False, width=width).print(table)
+    Console(highlight=False, markup=False, emoji=False, width=width).print(table)
     distinct = f"{len({trial.trial_id for trial in trials})} distinct ids: {_counted(trials)}."
     if extension:
         distinct += f" In {context.study_dir.name}: {extension.sentence}."
@@ -111,6 +113,11 @@ def _row(trial: TrialConfig, checked: Checked, context: RunContext) -> Estimate:
     return Estimate(expected_weights_bytes(skeleton, trial), math.nan, math.nan)
 
 
+def quoted(path: Path) -> str:
+    """As it can be pasted into a shell."""
+    return shlex.quote(str(path))
+
+
 def judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
     """0 when every planned trial ended well; else 1, after a list of those that did not."""
     bad = {trial: status for trial, status in statuses.items() if status not in PLANNED_ENDS}
@@ -121,7 +128,7 @@ def judge(console: Console, statuses: dict[str, str], study_dir: Path) -> int:
         return 0
     console.print(f"{len(bad)} of {len(statuses)} trials did not end well:")
     for trial_id, status in bad.items():
-        console.print(f"  {trial_id}: {status} (see {study_dir / trial_id})")
+        console.print(f"  {trial_id}: {status} (see {quoted(study_dir / trial_id)})")
     console.print("run them again with --retry-failed added to the command")
     return EXIT_FAILED
 
@@ -134,6 +141,30 @@ def say_what_is_unusual(
         console.print("note: SIMULATED: results are drawn from a model, nothing is trained")
     elif any(not trial.pretrained for trial in trials):
         console.print("note: pretrained=false: the backbones start from RANDOM weights")
+
+
+def say_what_was_adapted(console: Console, checked: Checked) -> None:
+    """Of weights that are not in a model as their file holds them."""
+    words = {
+        "left_out": "left out",
+        "resampled": "resampled",
+        "missing": "not in the file and left at their initial values",
+    }
+    for model, entry in checked.checksums["weights"].items():
+        for kind, what in words.items():
+            if names := entry.get(kind):
+                console.print(f"note: weights of {model}, {what}: {listed(names)}")
+
+
+def say_what_is_passed_over(console: Console, trials: Sequence[TrialConfig]) -> None:
+    """Of what ``lora.target_modules`` matches, that which cannot have an adapter."""
+    settings = {(t.model, t.data.image_size, t.lora.target_modules) for t in trials}
+    for model, image_size, targets in sorted(settings, key=str):
+        if over := passed_over(skeleton_of(model, 10, image_size), targets):
+            console.print(
+                f"note: lora.target_modules = {targets} of {model}: linear layers get an adapter, "
+                f"{listed(over, of='module')} do not"
+            )
 
 
 def say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: Checked) -> None:

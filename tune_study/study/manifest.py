@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from tune_study.config import TrialConfig, parse_trial
+from tune_study.data.names import Names, place_of
 from tune_study.errors import UserError
 from tune_study.folder import files
 from tune_study.folder.files import mapping, read_json, write_json
@@ -97,6 +99,7 @@ def open_study(
         **({"search": merged((old or {}).get("search"), search)} if search else {}),
         **({"merged": old["merged"]} if old and "merged" in old else {}),
         "plan": list(cells.values()),
+        "folders": {**(old or {}).get("folders", {}), **_folders(cells.values(), folder)},
         "provenance": {**_session(context), **_merged(old, checksums)},
         "sessions": [
             *(old or {}).get("sessions", []),
@@ -204,6 +207,29 @@ def planned_ids(study_dir: Path) -> set[str]:
     return {cell["trial_id"] for cell in manifest["plan"]}
 
 
+def _folders(cells: Iterable[Mapping[str, Any]], study_dir: Path) -> dict[str, str]:
+    """Where the folders of images lie, as seen from the study's folder, by their names.
+
+    A relative name counts from where a command was typed, and the next may be typed elsewhere.
+    """
+    found = {}
+    for name in dict.fromkeys(cell["dataset"] for cell in cells):
+        place = place_of(name)
+        if place is not None and place.is_dir():
+            found[name] = os.path.relpath(place.resolve(), study_dir.resolve())
+    return found
+
+
+def names_in(study_dir: Path) -> Names:
+    """What the study there calls its folders of images; none where there is no study yet."""
+    manifest = read_manifest(study_dir) or {"plan": []}
+    searched = mapping(manifest, "search", "set").get("dataset")
+    names = [cell.get("dataset") for cell in manifest["plan"]] + [searched]
+    places = {n: study_dir / str(way) for n, way in mapping(manifest, "folders").items()}
+    there = {name: place for name, place in places.items() if place.is_dir()}
+    return Names([name for name in dict.fromkeys(names) if isinstance(name, str)], there)
+
+
 def _merged(old: Mapping[str, Any] | None, checksums: Mapping[str, Any]) -> dict[str, Any]:
     before = old["provenance"] if old else {}
     return {kind: {**before.get(kind, {}), **checksums[kind]} for kind in ("data", "weights")}
@@ -268,13 +294,16 @@ def listed_changes(changes: Sequence[str], most: int = 4) -> str:
 def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The data and weights whose checksums differ: ``the data of cifar10 (sha256 ..., then ...)``.
 
-    Both are the ``provenance`` of a study.json, or what ``preflight`` found.
+    Both are the ``provenance`` of a study.json, or what ``preflight`` found. A checksum that an
+    earlier version did not take says nothing.
     """
     return [
         f"the {kind} of {name} (sha256 {str(entry['sha256'])[:12]}, then {str(then)[:12]})"
         for kind in ("data", "weights")
         for name, entry in now[kind].items()
-        if name in before[kind] and (then := before[kind][name]["sha256"]) != entry["sha256"]
+        if name in before[kind]
+        and (then := before[kind][name]["sha256"]) != entry["sha256"]
+        and not (then is None and before[kind][name].get("pretrained"))
     ]
 
 

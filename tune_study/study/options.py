@@ -61,6 +61,9 @@ class Options:
         Path | None,
         Option(metavar="PATH", help="file, or folder with MODEL.safetensors; default: the hub"),
     ] = None
+    adapt_weights: Annotated[
+        bool, Option("--adapt-weights", help="leave out or resample what does not fit the model")
+    ] = False
     train_size: Annotated[int | None, Option(metavar="IMAGES", help="stratified subset")] = None
     val_size: Annotated[int | None, Option(metavar="IMAGES", help="for validation")] = None
     test_size: Annotated[int | None, Option(metavar="IMAGES", help="stratified subset")] = None
@@ -236,8 +239,12 @@ def resolved(option: str, path: Path, there: str = "") -> Path:
     ``there`` is what must be: "folder", or "file or folder".
     """
     try:
+        path = path.expanduser()  # the shell leaves --option=~/folder as it is
         found = path.is_dir() or ("file" in there and path.is_file())
         path = path.resolve()
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{option} {path}: it is no usable path (its name is not UTF-8)") from None
     except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, not text
         raise UserError(f"{option} {path}: it is no usable path ({error})") from None
     if there and not found:

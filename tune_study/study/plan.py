@@ -13,6 +13,7 @@ from rich.console import Console
 from search_spaces import grids
 from search_spaces.lookup import function_of
 from tune_study.config import TrialConfig, assign, parse_trial
+from tune_study.data.names import Names
 from tune_study.errors import UserError
 from tune_study.search import settings as spaces
 from tune_study.search.settings import Settings
@@ -46,6 +47,12 @@ def trials_of(given: Options) -> tuple[Settings | None, str, list[TrialConfig]]:
         return settings, settings.name, spaces.largest(spaces.probes(settings))
     name, param_space = load_grid(given.grid or "demo")
     return None, name, plan(param_space, assignments)[: given.max_experiments]
+
+
+def with_one_name(trials: Iterable[TrialConfig], names: Names) -> list[TrialConfig]:
+    """Each data set under its one name; trials that become equal are one."""
+    renamed = [trial.on(names.of(trial.dataset)) for trial in trials]
+    return list({trial.trial_id: trial for trial in renamed}.values())
 
 
 def with_compute_dtype(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 
 from tune_study.config import TrialConfig
@@ -16,7 +15,14 @@ from tune_study.memory.estimate import refuse_any_that_cannot_fit
 from tune_study.model.build import build_model, preprocessing_of
 from tune_study.model.layers import block_linears, plan_layers, refuse_without_effect, skeleton_of
 from tune_study.model.quantize import check_kernel
-from tune_study.model.weights import hub_weights, load_base, refuse_unknown_model, weights_file
+from tune_study.model.weights import (
+    Fit,
+    load_fitted,
+    pretrained_file,
+    refuse_misfit,
+    refuse_unknown_model,
+    weights_file,
+)
 from tune_study.trial.context import RunContext
 from tune_study.trial.micro_batch import within_memory
 
@@ -30,22 +36,28 @@ class Checked(NamedTuple):
 
 
 def check(
-    trials: Sequence[TrialConfig], context: RunContext, *, auto_batch: bool = False
+    trials: Sequence[TrialConfig],
+    context: RunContext,
+    *,
+    auto_batch: bool = False,
+    adapt_weights: bool = False,
 ) -> Checked:
     """Looks at every input before anything is written: data, models, weights, kernels.
 
     Raises ``UserError`` for the first that is missing or does not fit. With ``auto_batch`` it is
-    enough that a step fits with micro-batches of one image.
+    enough that a step fits with micro-batches of one image. With ``adapt_weights`` tensors of a
+    weights file may be left out or resampled: the checksums name them.
     """
     if context.simulation is not None:
         for trial in trials:
+            refuse_unknown_model(trial.model)
             skeleton_of(trial.model, 10, trial.data.image_size)
         return Checked({}, {"data": {}, "weights": {}})
     data: dict[str, Dataset] = {}
     seen: dict[str, Dataset] = {}
     sha256: dict[str, Any] = {"data": {}, "weights": {}}
     models: set[str] = set()
-    bases: set[str] = set()
+    bases: dict[str, Fit] = {}
     for trial in trials:
         key = f"{trial.dataset} {trial.data.model_dump_json()}"
         if key not in seen:
@@ -59,10 +71,15 @@ def check(
             _check_model(trial, classes, context)
         key = f"{trial.model} {classes} {trial.data.image_size} {trial.pretrained}"
         if key not in bases:
-            bases.add(key)
-            load_base(trial, classes, context.weights)  # the weights are there, and fit
-        if trial.model not in sha256["weights"]:  # a large file is read once, not once a trial
-            sha256["weights"][trial.model] = _weights_sha256(trial, context)
+            bases[key] = load_fitted(trial, classes, context.weights)[1]
+            if not adapt_weights:
+                refuse_misfit(bases[key], trial.model, context.weights)
+        entry = sha256["weights"].get(trial.model)
+        if entry is None:  # a large file is read once, not once a trial
+            entry = sha256["weights"][trial.model] = _weights_sha256(trial, context)
+        for kind, names in bases[key]._asdict().items():
+            if names:
+                entry[kind] = list(dict.fromkeys([*entry.get(kind, []), *names]))
     planned = []
     for trial in trials:
         folder = context.study_dir / trial.trial_id
@@ -88,10 +105,7 @@ def _weights_sha256(trial: TrialConfig, context: RunContext) -> dict[str, Any]:
     if context.weights is not None:
         path: Path | None = weights_file(trial.model, context.weights)
     else:
-        path = hub_weights(trial.model)
-        shipped = timm.get_pretrained_cfg(trial.model)
-        if path is None and shipped is not None and shipped.file:
-            path = Path(shipped.file)
+        path = pretrained_file(trial.model)
     return {
         "pretrained": True,
         "file": path.name if path else None,

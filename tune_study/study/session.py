@@ -30,15 +30,19 @@ from tune_study.machine.provenance import cores
 from tune_study.search import settings as spaces
 from tune_study.search.settings import Settings
 from tune_study.study import auto_batch, manifest, preflight, schedule, status
+from tune_study.study.cards import write_cards
 from tune_study.study.console import (
     STOPPED,
     judge,
     print_plan,
+    quoted,
     say_long_warm_up,
+    say_what_is_passed_over,
     say_what_is_unusual,
+    say_what_was_adapted,
 )
 from tune_study.study.options import EXIT_FAILED, EXIT_STOPPED, Options, resolved, safe_name
-from tune_study.study.plan import trials_of, with_compute_dtype
+from tune_study.study.plan import trials_of, with_compute_dtype, with_one_name
 from tune_study.study.preflight import Checked
 from tune_study.study.status import NEW, extension_of
 from tune_study.trial.context import RunContext, Simulation, parse_effect
@@ -62,8 +66,15 @@ class Command:
     line: str
     """As it can be typed again."""
 
+    def settle_names(self) -> None:
+        """A folder of images goes by the name that the study has for it."""
+        names = manifest.names_in(self.context.study_dir)
+        self.trials = with_one_name(self.trials, names)
+        self.settings = self.settings and self.settings.with_names(names)
+
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False)
+        """One line, which stays one where the terminal is narrow: it can be copied."""
+        self.console.print(line, soft_wrap=True)
 
 
 def execute(given: Options) -> int:
@@ -76,6 +87,7 @@ def execute(given: Options) -> int:
         if given.works and context.storage:  # what is there decides what follows
             holds.enter_context(lock(context.study_dir))
             store = holds.enter_context(_held(command))
+        command.settle_names()
         drawn = command.trials
         checked = _look(command)
         choices = auto_batch.known(command.trials, context.study_dir, auto=command.auto)
@@ -111,7 +123,8 @@ def _command(given: Options) -> Command:
         max_concurrent=given.max_concurrent,
         gpus_per_trial=given.gpus_per_trial,
     )
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    # Names of the user's may look like markup ([exp]) or like an emoji's (:cat:).
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
     line = masked(shlex.join(["python", "-m", "tune_study.run", *sys.argv[1:]]))
     return Command(given, console, context, settings, trials, auto, line)
 
@@ -135,7 +148,16 @@ def _look(command: Command) -> Checked:
     if context.simulation is None:
         command.trials = with_compute_dtype(command.console, command.trials, context)
     say_what_is_unusual(command.console, command.trials, context.simulation)
-    return preflight.check(command.trials, context, auto_batch=command.auto)
+    checked = preflight.check(
+        command.trials,
+        context,
+        auto_batch=command.auto,
+        adapt_weights=command.given.adapt_weights,
+    )
+    say_what_was_adapted(command.console, checked)
+    if context.simulation is None:
+        say_what_is_passed_over(command.console, command.trials)
+    return checked
 
 
 def _dry_run(command: Command, checked: Checked, choices: Mapping[str, Any]) -> int:
@@ -223,7 +245,8 @@ def _run(command: Command, store: Store | None, logged: Trackers | None) -> int:
         if logged:
             logged.close(trials)
         collect(study_dir)
-        _say_where(console, context, report=not now)
+        write_cards(study_dir)
+        _say_where(command, report=not now)
         if store and Stop.reason not in ("lease", "storage"):
             push_end(store, [trial.trial_id for trial in trials])
     except Exception as error:
@@ -233,7 +256,7 @@ def _run(command: Command, store: Store | None, logged: Trackers | None) -> int:
     ends = status.statuses(trials, study_dir)
     unfinished = status.todo(trials, study_dir) or len(trials) < planned
     if Stop.reason and unfinished:
-        console.print(f"{STOPPED[Stop.reason]}; continue with: {command.line}")
+        command.say(f"{STOPPED[Stop.reason]}; continue with: {command.line}")
         return EXIT_STOPPED[Stop.reason]
     return judge(console, ends, study_dir)
 
@@ -270,7 +293,7 @@ def _train(
         """The main thread waits for an answer of Ray's that will never come."""
         progress.__exit__()
         collect(context.study_dir)
-        command.console.print(f"Ray's {name} process died; continue with: {command.line}")
+        command.say(f"Ray's {name} process died; continue with: {command.line}")
         sys.stdout.flush()
         # A SIGTERM to the whole process group takes Ray with it: then that is the reason.
         os._exit(EXIT_STOPPED[Stop.reason] if Stop.reason else EXIT_FAILED)
@@ -296,18 +319,19 @@ def _train(
     return False
 
 
-def _say_where(console: Console, context: RunContext, *, report: bool) -> None:
+def _say_where(command: Command, *, report: bool) -> None:
+    """Paths and a command as a shell takes them."""
     from analysis.report import write_report
     from tune_study.loggers.event_files import show_figures
 
-    study_dir = context.study_dir
-    console.print(f"results:     {study_dir}")
-    if context.storage:
-        console.print(f"kept in:     {masked(context.storage)}")
+    storage, study_dir = command.context.storage, command.context.study_dir
+    command.say(f"results:     {quoted(study_dir)}")
+    if storage:
+        command.say(f"kept in:     {shlex.quote(masked(storage))}")
     if report:
-        console.print(f"report:      {write_report(study_dir)}")
+        command.say(f"report:      {quoted(write_report(study_dir))}")
         show_figures(study_dir)
-    console.print(f"TensorBoard: tensorboard --logdir {study_dir / 'tensorboard'}")
+    command.say(f"TensorBoard: tensorboard --logdir {quoted(study_dir / 'tensorboard')}")
 
 
 def collect(study_dir: Path) -> Study:

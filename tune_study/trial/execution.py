@@ -13,7 +13,7 @@ from filelock import FileLock
 from tune_study.config import TrialConfig
 from tune_study.data.splits import load
 from tune_study.errors import first_line
-from tune_study.folder.files import write_folder_whole, write_json
+from tune_study.folder.files import mapping, read_json, write_folder_whole, write_json
 from tune_study.folder.remote import RemoteError
 from tune_study.machine.device import lacks_deterministic_kernel, settle
 from tune_study.machine.disk import disk_full, refuse_full_disk
@@ -26,9 +26,11 @@ from tune_study.machine.resources import (
 )
 from tune_study.memory.estimate import refuse_what_cannot_fit
 from tune_study.memory.predict import predict
+from tune_study.model import hub
 from tune_study.model.build import BuiltModel, build_model
 from tune_study.model.initial import added_by_training
 from tune_study.trial import checkpoint, fidelity, train
+from tune_study.trial.card import write_card
 from tune_study.trial.checkpoint import STATES_PER_CHECKPOINT
 from tune_study.trial.context import Report, RunContext
 from tune_study.trial.micro_batch import note_out_of_memory, within_memory
@@ -137,7 +139,10 @@ def _train(context: RunContext, report: Report, record: Record) -> None:
         record.test_metrics = train.test(training)
         record.test_time_s = time.perf_counter() - started
         if context.keep_checkpoints != "none":
-            write_folder_whole(record.folder / "adapter", lambda path: _save_adapter(built, path))
+            record.write("interrupted")  # what the adapter's card says of the test
+            write_folder_whole(
+                record.folder / "adapter", lambda path: _save_adapter(built, path, context, record)
+            )
     record.write(status)
     record.log(status)
     if status != "diverged" and context.keep_checkpoints != "all":
@@ -186,15 +191,21 @@ def _save(training: Training, context: RunContext, record: Record) -> None:
         checkpoint.prune(record.folder)
 
 
-def _save_adapter(built: BuiltModel, folder: Path) -> None:
-    """In PEFT's layout, for the original base.
+def _save_adapter(built: BuiltModel, folder: Path, context: RunContext, record: Record) -> None:
+    """In PEFT's layout, for the original base, which it names; and a card of ours.
 
     Adapters that began with a part of the base, B0 A0, hold that part as well: what training added
     is scaling * (B A - B0 A0), of twice the rank. PEFT converts PiSSA's so
     (``LoraModel.subtract_mutated_init``), but not where ranks differ and scale by their root.
     """
+    config = record.config
+    own = config.pretrained and context.weights is None
+    spec = built.model.peft_config["default"]
+    spec.base_model_name_or_path = (own and hub.repository(config.model)) or config.model
     with added_by_training(built.model, built.factors) as state:
         built.model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
+    study = read_json(context.study_dir / "study.json")
+    write_card(folder, record.content, mapping(study).get("command"))
 
 
 def _memory(config: TrialConfig, built: BuiltModel, training: Training) -> dict[str, Any]:

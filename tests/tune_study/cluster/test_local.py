@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import ray
@@ -133,3 +135,54 @@ def test_ray_starts_beside_the_imports_and_waits_for_them(monkeypatch):
     monkeypatch.setattr(local, "start", start)
     local.start_during_imports(2, dashboard=True)
     assert order == [(2, True), "imported"]
+
+
+def test_a_folder_without_room_for_rays_sockets_is_refused_with_its_remedy(monkeypatch):
+    session = f"/ray/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    room = (103 if sys.platform == "darwin" else 107) - len(session)
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        fits = Path(short, "x" * (room - len(short) - 1))
+        monkeypatch.setenv("RAY_TMPDIR", str(fits))
+        local.refuse_unusable_folder()
+        monkeypatch.setenv("RAY_TMPDIR", f"{fits}y")
+        with pytest.raises(UserError, match=r"RAY_TMPDIR=.* is 1 bytes too long .*set RAY_TMPDIR"):
+            local.refuse_unusable_folder()
+        assert not Path(f"{fits}y").exists()
+        monkeypatch.delenv("RAY_TMPDIR")
+        monkeypatch.setenv("TMPDIR", f"{fits}y")
+        if sys.platform == "linux":
+            with pytest.raises(UserError, match=r"TMPDIR=.* 1 bytes too long"):
+                local.refuse_unusable_folder()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", "/dev/null")
+    with pytest.raises(UserError, match="RAY_TMPDIR=/dev/null: Ray's files can't be written there"):
+        local.refuse_unusable_folder()
+
+
+def test_a_relative_folder_is_the_same_for_all_of_rays_processes(monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.chdir(short)
+        monkeypatch.setenv("RAY_TMPDIR", "r")
+        local.refuse_unusable_folder()
+        assert os.environ["RAY_TMPDIR"] == f"{short}/r"
+
+
+def test_a_home_that_cannot_be_written_needs_no_token_file(monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    local.lend_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.setenv("HOME", "/dev/null")
+    local.lend_token()
+    first = os.environ["RAY_AUTH_TOKEN"]
+    assert len(first) == 32
+    local.lend_token()
+    assert os.environ["RAY_AUTH_TOKEN"] == first
+    del os.environ["RAY_AUTH_TOKEN"]
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    local.lend_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ

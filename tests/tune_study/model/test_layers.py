@@ -1,5 +1,7 @@
 """Where a model's layers are, whether they act, and what is refused because it would not."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -15,6 +17,7 @@ from tune_study.model.layers import (
     block_linears,
     block_ranges,
     called_linears,
+    passed_over,
     plan_layers,
     refuse_without_effect,
     skeleton_of,
@@ -105,6 +108,57 @@ def test_patterns_are_held_against_whole_names_then_from_blocks_on():
     for wrong in (r"attn\.qkv", r"\d+\.attn\.qkv", "reduction", "qkv"):
         with pytest.raises(UserError, match="no linear layer of"):
             adapted(staged, wrong, SWIN)
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "over"),
+    [
+        (r"blocks\..*", 48, ["blocks.0.norm1", "blocks.0.attn.attn_drop", "blocks.0.mlp.act"]),
+        (r".*", 48, ["patch_embed.proj", "pos_drop", "norm", "head"]),
+        (r".*proj", 12, ["patch_embed.proj"]),
+        (r"(blocks\.0\.attn\.qkv|head)", 1, ["head"]),
+        (r"blocks\.0", 4, []),
+        (r"blocks\.\d+\.attn", 24, []),
+        (r"blocks\.\d+\.(attn|drop_path1)", 24, ["blocks.0.drop_path1"]),
+        ("blocks", 48, []),
+        (DEFAULT, 48, []),
+    ],
+)
+def test_a_pattern_adapts_the_linear_layers_that_it_can_mean(targets, layers, over):
+    skeleton = skeleton_of("deit_tiny_patch16_224", 10, None)
+    pattern, names = adapted(skeleton, targets, "m")
+    assert len(names) == layers
+    assert all(name.startswith("blocks.") for name in names)
+    modules = [name for name, _ in skeleton.named_modules()]
+    assert [name for name in modules if re.fullmatch(pattern, name)] == names  # as PEFT reads it
+    found = passed_over(skeleton, targets)
+    assert set(over) <= set(found)
+    assert bool(over) == bool(found)
+    assert not set(found) & set(names)
+
+
+@pytest.mark.parametrize(
+    ("targets", "why"),
+    [
+        ("head", "matches head alone, the head, which is trained whole anyway"),
+        (r"patch_embed\.proj", r"matches patch_embed\.proj, a Conv2d, and no linear layer"),
+        ("patch_embed", "a PatchEmbed, and no linear layer"),
+        (r"blocks\.0\.mlp\.drop1", "a Dropout, and no linear layer"),
+        ("", "no linear layer of m has such a name"),
+    ],
+)
+def test_a_pattern_that_means_no_linear_layer_is_one_sentence(targets, why):
+    with pytest.raises(UserError, match=f"{why}.*choose") as refused:
+        adapted(skeleton_of("deit_tiny_patch16_224", 10, None), targets, "m")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("targets", [r"blocks\..*", ".*", r"blocks\.0"])
+def test_such_a_pattern_is_built(tiny, targets):
+    built = build_model(tiny("nf4", lora={"r": 2, "target_modules": targets}), 10)
+    adapters = [name for name, _ in built.model.named_modules() if name.endswith("lora_A.default")]
+    assert len(adapters) == (4 if targets == r"blocks\.0" else 24)
+    assert not any("head" in name for name in adapters)
 
 
 def test_blocks_are_told_with_their_stage():

@@ -6,10 +6,13 @@ from timm.layers import resample_abs_pos_embed
 
 from tune_study.errors import UserError
 from tune_study.model.weights import (
+    Fit,
     _prove_loaded,
     classifier_names,
+    listed,
     load_base,
-    refuse_unknown_model,
+    load_fitted,
+    refuse_misfit,
     weights_file,
 )
 
@@ -79,33 +82,13 @@ def test_weights_that_do_not_fit_are_refused_in_one_sentence(tiny, weights, tmp_
         assert "blocks.3" in str(refused.value)
 
 
-def test_no_network_names_the_remedy(tiny, monkeypatch, tmp_path):
-    import urllib.error
-    import urllib.request
-
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def absent(*args, **kwargs):
-        raise LocalEntryNotFoundError("not cached")
-
-    def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    with pytest.raises(UserError, match="--weights") as refused:
-        load_base(tiny("none", model="deit_tiny_patch16_224"), 10)
-    assert "pretrained=false" in str(refused.value)
-
-
 def test_hub_weights_load_from_the_cached_file(tiny, weights, monkeypatch):
     import huggingface_hub
 
     path, state = weights
     asked = []
 
-    def cached(repo, file, local_files_only=False):
+    def cached(repo, file, *, revision, local_files_only=False):
         asked.append((repo, file))
         return str(path)
 
@@ -129,16 +112,6 @@ def test_a_folder_is_searched_in_the_order_of_its_suffixes(tmp_path):
         weights_file("m", tmp_path / "none")
 
 
-def test_an_unknown_model_is_answered_with_a_near_one():
-    refuse_unknown_model("deit_tiny_patch16_224")
-    for name, near in (
-        ("deit_tiny", "deit_tiny_distilled_patch16_224"),
-        ("zzz", "deit_tiny_patch16_224"),
-    ):
-        with pytest.raises(UserError, match=f"timm has no such model; try {near}$"):
-            refuse_unknown_model(name)
-
-
 class Small(torch.nn.Module):
     def __init__(self, cfg=None):
         super().__init__()
@@ -153,17 +126,111 @@ def test_every_tensor_but_the_heads_is_the_files(tmp_path):
     with torch.no_grad():
         model.body.weight.copy_(without_head["body.weight"])
         model.body.bias.copy_(without_head["body.bias"])
-    _prove_loaded(model, {**without_head, "more": torch.zeros(1)}, tmp_path)
-    with pytest.raises(UserError, match=r"1 of its 2 tensors .* the first is body\.bias"):
-        _prove_loaded(model, {"body.weight": without_head["body.weight"]}, tmp_path)
+    assert _prove_loaded(model, {**without_head, "more": torch.zeros(1)}, "--weights w") == []
+    gap = {"body.weight": without_head["body.weight"]}
+    with pytest.raises(UserError, match=r"--weights w: .*1 of its 2 .* the first is body\.bias"):
+        _prove_loaded(model, gap, "--weights w")
+    assert _prove_loaded(model, gap, "hub", whole=False) == ["body.bias"]
+    with pytest.raises(UserError, match="2 of its 2 tensors"):
+        _prove_loaded(model, {}, "hub", whole=False)
     other = without_head["body.weight"].clone()
     other[2, 1] += 1
     with pytest.raises(UserError, match=r"body\.weight of the model is not what the file holds"):
-        _prove_loaded(model, {**without_head, "body.weight": other}, tmp_path)
-    _prove_loaded(model, {**without_head, "body.weight": torch.zeros(4, 2)}, tmp_path)  # resampled
+        _prove_loaded(model, {**without_head, "body.weight": other}, "--weights w")
 
 
 def test_the_head_is_what_timm_calls_the_classifier():
     assert classifier_names(Small()) == ["head"]
     assert classifier_names(Small({"classifier": "fc"})) == ["fc"]
     assert classifier_names(Small({"classifier": ("head", "head_dist")})) == ["head", "head_dist"]
+
+
+@pytest.fixture
+def more(weights, tmp_path):
+    """(file, its tensors) of a network with LayerScale and a register, of DeiT-tiny's sizes."""
+    _, state = weights
+    state = {**state, "reg_token": torch.ones(1, 1, 192)}
+    state |= {f"blocks.{n}.ls{k}.gamma": torch.ones(192) for n in range(12) for k in (1, 2)}
+    path = tmp_path / "more.safetensors"
+    save_file(state, path)
+    return path, state
+
+
+def test_tensors_without_a_place_in_the_model_are_refused_with_their_names(tiny, more):
+    path, _ = more
+    config = tiny("none", model="deit_tiny_patch16_224")
+    _, fit = load_fitted(config, 10, path)
+    assert len(fit.left_out) == 25
+    assert not fit.resampled + fit.missing
+    with pytest.raises(UserError) as refused:
+        refuse_misfit(fit, config.model, path)
+    said = str(refused.value)
+    assert "25 tensors (" in said
+    assert "reg_token" in said
+    assert "blocks.*.ls1.gamma, blocks.*.ls2.gamma" in said
+    assert "--adapt-weights" in said
+    refuse_misfit(Fit(), config.model, path)
+
+
+def test_a_patch_of_another_size_is_resampled_by_timm_and_refused_by_us(tiny, weights, tmp_path):
+    _, state = weights
+    path = tmp_path / "p14.safetensors"
+    save_file({**state, "patch_embed.proj.weight": torch.randn(192, 3, 14, 14)}, path)
+    config = tiny("none", model="deit_tiny_patch16_224")
+    model, fit = load_fitted(config, 10, path)
+    assert fit == Fit(resampled=("patch_embed.proj.weight",))
+    assert model.patch_embed.proj.weight.shape[-2:] == (16, 16)
+    with pytest.raises(UserError, match=r"1 tensor \(patch_embed\.proj\.weight\) at another size"):
+        refuse_misfit(fit, config.model, path)
+
+
+def test_positions_are_resampled_without_a_word_only_for_an_image_size_that_was_asked_for(
+    tiny, weights, tmp_path
+):
+    _, state = weights
+    path = tmp_path / "384.safetensors"
+    save_file({**state, "pos_embed": torch.randn(1, 577, 192)}, path)
+    config = tiny("none", model="deit_tiny_patch16_224")
+    assert load_fitted(config, 10, path)[1] == Fit(resampled=("pos_embed",))
+    config = tiny("none", model="deit_tiny_patch16_224", data={"image_size": 112})
+    assert load_fitted(config, 10, path)[1] == Fit()
+
+
+def test_what_timm_itself_leaves_out_of_its_pretraining_is_no_misfit(tiny, tmp_path):
+    """DINOv2's files hold a mask token; its registers are a part of another network."""
+    torch.manual_seed(5)
+    state = timm.create_model("vit_small_patch14_dinov2", img_size=56, num_classes=0).state_dict()
+    state["mask_token"] = torch.zeros(1, 384)
+    path = tmp_path / "dino.safetensors"
+    save_file(state, path)
+    config = tiny("none", model="vit_small_patch14_dinov2", data={"image_size": 56})
+    assert load_fitted(config, 10, path)[1] == Fit()
+    save_file({**state, "register_tokens": torch.zeros(1, 4, 384)}, path)
+    with pytest.raises(UserError, match=r"--weights .* do not fit the model"):
+        load_fitted(config, 10, path)
+
+
+def test_a_checkpoint_without_tensors_is_refused(tiny, tmp_path):
+    config = tiny("none", model="deit_tiny_patch16_224")
+    for content in ([1, 2], {"state_dict": 3}, {"epoch": 1}, torch.zeros(2)):
+        path = tmp_path / "odd.pth"
+        torch.save(content, path)
+        with pytest.raises(UserError, match="not a readable safetensors file"):
+            load_base(config, 10, path)
+
+
+def test_a_pointer_or_a_page_in_place_of_weights_is_named(tiny, tmp_path):
+    config = tiny("none", model="deit_tiny_patch16_224")
+    path = tmp_path / "w.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        load_base(config, 10, path)
+    path.write_text("<!DOCTYPE html><html>Sign in</html>")
+    with pytest.raises(UserError, match="a web page and not weights"):
+        load_base(config, 10, path)
+
+
+def test_kinds_of_tensors_are_listed_once():
+    names = [f"blocks.{n}.{kind}" for kind in "abcdefgh" for n in range(3)]
+    assert listed(names, most=2) == "24 tensors (blocks.*.a, blocks.*.b, and 6 more kinds)"
+    assert listed(["x"]) == "1 tensor (x)"

@@ -284,3 +284,63 @@ def test_analysis_needs_neither_optuna_nor_ray():
     code = "import sys, analysis.report; print({'optuna', 'ray', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+SPACE = """
+def own(t):
+    skip = t.suggest_categorical("quantization.skip_layers", {choices})
+    dropout = t.suggest_float("lora.lora_dropout", 0, {high})
+    rank = t.suggest_int("lora.r", 1, 8, log={log})
+    t.suggest_float("lora.lora_alpha/x", 0, dropout + 0.1)
+    return dict(model="vit_glyphs_patch4_32", dataset="digits", lora=dict(r=rank,
+        lora_dropout=dropout), quantization=dict(mode="nf4", skip_layers=skip))
+"""
+TUPLES = [(), ("blocks.0.*",), ("blocks.1.*", "blocks.2.*")]
+
+
+def own(folder, choices=TUPLES, high=0.2, log=False, **options):
+    (folder / "own.py").write_text(SPACE.format(choices=choices, high=high, log=log))
+    options.setdefault("num_samples", 3)
+    return settings(space=f"{folder / 'own.py'}:own", **options)
+
+
+def test_choices_may_be_tuples_also_when_a_search_goes_on(tmp_path, recwarn):
+    study = tmp_path / "study"
+    drive(opened(study, own(tmp_path)), stop_after=2)
+    search = opened(study, own(tmp_path, num_samples=5))
+    drive(search)
+    assert len(planned(study)) == 5
+    skipped = {trial.quantization.skip_layers for trial in search.trials}
+    assert skipped <= set(TUPLES)
+    assert len(skipped) > 1
+    assert not [w for w in recwarn if "persistent storage" in str(w.message)]
+    (study / STORAGE_FILE).unlink()  # learned anew from study.json
+    drive(opened(study, own(tmp_path, num_samples=6)))
+    assert len(planned(study)) == 6
+
+
+def test_a_choice_that_cannot_be_kept_is_one_sentence(tmp_path):
+    wanted = own(tmp_path, choices="[{1}, {2}]")
+    with pytest.raises(UserError, match=r"choice \{1\} of quantization\.skip_layers can't be kept"):
+        spaces.probes(wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"choices": TUPLES[:2]}, "quantization.skip_layers"),
+        ({"choices": [*TUPLES, ("blocks.3.*",)]}, "quantization.skip_layers"),
+        ({"choices": TUPLES[::-1]}, "quantization.skip_layers"),
+        ({"high": 0.3}, "lora.lora_dropout"),
+        ({"log": True}, "lora.r"),
+    ],
+)
+def test_a_space_that_was_changed_is_refused_before_the_search_goes_on(tmp_path, change, name):
+    study = tmp_path / "study"
+    drive(opened(study, own(tmp_path)), stop_after=1)
+    with pytest.raises(UserError, match=f"{name} is not asked as when this search began") as said:
+        opened(study, own(tmp_path, **change))
+    assert "choose another --name" in str(said.value)
+    assert len(planned(study)) == 1
+    drive(opened(study, own(tmp_path)))  # put back, it goes on
+    assert len(planned(study)) == 3

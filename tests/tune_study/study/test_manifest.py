@@ -160,6 +160,8 @@ def test_inputs_differ_by_their_checksum_and_new_ones_do_not():
         f"the data of d (sha256 {'3' * 12}, then {'1' * 12})",
         "the weights of m (sha256 4, then None)",
     ]
+    before["weights"]["m"]["pretrained"] = True  # of a version that took none of such a file
+    assert len(manifest.changed_inputs(before, now)) == 1
 
 
 def test_a_study_of_two_compute_dtypes_has_none(tiny, tmp_path):
@@ -206,3 +208,20 @@ def test_an_axis_of_the_grid_takes_further_values_and_nothing_else_does(tiny, tm
     assert len(open_study([at(0.3)], where)["plan"]) == 3
     with pytest.raises(UserError, match=r"data\.image_size was None and is 48"):
         open_study([at(0.1, 48)], where)
+
+
+def test_a_study_keeps_where_its_folders_of_images_lie(tiny, tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    where = context(tmp_path)
+    open_study([tiny("none", dataset="folder:d"), tiny("nf4")], where)
+    manifest_ = manifest.read_manifest(where.study_dir)
+    assert manifest_["folders"] == {"folder:d": "../d"}
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    names = manifest.names_in(where.study_dir)
+    assert names.of("folder:../d/") == "folder:d"
+    assert names.of("digits") == "digits"
+    open_study([tiny("int8")], where)
+    assert manifest.read_manifest(where.study_dir)["folders"] == {"folder:d": "../d"}
+    assert manifest.names_in(tmp_path / "nothing").of("folder:x") == "folder:x"

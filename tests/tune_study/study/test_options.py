@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from search_spaces import grids
+from search_spaces.lookup import function_of
 from tune_study import run
 from tune_study.errors import UserError
 from tune_study.study import options
@@ -109,7 +111,7 @@ def test_the_help_fits_a_screen_and_is_grouped() -> None:
         check=True,
     )
     lines = done.stdout.splitlines()
-    assert len(lines) <= 53
+    assert len(lines) <= 54
     assert max(map(len, lines)) <= 100
     shown = [line.split()[1] for line in lines if line.startswith("│ --")]
     names = [field.name.strip("_").replace("_", "-") for field in fields(Options)]
@@ -198,3 +200,19 @@ def test_a_client_address_is_answered_with_the_job_to_submit(address: str, host:
         "python -m tune_study.run --address auto --grid demo --name x"
     )
     options.refuse_client("head:10001", words)
+
+
+def test_the_home_is_meant_where_the_shell_leaves_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "g.py").write_text("def g():\n    return {}\n")
+    assert resolved("--output-dir", Path("~/r")) == tmp_path.resolve() / "r"
+    assert resolved("--data-dir", Path("~"), "folder") == tmp_path.resolve()
+    assert function_of("--grid", "~/g.py:g", grids)[1]() == {}
+    with pytest.raises(UserError, match="--output-dir ~nobody-here/r: it is no usable path"):
+        resolved("--output-dir", Path("~nobody-here/r"))
+
+
+def test_a_path_that_is_no_text_is_refused(tmp_path):
+    odd = Path(os.fsdecode(b"\xff"))
+    with pytest.raises(UserError, match=r"it is no usable path \(its name is not UTF-8\)"):
+        resolved("--output-dir", odd)

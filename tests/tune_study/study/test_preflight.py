@@ -1,12 +1,17 @@
 import hashlib
+import io
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from tune_study.errors import UserError
 from tune_study.study import preflight
+from tune_study.study.console import say_what_was_adapted
 from tune_study.trial.context import RunContext
 
 
@@ -49,7 +54,7 @@ def test_the_checksum_of_weights_says_where_they_come_from(tiny, tmp_path, monke
     sha256 = hashlib.sha256(b"weights").hexdigest()
     told = {"pretrained": True, "file": "mine.safetensors", "sha256": sha256}
     assert preflight._weights_sha256(tiny("none"), where) == told
-    monkeypatch.setattr(preflight, "hub_weights", lambda model: given)
+    monkeypatch.setattr(preflight, "pretrained_file", lambda model: given)
     assert preflight._weights_sha256(tiny("none"), context(tmp_path)) == told
     assert preflight._weights_sha256(tiny("none", pretrained=False), where) == {
         "pretrained": False,
@@ -71,3 +76,27 @@ def test_each_model_is_built_once_however_many_seeds_there_are(tiny, tmp_path, m
     checked = preflight.Checked(dict.fromkeys([t.trial_id for t in trials], images), {})
     preflight.validate(trials, checked, context(tmp_path, weights=weights))
     assert built == [(trials[n], 3, weights, "cpu") for n in (0, 2, 4, 5)]
+
+
+def test_weights_that_the_model_does_not_take_need_a_word_and_are_recorded(tiny, tmp_path):
+    shipped = Path(timm.get_pretrained_cfg("vit_glyphs_patch4_32").file)
+    more = {**load_file(shipped), "blocks.0.ls1.gamma": torch.ones(192)}
+    save_file(more, tmp_path / "w.safetensors")
+    where = context(tmp_path, weights=tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"blocks\.\*\.ls1\.gamma\) of the file"):
+        preflight.check([tiny("none")], where)
+    checked = preflight.check([tiny("none")], where, adapt_weights=True)
+    entry = checked.checksums["weights"]["vit_glyphs_patch4_32"]
+    assert entry["left_out"] == ["blocks.0.ls1.gamma"]
+    assert "resampled" not in entry
+    size = more["patch_embed.proj.weight"].shape[:2]
+    more["patch_embed.proj.weight"] = torch.randn(*size, 8, 8)
+    save_file(more, tmp_path / "w.safetensors")
+    other = tiny("none", data={"image_size": 64})
+    both = preflight.check([tiny("none"), other], where, adapt_weights=True)
+    entry = both.checksums["weights"]["vit_glyphs_patch4_32"]
+    assert entry["left_out"] == ["blocks.0.ls1.gamma"]
+    assert "patch_embed.proj.weight" in entry["resampled"]
+    console = Console(file=io.StringIO(), width=200)
+    say_what_was_adapted(console, checked)
+    assert "left out: 1 tensor (blocks.*.ls1.gamma)" in console.file.getvalue()

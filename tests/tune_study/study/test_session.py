@@ -1,6 +1,8 @@
 """A command's steps with Ray, Tune and the report left out: what it settles, says and returns."""
 
 import io
+import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from tune_study.config import parse_trial
 from tune_study.errors import UserError
 from tune_study.folder.files import write_json
 from tune_study.study import session
+from tune_study.study.console import judge
 from tune_study.study.options import Options
 from tune_study.study.preflight import Checked
 from tune_study.trial.context import RunContext, Simulation
@@ -255,3 +258,49 @@ def test_resume_wants_a_study(tmp_path):
     )
     with pytest.raises(UserError, match="--resume: there is no study in"):
         session._look(command)
+
+
+def test_what_is_printed_can_be_pasted_into_a_shell(monkeypatch, tmp_path):
+    folder = tmp_path / "it's [bold] :cat: #1"
+    monkeypatch.setattr("analysis.report.write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr("tune_study.loggers.event_files.show_figures", lambda folder: None)
+    monkeypatch.setattr("sys.argv", ["run", "--simulate", "--output-dir", str(folder), "--name=n"])
+    given = Options(simulate=True, output_dir=folder, name="n", grid="smoke")
+    command = session._command(given)
+    written = io.StringIO()
+    command.console.file = written
+    command.console.width = 20
+    session._say_where(command, report=True)
+    command.say(f"continue with: {command.line}")
+    lines = [line.partition(":")[2] for line in written.getvalue().splitlines()]
+    study = folder / "n"
+    assert [shlex.split(line) for line in lines] == [
+        [str(study)],
+        [str(study / "report.html")],
+        ["tensorboard", "--logdir", str(study / "tensorboard")],
+        ["python", "-m", "tune_study.run", *sys.argv[1:]],
+    ]
+    written.truncate(0)
+    judge(command.console, {"t": "error"}, study)
+    assert f"(see {shlex.quote(str(study / 't'))})" in written.getvalue().replace("\n", "")
+
+
+def test_two_writings_of_a_folder_are_one_data_set(monkeypatch, tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "g.py").write_text(
+        "from ray import tune\n"
+        "def g():\n"
+        "    names = tune.grid_search(['folder:d/', 'folder:./d', 'digits'])\n"
+        "    return {'model': 'm', 'dataset': names}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    command = session._command(Options(simulate=True, grid="g.py:g"))
+    command.settle_names()
+    assert [trial.dataset for trial in command.trials] == ["folder:d", "digits"]
+
+
+def test_the_cards_are_written_when_the_trials_are_known(study, monkeypatch):
+    written = []
+    monkeypatch.setattr(session, "write_cards", written.append)
+    study(["completed"] * 3)
+    assert len(written) == 1

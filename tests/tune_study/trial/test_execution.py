@@ -162,6 +162,21 @@ def test_the_saved_adapter_is_the_best_epochs_and_peft_loads_it(finished):
     assert float(model.base_model.model.blocks[0].attn.qkv.lora_B.default.weight.norm()) > 0
 
 
+def test_the_saved_adapter_names_its_base_and_has_a_card_of_ours(finished):
+    config, study_dir, results, _ = finished
+    adapter = study_dir / config.trial_id / "adapter"
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == config.model  # shipped, on no hub
+    card = (adapter / "README.md").read_text()
+    assert "More Information Needed" not in card
+    assert f"| test accuracy | {results['train']['test_metrics']['test_accuracy']:.4f} " in card
+    assert f"| trial | {config.trial_id} |" in card
+    assert f"torch {results['meta']['versions']['torch']}" in card
+    assert (
+        f"{results['train']['model_metrics']['weights_bytes']:,} bytes in nf4 (24 layers)" in card
+    )
+
+
 def test_an_interrupted_trial_continues_and_ends_equal(finished, tmp_path):
     config, _, whole, _ = finished
     times = ("epoch_time_s", "train_time_s", "images_per_s", *resources.COLUMNS)
