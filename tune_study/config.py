@@ -258,24 +258,24 @@ def _suggestion(key: str) -> str:
     return f"; did you mean {close[0]}?" if close else f"; the fields are {', '.join(names)}"
 
 
-def parse_assignment(text: str) -> tuple[str, Any]:
+def parse_assignment(text: str, option: str = "--set") -> tuple[str, Any]:
     """``"training.num_train_epochs=3"`` -> ``("training.num_train_epochs", 3)``.
 
     The value is read as YAML, without tags and aliases: a few of these can unfold to gigabytes, and
-    none is of use here. Raises ``UserError``.
+    none is of use here. Raises ``UserError`` that begins with ``option``.
     """
     key, equals, value = text.partition("=")
-    key, text = key.strip(), text[:_LONGEST]
+    key, text = key.strip(), f"{option} {text[:_LONGEST]}"
     if not equals:
-        raise UserError(f"--set {text}: write it as FIELD=VALUE, e.g. training.num_train_epochs=3")
+        raise UserError(f"{text}: write it as FIELD=VALUE, e.g. training.num_train_epochs=3")
     if key not in [*field_names(), "quantization"]:
-        raise UserError(f"--set {text}: unknown field {key}{_suggestion(key)}")
+        raise UserError(f"{text}: unknown field {key}{_suggestion(key)}")
     try:
         if any(isinstance(t, yaml.TagToken | yaml.AliasToken) for t in yaml.scan(value)):
-            raise UserError(f"--set {text}: write the value out, without YAML's tags and aliases")
+            raise UserError(f"{text}: write the value out, without YAML's tags and aliases")
         parsed = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError):  # an impossible date is a ValueError
-        raise UserError(f"--set {text}: the value {_shown(value)} is not valid YAML") from None
+        raise UserError(f"{text}: the value {_shown(value)} is not valid YAML") from None
     # YAML 1.1 reads 1e-3 as text; a number is meant.
     if isinstance(parsed, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", parsed):
         parsed = float(parsed)

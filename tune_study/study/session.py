@@ -35,6 +35,7 @@ from tune_study.study.console import (
     judge,
     print_plan,
     say_long_warm_up,
+    say_planted_nowhere,
     say_what_is_unusual,
 )
 from tune_study.study.options import EXIT_FAILED, EXIT_STOPPED, Options, resolved, safe_name
@@ -135,6 +136,8 @@ def _look(command: Command) -> Checked:
     if context.simulation is None:
         command.trials = with_compute_dtype(command.console, command.trials, context)
     say_what_is_unusual(command.console, command.trials, context.simulation)
+    if context.simulation and command.settings is None:
+        say_planted_nowhere(command.console, command.trials, context.simulation)
     return preflight.check(command.trials, context, auto_batch=command.auto)
 
 
