@@ -67,6 +67,12 @@ def fit(values: Floats, blocks: Codes, levels: Codes) -> TwoWay:
     return TwoWay(means, spread, information, variance, freedom, connected)
 
 
+def mean_errors(fitted: TwoWay) -> Floats:
+    """(L,) standard errors of the levels' means over these very blocks."""
+    errors: Floats = np.sqrt(fitted.variance * np.diag(fitted.spread))
+    return errors
+
+
 def mean_intervals(fitted: TwoWay, confidence: float = 0.95) -> Floats:
     """(L, 2) t-intervals of the levels' means over these very blocks (Loftus and Masson 1994).
 
@@ -74,15 +80,15 @@ def mean_intervals(fitted: TwoWay, confidence: float = 0.95) -> Floats:
     """
     from scipy.special import stdtrit
 
-    reach = np.sqrt(fitted.variance * np.diag(fitted.spread))
-    reach = reach * stdtrit(max(fitted.freedom, 1), 0.5 + confidence / 2)
+    reach = mean_errors(fitted) * stdtrit(max(fitted.freedom, 1), 0.5 + confidence / 2)
     return np.column_stack([fitted.means - reach, fitted.means + reach])
 
 
 class Contrast(NamedTuple):
-    """An estimate in the unit of the values, its interval, and the two-sided p that it is 0."""
+    """An estimate in the unit of the values, and the two-sided p that it is 0."""
 
     estimate: float
+    error: float
     interval: Interval
     p: float
 
@@ -101,7 +107,7 @@ def trend(fitted: TwoWay, places: Floats, confidence: float = 0.95) -> Contrast:
     freedom = max(fitted.freedom, 1)
     reach = float(stdtrit(freedom, 0.5 + confidence / 2)) * error
     p = float(2 * stdtr(freedom, -abs(slope) / error))
-    return Contrast(slope, Interval(slope - reach, slope + reach), p)
+    return Contrast(slope, error, Interval(slope - reach, slope + reach), p)
 
 
 def any_difference(fitted: TwoWay) -> float:
@@ -131,6 +137,7 @@ class Gap(NamedTuple):
     low: int
     high: int
     estimate: float
+    error: float
     interval: Interval
 
 
@@ -145,9 +152,10 @@ def widest_gap(fitted: TwoWay, confidence: float = 0.95) -> Gap:
     estimate = float(fitted.means[high] - fitted.means[low])
     spread = fitted.spread
     scale = fitted.variance * (spread[low, low] + spread[high, high] - 2 * spread[low, high])
+    error = float(np.sqrt(scale))
     quantile = studentized_range(len(fitted.means), max(fitted.freedom, 1), confidence)
-    reach = quantile * float(np.sqrt(scale / 2))
-    return Gap(low, high, estimate, Interval(estimate - reach, estimate + reach))
+    reach = quantile * error / 2**0.5
+    return Gap(low, high, estimate, error, Interval(estimate - reach, estimate + reach))
 
 
 @lru_cache

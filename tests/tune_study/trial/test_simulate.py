@@ -2,9 +2,11 @@ import math
 
 import numpy as np
 import pytest
+from ray import tune
 
 from analysis.load import rebuild
 from analysis.statistics.comparison import compare_modes
+from analysis.statistics.dependence import axis_effects
 from search_spaces import grids
 from tune_study.config import assign, parse_assignment, parse_trial
 from tune_study.errors import UserError
@@ -90,6 +92,30 @@ def test_an_effect_is_planted_at_its_level_alone(tiny):
     assert moved[0] - moved[1] == pytest.approx(-0.03)
     assert planted.of_no_trial(list(trials.values())) == ["int8@lora.r=64"]
     assert planted.of_no_trial([trials["nf4", 0.001]]) == [f"nf4@{RATE}=0.01", "int8@lora.r=64"]
+
+
+def test_a_cost_planted_by_level_is_found_on_its_axis_alone(tmp_path):
+    """54 trials: three learning rates, two image sizes, three modes, three seeds."""
+    space = {
+        "model": "deit_tiny_patch16_224",
+        "dataset": "cifar10",
+        "quantization": tune.grid_search(["none", "int8", "nf4"]),
+        "data": {"image_size": tune.grid_search([160, 224])},
+        "training": {"learning_rate": tune.grid_search([1e-4, 1e-3, 1e-2]), "num_train_epochs": 2},
+        "seed": tune.grid_search([42, 123, 456]),
+    }
+    effects = ["nf4=-0.03", f"nf4=-0.03@{RATE}=0.001", f"nf4=-0.06@{RATE}=0.01"]
+    trials = plan.plan(space)
+    assert len(trials) == 54
+    planted = Simulation(effects=dict(map(parse_effect, effects)))
+    tests = axis_effects(simulated(trials, tmp_path / "s", planted).trials).tests
+    found = tests.set_index(["axis", "quantization"])
+    verdicts = found["verdict"].to_dict()
+    assert verdicts.pop(("learning rate", "nf4")) == "depends"
+    assert len(verdicts) == 3
+    assert "depends" not in verdicts.values()
+    slope = found.loc[("learning rate", "nf4")]
+    assert slope["ci_low"] < -0.03 < slope["ci_high"]  # per tenfold
 
 
 @pytest.mark.parametrize(
