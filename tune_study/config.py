@@ -431,29 +431,30 @@ def _suggestion(key: str) -> str:
     return f"; did you mean {close[0]}?" if close else f"; the fields are {', '.join(names)}"
 
 
-def parse_assignment(text: str) -> tuple[str, Any]:
+def parse_assignment(text: str, option: str = "--set") -> tuple[str, Any]:
     """``"training.num_train_epochs=3"`` -> ``("training.num_train_epochs", 3)``.
 
     Names, paths and patterns are taken as they stand, unless they are quoted; other values are read
     as YAML, without tags and aliases: a few of these can unfold to gigabytes, and none is of use
-    here. Nothing of a value is cut off as a comment. Raises ``UserError``.
+    here. Nothing of a value is cut off as a comment. Raises ``UserError`` that begins with
+    ``option``.
     """
     key, equals, value = text.partition("=")
-    key, value, text = key.strip(), value.strip(), text[:_LONGEST]
+    key, value, text = key.strip(), value.strip(), f"{option} {text[:_LONGEST]}"
     if not equals:
-        raise UserError(f"--set {text}: write it as FIELD=VALUE, e.g. training.num_train_epochs=3")
+        raise UserError(f"{text}: write it as FIELD=VALUE, e.g. training.num_train_epochs=3")
     if key not in [*field_names(), "quantization"]:
-        raise UserError(f"--set {text}: unknown field {key}{_suggestion(key)}")
+        raise UserError(f"{text}: unknown field {key}{_suggestion(key)}")
     if _holds_text(key) and value not in ("", "null") and value[0] not in "'\"":
         return key, value
     try:
         tokens = list(yaml.scan(value))
         if any(isinstance(t, yaml.TagToken | yaml.AliasToken) for t in tokens):
-            raise UserError(f"--set {text}: write the value out, without YAML's tags and aliases")
+            raise UserError(f"{text}: write the value out, without YAML's tags and aliases")
         read = max((t.end_mark.index for t in tokens if t.start_mark != t.end_mark), default=0)
         parsed = yaml.safe_load(value) if not value[read:].strip() else value
     except (yaml.YAMLError, ValueError, RecursionError):  # an impossible date is a ValueError
-        raise UserError(f"--set {text}: the value {_shown(value)} is not valid YAML") from None
+        raise UserError(f"{text}: the value {_shown(value)} is not valid YAML") from None
     # YAML 1.1 reads 1e-3 as text; a number is meant.
     if isinstance(parsed, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", parsed):
         parsed = float(parsed)

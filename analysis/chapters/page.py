@@ -14,6 +14,7 @@ import pandas as pd
 from analysis.chapters import search
 from analysis.chapters.accuracy import accuracy
 from analysis.chapters.costs import memory, speed
+from analysis.chapters.dependence import dependence
 from analysis.chapters.literature import literature
 from analysis.chapters.search import front_table
 from analysis.chapters.training import convergence, gradients
@@ -98,6 +99,7 @@ def sections(found: Findings) -> list[Section]:
         return [of_search, about_memory, trials(found), methods(found)]
     return [
         accuracy(found),
+        *dependence(found),
         memory(found),
         speed(found),
         convergence(found),

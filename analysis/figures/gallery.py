@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from analysis.figures import comparisons, curves, search
+from analysis.figures import comparisons, curves, dependence, search
 from analysis.figures.style import Drawn, mark_simulated, styles_of
 from analysis.findings.findings import Findings
 from analysis.measures.curves import curve_bands, curve_gaps
@@ -16,6 +16,7 @@ from analysis.text.wording import plural, short
 
 KEYS = (
     "accuracy_difference",
+    "axes",
     "pareto_weights",
     "pareto_peak",
     "learning_curves",
@@ -38,7 +39,8 @@ def draw_all(found: Findings) -> dict[str, Drawn]:
         if found.search is not None:
             drawn = [*search.draw(found.search), _ledger(found)]
         else:
-            drawn = [*_outcomes(found), *_over_epochs(found), *_memory(found), _literature(found)]
+            drawn = [*_outcomes(found), *_axes(found), *_over_epochs(found), *_memory(found)]
+            drawn.append(_literature(found))
     if found.simulated:
         drawn = [mark_simulated(figure) for figure in drawn]
     return {figure.key: figure for figure in drawn}
@@ -91,6 +93,23 @@ def _forest(found: Findings) -> Drawn:
         title="What each mode costs in accuracy",
         caption=f"Difference of test accuracy to the unquantized model. {rests}{band}",
     )
+
+
+def _axes(found: Findings) -> list[Drawn]:
+    """None where no axis varies."""
+    if found.axes.tests.empty:
+        return []
+    return [
+        dependence.plot_axes(
+            found.axes.levels,
+            found.axes.points,
+            title="The cost of each mode at every level",
+            caption="Difference of test accuracy to the unquantized model at each level of each "
+            "axis, with the 95 % interval of the comparison of levels; a thin line is a matched "
+            "set: configurations that share every other setting. How far these lines are from "
+            "parallel is what a dependence must stand out from.",
+        )
+    ]
 
 
 def _over_epochs(found: Findings) -> list[Drawn]:

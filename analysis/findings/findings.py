@@ -25,6 +25,7 @@ from analysis.statistics.cells import (
     units,
 )
 from analysis.statistics.comparison import compare_modes, leave_one_out
+from analysis.statistics.dependence import AxisEffects, axis_effects
 from analysis.statistics.exploration import friedman
 from analysis.statistics.pairs import paired_differences
 from tune_study.folder import schema
@@ -55,6 +56,7 @@ class Findings(NamedTuple):
     seed_sds: pd.DataFrame
     friedman: pd.DataFrame
     leave_one_out: pd.DataFrame
+    axes: AxisEffects
     memory: pd.DataFrame
     ledger: pd.DataFrame
     peaks: pd.DataFrame
@@ -103,6 +105,7 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
         seed_sds=pooled_sd(spread),
         friedman=friedman(paired),
         leave_one_out=leave_one_out(paired, baseline=baseline),
+        axes=axis_effects(paired if asked is None else paired.iloc[:0], baseline=baseline),
         memory=memory,
         ledger=ledger,
         peaks=peak_ratios(ledger if asked is None else ledger[:0], trials, baseline),

@@ -17,6 +17,7 @@ from tune_study.folder import schema
 
 SUMMARY_FILE = "quantization_experiments_summary.json"
 DETAILS_FILE = "quantization_detailed_analysis.json"
+_NO_AXIS = "nothing varies beside mode and seed"
 
 
 def plain(value: Any) -> Any:
@@ -91,6 +92,7 @@ def experiments_summary(found: Findings) -> dict[str, Any]:
                 "peak_against_baseline": block(found.peaks, why_no_peak(found.ledger)),
             },
             "accuracy": block(paired[accuracy], no_pairs),
+            "dependence_on_axes": block(found.axes.tests, _NO_AXIS),
             "convergence": _convergence(found),
             "gradient_flow": _gradients(found),
             "statistical_significance": block(paired[significance], no_pairs),
@@ -162,6 +164,8 @@ def detailed_analysis(found: Findings) -> dict[str, Any]:
         "ours": "no quantized mode was planned",
     }
     tables = {name: block(getattr(found, name), why) for name, why in names.items()}
+    tables["axis_tests"] = block(found.axes.tests, _NO_AXIS)
+    tables["axis_levels"] = block(found.axes.levels, _NO_AXIS)
     if found.simulated:
         tables["ours"] = {"unavailable": "the study is simulated"}
     return {

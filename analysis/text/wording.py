@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from tune_study.folder import schema
+from tune_study.folder import names, schema
 
 MISSING = "–"
 NAMES = {
@@ -18,6 +19,13 @@ NAMES = {
     "train_time_s": "training time",
 }
 """What a search can be asked for."""
+_AXES = {
+    "model": "model",
+    "dataset": "data set",
+    "lora_r": "LoRA rank",
+    "lora_alpha": "LoRA alpha",
+    "lora.init_lora_weights": "initialisation",
+}
 _UNITS = {column.name: column.unit for column in schema.TRIALS}
 
 
@@ -158,6 +166,24 @@ def parameter_of(name: str) -> str:
     if field == "quantization.mode":
         words = "quantization"
     return short(words if computed in ("", "name") else f"{words} / {computed}")
+
+
+def axis_in_words(columns: Sequence[str]) -> str:
+    """The columns of an axis as a sentence names it: ``learning rate``, ``LoRA rank and alpha``."""
+    if list(columns) == ["lora_r", "lora_alpha"]:
+        return "LoRA rank and alpha"
+    return listing([_AXES.get(name) or names.field_in_words(name) for name in columns])
+
+
+def level_in_words(value: Any) -> str:
+    """A value of an axis: ``0.0001``, ``224``, ``on``; ``default`` where it was left open."""
+    if value is None or pd.isna(value):
+        return "default"
+    if isinstance(value, bool | np.bool_):
+        return "on" if value else "off"
+    if isinstance(value, float | np.floating):
+        return f"{value:.6g}".replace("e-0", "e-")
+    return str(value)
 
 
 def suggested(value: Any) -> str:

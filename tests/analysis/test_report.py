@@ -74,7 +74,7 @@ def test_everything_is_written(finished: tuple[Path, Document]) -> None:
                  summary.DETAILS_FILE, "report/tables/accuracy.tex"):  # fmt: skip
         assert (path / name).stat().st_size > 500
     for kind in ("png", "pdf"):
-        assert len(list((path / "report/figures").glob(f"*.{kind}"))) == 10
+        assert len(list((path / "report/figures").glob(f"*.{kind}"))) == 11
     assert not list(path.rglob("*.tmp"))
 
 
@@ -84,7 +84,7 @@ def test_the_page_needs_nothing_else(finished: tuple[Path, Document]) -> None:
     assert not document.named("iframe")
     assert not any("src" in attributes for attributes in document.named("script"))
     sources = [image["src"] or "" for image in document.named("img")]
-    assert len(sources) == 6
+    assert len(sources) == 7
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert all(image["alt"] for image in document.named("img"))
     drawings = document.named("svg")
@@ -118,7 +118,7 @@ def test_the_table_of_contents_leads_somewhere(finished: tuple[Path, Document]) 
     ids = [attributes["id"] for _, attributes in document.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
     targets = [(link["href"] or "")[1:] for link in document.named("a")]
-    assert len([name for name in targets if not name.startswith("figure-")]) == 8
+    assert len([name for name in targets if not name.startswith("figure-")]) == 9
     assert set(targets) <= set(ids)
     drawn = [(link["href"] or "")[1:] for link in document.named("use")]
     assert len(drawn) > 144

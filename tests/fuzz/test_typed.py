@@ -33,7 +33,7 @@ from tune_study import run
 from tune_study.config import assign, field_names, parse_assignment, parse_trial
 from tune_study.errors import UserError
 from tune_study.study import options, plan
-from tune_study.trial.context import parse_effect
+from tune_study.trial.context import Simulation, parse_effect
 
 # ---- a trial
 
@@ -213,11 +213,20 @@ def test_options_of_the_power_table_are_used_or_refused(options):
         assert power.main(arguments) in (0, 2)
 
 
+NF4 = parse_trial({**TRIAL, "quantization": "nf4"})
+
+
 @fuzz(200)
-@given(TEXT | st.builds("{}={}".format, st.sampled_from(["nf4", "none", "x"]), ARGUMENT | TEXT))
+@given(
+    TEXT
+    | st.builds("{}={}".format, st.sampled_from(["nf4", "none", "x"]), ARGUMENT | TEXT)
+    | st.builds("nf4=0.1@{}={}".format, st.sampled_from(field_names()), ARGUMENT | TEXT)
+)
 def test_an_effect_is_a_difference_or_refused(text):
     found = outcome(lambda: parse_effect(text), UserError)
-    assert found is None or abs(found[1]) < 1
+    if found is not None:
+        assert abs(found[1]) < 1
+        assert Simulation(effects=dict([found])).effect(NF4) in (0, found[1])
 
 
 @fuzz(200)

@@ -167,6 +167,14 @@ def say_what_is_passed_over(console: Console, trials: Sequence[TrialConfig]) -> 
             )
 
 
+def say_planted_nowhere(
+    console: Console, trials: Sequence[TrialConfig], simulation: Simulation
+) -> None:
+    """An effect at a level that the plan lacks is a slip, or meant for trials that join later."""
+    for effect in simulation.of_no_trial(trials):
+        console.print(f"note: --effect {effect}: no trial of this plan has that mode and level")
+
+
 def say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: Checked) -> None:
     """Of the first trial whose warm-up is as long as its training."""
     for trial in trials:

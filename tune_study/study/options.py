@@ -118,7 +118,11 @@ class Options:
     simulate: Annotated[bool, untrained("--simulate", help="draw the trials from a model")] = False
     effect: Annotated[
         list[str] | None,
-        untrained(metavar="MODE=DIFFERENCE", help="planted by --simulate, e.g. nf4=-0.01"),
+        untrained(
+            metavar="MODE=DIFFERENCE",
+            help="planted by --simulate, e.g. nf4=-0.01; at one level of an axis with @FIELD=VALUE "
+            "after it, e.g. nf4=-0.02@training.learning_rate=0.01",
+        ),
     ] = None
     seed_sd: Annotated[
         float | None, untrained(min=0, max=1, metavar="SD", help="of --simulate; default 0.004")

@@ -37,6 +37,7 @@ from tune_study.study.console import (
     print_plan,
     quoted,
     say_long_warm_up,
+    say_planted_nowhere,
     say_what_is_passed_over,
     say_what_is_unusual,
     say_what_was_adapted,
@@ -148,6 +149,8 @@ def _look(command: Command) -> Checked:
     if context.simulation is None:
         command.trials = with_compute_dtype(command.console, command.trials, context)
     say_what_is_unusual(command.console, command.trials, context.simulation)
+    if context.simulation and command.settings is None:
+        say_planted_nowhere(command.console, command.trials, context.simulation)
     checked = preflight.check(
         command.trials,
         context,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from tune_study.config import TrialConfig, parse_assignment
 from tune_study.errors import UserError
 from tune_study.folder.schema import MODES
 
@@ -19,17 +21,53 @@ Report = Callable[[dict[str, Any]], None]
 
 
 class Simulation(BaseModel):
-    """What is planted: the effect of each mode on the accuracy, and the seeds' deviation."""
+    """What is planted, and the seeds' deviation.
+
+    ``effects`` are differences in accuracy, by mode (``nf4``) or by mode and level of an axis
+    (``nf4@training.learning_rate=0.01``, the value as JSON).
+    """
 
     model_config = ConfigDict(frozen=True)
 
     effects: dict[str, float] = {}
     seed_sd: float = 0.004
 
+    def effect(self, config: TrialConfig) -> float:
+        """All that is planted in one trial, added up: by its mode, and by mode and level."""
+        return sum((size for key, size in self.effects.items() if _concerns(key, config)), 0.0)
+
+    def of_no_trial(self, trials: Sequence[TrialConfig]) -> list[str]:
+        """The effects by level that are planted in none of ``trials``."""
+        return [
+            key
+            for key in self.effects
+            if "@" in key and not any(_concerns(key, trial) for trial in trials)
+        ]
+
+
+def _concerns(key: str, config: TrialConfig) -> bool:
+    """Whether the trial has the mode, and the level if one is named, of an effect."""
+    mode, at, level = key.partition("@")
+    if mode != config.quantization.mode or not at:
+        return mode == config.quantization.mode
+    field, _, text = level.partition("=")
+    value: Any = config
+    for name in field.split("."):
+        value = getattr(value, name)
+    return bool(_plain(value) == json.loads(text))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
 
 def parse_effect(text: str) -> tuple[str, float]:
-    """``"nf4=-0.01"`` -> ``("nf4", -0.01)``. Raises ``UserError``."""
-    mode, _, value = text.partition("=")
+    """``"nf4=-0.01"`` -> ``("nf4", -0.01)``; with ``@FIELD=VALUE`` after it, at that level alone.
+
+    The key is that of ``Simulation.effects``. Raises ``UserError``.
+    """
+    planted, at, level = text.partition("@")
+    mode, _, value = planted.partition("=")
     try:
         effect = float(value)
     except ValueError:
@@ -37,9 +75,24 @@ def parse_effect(text: str) -> tuple[str, float]:
     if mode not in MODES or mode == "none" or not abs(effect) < 1:
         raise UserError(
             f"--effect {text}: write it as MODE=DIFFERENCE with a mode of {', '.join(MODES[1:])} "
-            "and a difference in accuracy between -1 and 1, e.g. nf4=-0.01"
+            "and a difference in accuracy between -1 and 1, e.g. nf4=-0.01, or for one level of an "
+            "axis nf4=-0.01@training.learning_rate=0.001"
         )
-    return mode, effect
+    return (f"{mode}@{_level(text, level)}" if at else mode), effect
+
+
+def _level(text: str, level: str) -> str:
+    """``FIELD=VALUE`` with the value as JSON, so that 1e-3 and 0.001 are one level."""
+    field, value = parse_assignment(level, f"--effect {text.partition('@')[0]}@")
+    if field == "seed" or field.startswith("quantization"):
+        raise UserError(
+            f"--effect {text}: {field} is no axis that a mode's effect can depend on; name a field "
+            "of the configuration, e.g. training.learning_rate"
+        )
+    try:
+        return f"{field}={json.dumps(value, allow_nan=False)}"
+    except (TypeError, ValueError):  # a date, a set, an infinity
+        raise UserError(f"--effect {text}: no trial can have this value of {field}") from None
 
 
 class RunContext(BaseModel):

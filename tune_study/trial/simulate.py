@@ -4,12 +4,13 @@ The model of a trial with configuration c (all but quantization and seed), treat
 
     accuracy = 0.90 + a_c + effect_m + b_cm + u_cs + e_cms
 
-a_c ~ N(0, 0.02) is the configuration's, effect_m is planted (0 unless told), b_cm ~ N(0, 0.002) is
-how the effect differs between configurations (0 for ``none``), and u_cs, e_cms ~ N(0, seed_sd) are
-the seed's, shared by its modes and not. The validation accuracy of epoch t approaches it as
-1 - exp(-t / 2). Losses follow the accuracies; bytes are the exact expected ones of the weights;
-what has no model is missing. Every draw depends on the settings alone, so the same study is drawn
-in any order and after any restart.
+a_c ~ N(0, 0.02) is the configuration's, effect_m is planted (0 unless told: ``nf4=-0.01`` in every
+configuration, ``nf4=-0.02@training.learning_rate=0.01`` in those of this level, added up), b_cm ~
+N(0, 0.002) is how the effect differs between configurations by chance (0 for ``none``), and u_cs,
+e_cms ~ N(0, seed_sd) are the seed's, shared by its modes and not. The validation accuracy of epoch
+t approaches it as 1 - exp(-t / 2). Losses follow the accuracies; bytes are the exact expected ones
+of the weights; what has no model is missing. Every draw depends on the settings alone, so the same
+study is drawn in any order and after any restart.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def draw(config: TrialConfig, simulation: Simulation) -> tuple[list[dict[str, An
     mode, names = config.treatment, _names(config)
     accuracy = BASE_ACCURACY + CONFIGURATION_SD * _normal("configuration", *names)
     if mode != "none":
-        accuracy += simulation.effects.get(config.quantization.mode, 0.0)
+        accuracy += simulation.effect(config)
         accuracy += INTERACTION_SD * _normal("interaction", *names, mode)
     accuracy += simulation.seed_sd * _normal("seed", *names, config.seed)
     accuracy += simulation.seed_sd * _normal("trial", *names, mode, config.seed)

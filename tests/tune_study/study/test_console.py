@@ -117,6 +117,15 @@ def test_what_is_unusual_is_said(pretrained, simulation, words):
     assert text.count("\n") == bool(words)
 
 
+def test_an_effect_at_a_level_that_no_trial_has_is_said():
+    said = output()
+    effects = {"nf4": 0.1, 'int8@dataset="digits"': 0.1, "int8@lora.r=999": 0.1}
+    trials = [parse_trial({**VALUES, "dataset": "digits", "quantization": "int8"})]
+    console.say_planted_nowhere(said, trials, Simulation(effects=effects))
+    text = said.file.getvalue()
+    assert text == "note: --effect int8@lora.r=999: no trial of this plan has that mode and level\n"
+
+
 @pytest.mark.parametrize(("warmup", "said_at"), [(8, ""), (9, "9 steps never ends in the 9 steps")])
 def test_a_warm_up_as_long_as_the_training_never_ends(warmup, said_at):
     """25 images make 3 steps of 10 images, 3 times: 9."""

@@ -2,10 +2,13 @@ import math
 
 import numpy as np
 import pytest
+from ray import tune
 
 from analysis.load import rebuild
 from analysis.statistics.comparison import compare_modes
+from analysis.statistics.dependence import axis_effects
 from search_spaces import grids
+from tune_study.config import assign, parse_assignment, parse_trial
 from tune_study.errors import UserError
 from tune_study.folder.files import read_json
 from tune_study.folder.results import read_results
@@ -66,6 +69,94 @@ def test_the_model_is_the_documented_one():
         for sd in (0.0, 0.05)
     ]
     assert spread[1] > spread[0] > 0
+
+
+RATE = "training.learning_rate"
+
+
+def test_an_effect_is_planted_at_its_level_alone(tiny):
+    """Added to the mode's own, whatever way the level was written, and never in another mode."""
+    keys = dict(map(parse_effect, ["nf4=-0.01", f"nf4=-0.02@{RATE}=1e-2", "int8=0.5@lora.r=64"]))
+    assert keys == {"nf4": -0.01, f"nf4@{RATE}=0.01": -0.02, "int8@lora.r=64": 0.5}
+    planted = Simulation(effects=keys)
+    trials = {
+        (mode, rate): tiny(mode, training={"learning_rate": rate})
+        for mode in ("none", "nf4", "int8")
+        for rate in (0.001, 0.01)
+    }
+    found = {key: planted.effect(trial) for key, trial in trials.items()}
+    expected = dict.fromkeys(found, 0.0)
+    expected |= {("nf4", 0.001): -0.01, ("nf4", 0.01): pytest.approx(-0.03)}
+    assert found == expected
+    moved = [simulate.draw(trials["nf4", 0.01], s)[1] for s in (planted, Simulation())]
+    assert moved[0] - moved[1] == pytest.approx(-0.03)
+    assert planted.of_no_trial(list(trials.values())) == ["int8@lora.r=64"]
+    assert planted.of_no_trial([trials["nf4", 0.001]]) == [f"nf4@{RATE}=0.01", "int8@lora.r=64"]
+
+
+def test_a_cost_planted_by_level_is_found_on_its_axis_alone(tmp_path):
+    """54 trials: three learning rates, two image sizes, three modes, three seeds."""
+    space = {
+        "model": "deit_tiny_patch16_224",
+        "dataset": "cifar10",
+        "quantization": tune.grid_search(["none", "int8", "nf4"]),
+        "data": {"image_size": tune.grid_search([160, 224])},
+        "training": {"learning_rate": tune.grid_search([1e-4, 1e-3, 1e-2]), "num_train_epochs": 2},
+        "seed": tune.grid_search([42, 123, 456]),
+    }
+    effects = ["nf4=-0.03", f"nf4=-0.03@{RATE}=0.001", f"nf4=-0.06@{RATE}=0.01"]
+    trials = plan.plan(space)
+    assert len(trials) == 54
+    planted = Simulation(effects=dict(map(parse_effect, effects)))
+    tests = axis_effects(simulated(trials, tmp_path / "s", planted).trials).tests
+    found = tests.set_index(["axis", "quantization"])
+    verdicts = found["verdict"].to_dict()
+    assert verdicts.pop(("learning rate", "nf4")) == "depends"
+    assert len(verdicts) == 3
+    assert "depends" not in verdicts.values()
+    slope = found.loc[("learning rate", "nf4")]
+    assert slope["ci_low"] < -0.03 < slope["ci_high"]  # per tenfold
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "other"),
+    [
+        ("dataset", "digits", "cifar10"),
+        ("pretrained", "false", "true"),
+        ("data.image_size", "null", "64"),
+        ("training.weight_decay", "0", "0.5"),
+    ],
+)
+def test_a_level_is_of_any_kind(tiny, field, value, other):
+    trial = assigned(tiny("nf4"), field, value)
+    planted = [Simulation(effects=dict([parse_effect(f"nf4=0.1@{field}={own}")]))
+               for own in (value, other)]  # fmt: skip
+    assert [one.effect(trial) for one in planted] == [0.1, 0.0]
+
+
+def assigned(trial, field, value):
+    _, parsed = parse_assignment(f"{field}={value}")
+    return parse_trial(assign(trial.model_dump(mode="json"), field, parsed))
+
+
+@pytest.mark.parametrize(
+    ("level", "word"),
+    [
+        ("", "FIELD=VALUE"),
+        ("training.learning_rate", "FIELD=VALUE"),
+        ("learning_rate=0.1", "did you mean training.learning_rate"),
+        ("seed=1", "no axis"),
+        ("quantization=nf4", "no axis"),
+        ("quantization.mode=nf4", "no axis"),
+        ("lora.r=.inf", "no trial can have"),
+        ("lora.r=2020-01-01", "no trial can have"),
+        ("lora.r=[", "not valid YAML"),
+    ],
+)
+def test_a_level_that_no_axis_has_is_refused(level, word):
+    with pytest.raises(UserError, match="--effect") as refused:
+        parse_effect(f"nf4=-0.1@{level}")
+    assert word in str(refused.value)
 
 
 def test_simulated_and_real_trials_are_never_mixed(tmp_path):
