@@ -131,7 +131,7 @@ def test_dry_run_shows_every_trial_and_writes_nothing(command, tmp_path):
     trials = settle_compute_dtype(plan.plan(plan.load_grid("demo")[1]), "cpu")[0]
     for trial in trials:
         assert trial.trial_id in output
-    assert "12 distinct ids" in output
+    assert "24 distinct ids: 3 configurations, 4 treatments, 2 seeds." in output
     assert list(tmp_path.iterdir()) == []
 
 
