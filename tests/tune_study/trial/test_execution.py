@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.repeats import TIMES
 from tune_study.folder import schema
-from tune_study.folder.results import PLANNED
 from tune_study.folder.remote import RemoteError
+from tune_study.folder.results import PLANNED
 from tune_study.machine import resources
 from tune_study.machine.disk import DiskFull
 from tune_study.memory.step import StepMemory
