@@ -11,6 +11,7 @@ import torch
 from benchmarks.repeats import TIMES
 from tune_study.folder import schema
 from tune_study.folder.remote import RemoteError
+from tune_study.folder.results import PLANNED
 from tune_study.machine import resources
 from tune_study.machine.disk import DiskFull
 from tune_study.memory.step import StepMemory
@@ -75,8 +76,7 @@ def test_results_fill_the_columns_of_the_trials_table(finished):
     assert results["simulated"] is False
     parts = ("training_results", "test_metrics", "model_metrics", "resource_metrics")
     values = {k: v for part in parts for k, v in results["train"][part].items()}
-    axes = {"trial_id", "model", "dataset", "lora_r", "lora_alpha", "quantization", "seed"}
-    elsewhere = axes | {"status", "simulated", "error"}
+    elsewhere = {*PLANNED, "configuration", "status", "simulated", "error"}
     expected = {column.name for column in schema.TRIALS} - elsewhere
     assert expected <= set(values)
     assert not [name for name in expected if values[name] is None]
