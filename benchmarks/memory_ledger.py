@@ -46,6 +46,7 @@ def measure_cell(model: str, mode: str, batch: int, variant: str) -> dict[str, A
     import torch
 
     from tune_study.config import parse_trial
+    from tune_study.data.place import Place
     from tune_study.data.splits import load
     from tune_study.memory.predict import predict
     from tune_study.model.build import build_model
@@ -65,7 +66,7 @@ def measure_cell(model: str, mode: str, batch: int, variant: str) -> dict[str, A
     device = torch.device("cpu")
     expected = predict(config, 10, device)
     built = build_model(config, 10)
-    training = train.start(config, built, load("digits", None, config.data), device)
+    training = train.start(config, built, load("digits", Place(), config.data), device)
     measured = train.measure_memory(training)
     return {
         "model": model,

@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.steps import bare_step, config_of, started, synchronised
 from benchmarks.timing import Comparison, alternate, compare, rate
+from tune_study.data.place import Place
 from tune_study.data.splits import load
 from tune_study.machine import environment
 from tune_study.trial import train
@@ -193,7 +194,7 @@ def trainer_epoch(
         def on_epoch_end(self, *_: Any, **__: Any) -> None:
             self.ended = time.perf_counter()
 
-    data = load("digits", None, config_of(name, mode, batch, device).data)
+    data = load("digits", Place(), config_of(name, mode, batch, device).data)
     dataset = _Images(data.train.images[:images], data.train.labels[:images], side_of(name))
     clock = Clock()
     trainer = Trainer(

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.timing import Comparison, alternate, compare, rate
 from tune_study.config import TrialConfig, parse_trial
 from tune_study.data.batches import preprocess
+from tune_study.data.place import Place
 from tune_study.data.splits import load
 from tune_study.machine.device import settle
 from tune_study.machine.resources import INTERVAL_S, ResourceMonitor
@@ -41,7 +42,7 @@ def config_of(model: str, mode: str, batch: int, device: str) -> TrialConfig:
 
 def started(config: TrialConfig, device: str, images: int) -> train.Training:
     """A trial before its first epoch, with ``images`` training images."""
-    data = load("digits", None, config.data)
+    data = load("digits", Place(), config.data)
     data = data._replace(train=type(data.train)(*(part[:images] for part in data.train)))
     where = torch.device(device)
     settle(where)  # as a trial does: deterministic kernels may be slower

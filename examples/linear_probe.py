@@ -17,6 +17,7 @@ from examples.backbone.probe import extract_features
 from examples.pretrained_grid import DATA, MODELS
 from tune_study.config import DataConfig, TrialConfig
 from tune_study.data.batches import preprocess
+from tune_study.data.place import Place
 from tune_study.data.splits import load
 from tune_study.model.build import preprocessing_of
 from tune_study.model.weights import load_base
@@ -34,7 +35,7 @@ def main(
     data = DataConfig(**{**DATA, "image_size": image_size, "train_size": train_size})
     for model_name in MODELS:
         for dataset in ("cifar10", "cifar100"):
-            images = load(dataset, data_dir, data)
+            images = load(dataset, Place(data_dir), data)
             config = TrialConfig(model=model_name, dataset=dataset, data=data)
             model = load_base(config, len(images.class_names), weights).eval()
             how = preprocessing_of(model, config)

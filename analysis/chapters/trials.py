@@ -131,7 +131,16 @@ def provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     data = recorded.get("data")
     if isinstance(data, dict):
         for name, entry in data.items():
-            digest = entry.get("sha256") if isinstance(entry, dict) else None
-            if digest:
+            entry = entry if isinstance(entry, dict) else {}
+            if digest := entry.get("sha256"):
                 rows.append((f"data: {name}", f"sha256 {str(digest)[:16]}"))
+            if found := entry.get("images"):
+                rows.append((f"images: {name}", str(found)))
+            if isinstance(left_out := entry.get("left_out"), list) and left_out:
+                rows.append((f"left out: {name}", _listed(left_out)))
     return rows
+
+
+def _listed(names: list[Any], most: int = 50) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more

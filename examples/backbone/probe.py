@@ -20,7 +20,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tune_study.config import QuantizationConfig
-from tune_study.data.batches import Preprocessing, preprocess
+from tune_study.data.batches import preprocess
+from tune_study.data.place import Place, Preprocessing
 from tune_study.data.sources import read_source
 from tune_study.model.backbone import MODEL_NAME
 from tune_study.model.quantize import quantize_model
@@ -34,7 +35,7 @@ INIT_SEEDS = (0, 1, 2, 3, 4)
 
 def load_digits_images() -> tuple[Tensor, np.ndarray]:
     """Scikit-learn's digits as a trial sees them: `[1797, 3, 32, 32]` in -1..1, and labels."""
-    images, labels = read_source("digits", None).train
+    images, labels = read_source("digits", Place()).train
     return preprocess(images, PREPROCESSING), labels.numpy()
 
 

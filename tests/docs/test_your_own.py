@@ -53,6 +53,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "my_grid.py").write_text(grid)
     (tmp_path / "use_adapter.py").write_text(client)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
 
 

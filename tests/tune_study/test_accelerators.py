@@ -14,7 +14,8 @@ from tests.tune_study import pretend
 from tests.tune_study.pretend import pretended
 from tune_study import doctor
 from tune_study.checks import modes, products
-from tune_study.data.batches import Preprocessing, preprocess
+from tune_study.data.batches import preprocess
+from tune_study.data.place import Place, Preprocessing
 from tune_study.data.splits import load
 from tune_study.errors import UserError
 from tune_study.folder.schema import MODES
@@ -101,7 +102,7 @@ def test_recomputed_blocks_draw_the_same_dropout_on_mps(mode, small):
         with pretended("mps"):
             place = torch.device("mps")
             built = build_model(config, 10, device=place)
-            training = train.start(config, built, load("digits", None, config.data), place)
+            training = train.start(config, built, load("digits", Place(), config.data), place)
             training.model.train()
             loss, _ = train._forward(training, *training.data.train)
             loss.backward()

@@ -1,10 +1,12 @@
 """The command line, in this process: mistakes are one sentence, exit code 2, and no folder."""
 
+import json
 import shutil
 
 import pytest
 import torch
 
+from tests.tune_study.data.pictures import class_folders
 from tune_study import run
 from tune_study.study import plan, schedule
 from tune_study.study.compute_dtype import settle_compute_dtype
@@ -93,8 +95,7 @@ def test_an_empty_data_folder_and_missing_network(command, tmp_path, monkeypatch
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr("tune_study.data.sources.DEFAULT_DATA_DIR", tmp_path / "cache")
-    code, _, error = command("--grid", grid)
+    code, _, error = command("--grid", grid, "--cache-dir", "cache")
     assert code == 2
     assert "--data-dir" in error
     code, _, error = command("--grid", grid_file(tmp_path, model="deit_tiny_patch16_224"))
@@ -133,6 +134,42 @@ def test_dry_run_shows_every_trial_and_writes_nothing(command, tmp_path):
         assert trial.trial_id in output
     assert "24 distinct ids: 3 configurations, 4 treatments, 2 seeds." in output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_needs_neither_data_nor_a_network(command, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a dry run asks no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    options = ["--grid", "full", "--max-experiments", "5", "--dry-run"]
+    code, output, error = command(*options, "--cache-dir", "nowhere")
+    assert code == 0, error
+    for trial in plan.plan(plan.load_grid("full")[1])[:5]:
+        assert trial.trial_id[:-9] in output  # whatever this machine computes in
+    assert (
+        "did not look at the images of cifar10 and cifar100; the weights of deit_tiny_patch16_224\n"
+    ) in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_images_is_told_at_the_start_and_in_study_json(command, tmp_path, monkeypatch):
+    class_folders(tmp_path / "d", a=20, b=20)
+    (tmp_path / "d" / "a" / "._x.png").write_text("x")
+    grid = grid_file(tmp_path, dataset="folder:d")
+    monkeypatch.setattr(schedule, "run", lambda *given, **more: None)
+    options = ["--grid", grid, "--cache-dir", tmp_path / "cache", "--train-size", "8"]
+    told = (
+        "folder:d: 40 images of 2 classes; 8 to train on, 3 for validation (split off train), "
+        "8 for the test (split off train); passed over: 1 hidden or of the system"
+    )
+    assert command(*options, "--dry-run")[1].splitlines()[0] == told
+    assert not (tmp_path / "cache").exists()
+    assert command(*options)[1].splitlines()[0] == told
+    (manifest,) = tmp_path.glob("ray_results/*/study.json")
+    kept = json.loads(manifest.read_text())["provenance"]["data"]["folder:d"]
+    assert kept["images"] == told
+    assert kept["left_out"] == []
 
 
 def test_validate_only_builds_every_model(command, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tune_study.config import TrialConfig, parse_trial
+from tune_study.data.place import Place
 from tune_study.data.splits import load
 from tune_study.machine.device import without_bf16
 from tune_study.model import quantize
@@ -261,7 +262,7 @@ def small_trial(mode: str, device: torch.device) -> TrialConfig:
 
 def _started(mode: str, device: torch.device) -> train.Training:
     config = small_trial(mode, device)
-    data = load(config.dataset, None, config.data)
+    data = load(config.dataset, Place(), config.data)
     return train.start(config, build_model(config, 10, device=device), data, device)
 
 

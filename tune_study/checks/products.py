@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
 
 from tune_study.checks.modes import Wrong, check, drawn, dtypes, quantized_layer, small_trial
-from tune_study.data.batches import Preprocessing, preprocess
+from tune_study.data.batches import preprocess
+from tune_study.data.place import Place, Preprocessing
 from tune_study.data.splits import load
 from tune_study.model import quantize
 from tune_study.model.build import build_model, trainable
@@ -241,7 +242,7 @@ def whole_gradient(device: torch.device) -> str:
             "training": config.training.model_copy(update={"compute_dtype": "fp32"}),
         }
     )
-    images, labels = (t[:8] for t in load(config.dataset, None, config.data).train)
+    images, labels = (t[:8] for t in load(config.dataset, Place(), config.data).train)
     gradients = []
     for where, dtype in ((device, torch.float32), (torch.device("cpu"), torch.float64)):
         built = build_model(config, 10, device=where)

@@ -1,5 +1,6 @@
 """Data and weights on their way to the nodes of a cluster: once per node, by Ray's object store.
 
+A folder's images go piece by piece into each node's own cache, and through no machine's memory.
 The nodes need no file of the driver's. What the project ships itself is on every node already.
 """
 
@@ -13,30 +14,67 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_study.config import TrialConfig
-from tune_study.data.sources import Source, Split, provide, read_source
+from tune_study.data import cache
+from tune_study.data.mapped import Mapped
+from tune_study.data.place import Place
+from tune_study.data.sources import Source, Split, key_of, provide, source_of
 from tune_study.folder.files import write_whole
+from tune_study.model.build import preprocessing
 from tune_study.model.weights import hub_weights, weights_file
 from tune_study.trial.context import RunContext
 
+PIECE_BYTES = 64 * 2**20
+"""Of a file of images, on its way from node to node: what memory holds of it at a time."""
+
 
 class Inputs(NamedTuple):
-    """References into the object store, by data set and by model."""
+    """References into the object store, by data set (``key_of``) and by model."""
 
-    data: dict[str, ray.ObjectRef]
+    data: dict[str, ray.ObjectRef | Distant]
     weights: dict[str, tuple[str, ray.ObjectRef]]
     """(the file's suffix, its bytes)."""
+
+
+class Distant(NamedTuple):
+    """A folder's images as the driver has them: a file of its cache, which is fetched piecewise."""
+
+    reader: Any
+    """The actor that reads the file, where it lies."""
+    name: str
+    shape: cache.Shape
+    parts: dict[str, tuple[np.ndarray, np.ndarray]]
+    """Places in the file, and labels."""
+    class_names: list[str]
+    sha256: str
+    broken: dict[int, str]
+    """As ``cache.Pixels``."""
+
+
+class _Reader:
+    """Lives on the driver's node."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def piece(self, number: int) -> np.ndarray:
+        """uint8, ``PIECE_BYTES`` of them but for the last."""
+        return np.fromfile(self._path, np.uint8, PIECE_BYTES, offset=number * PIECE_BYTES)
 
 
 def ship(trials: Sequence[TrialConfig], context: RunContext) -> Inputs:
     """Puts what the trials need into the object store; Ray copies it to a node that asks."""
     if context.simulation is not None:
         return Inputs({}, {})
-    sources = {
-        name: ray.put(_plain(read_source(name, context.data_dir)))
-        for name in dict.fromkeys(trial.dataset for trial in trials)
-    }
+    sources: dict[str, ray.ObjectRef | Distant] = {}
+    for trial in trials:
+        how = preprocessing(trial)
+        if (key := key_of(trial.dataset, how)) not in sources:
+            source = source_of(trial.dataset, context.place, how)
+            distant = isinstance(source.train.images, Mapped)
+            sources[key] = _distant(source) if distant else ray.put(_plain(source))
     weights = {}
     for model in dict.fromkeys(trial.model for trial in trials if trial.pretrained):
         path = weights_file(model, context.weights) if context.weights else hub_weights(model)
@@ -47,14 +85,39 @@ def ship(trials: Sequence[TrialConfig], context: RunContext) -> Inputs:
 
 def _plain(source: Source) -> list[Any]:
     """Arrays, which workers of a node map into their memory without a copy."""
-    splits = [part and (part.images.numpy(), part.labels.numpy()) for part in source[:2]]
+    splits = [part and tuple(np.asarray(some) for some in part) for part in source[:2]]
     return [*splits, source.class_names, source.sha256]
 
 
+def _distant(source: Source) -> Distant:
+    parts = {}
+    for name, part in source.parts.items():
+        assert isinstance(part.images, Mapped)
+        path, shape = part.images.path, part.images.whole
+        parts[name] = part.images.rows.numpy(), part.labels.numpy()
+    broken = cache.whole(path, shape)
+    assert broken is not None
+    return Distant(
+        _reader(path), path.name, shape, parts, source.class_names, source.sha256, broken
+    )
+
+
+def _reader(path: Path) -> Any:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(_Reader)
+    return actor.options(num_cpus=0, scheduling_strategy=here).remote(str(path))
+
+
 def receive(inputs: Inputs, config: TrialConfig, context: RunContext, folder: Path) -> RunContext:
-    """``context`` as this node has it: images in memory, weights in a file below ``folder``."""
-    if config.dataset in inputs.data:
-        provide(config.dataset, _source(inputs.data[config.dataset]))
+    """``context`` as this node has it.
+
+    Images are in memory, those of a folder in the node's cache, fetched once; weights are in a file
+    below ``folder``.
+    """
+    how = preprocessing(config)
+    if (given := inputs.data.get(key_of(config.dataset, how))) is not None:
+        source = _fetched(given, context.place) if isinstance(given, Distant) else _source(given)
+        provide(config.dataset, how, source)
     if config.model not in inputs.weights:
         return context.model_copy(update={"weights": None})
     suffix, reference = inputs.weights[config.model]
@@ -63,6 +126,23 @@ def receive(inputs: Inputs, config: TrialConfig, context: RunContext, folder: Pa
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda temporary: ray.get(reference).tofile(temporary))
     return context.model_copy(update={"weights": path})
+
+
+def _fetched(distant: Distant, place: Place) -> Source:
+    def fetch(temporary: Path) -> dict[int, str]:
+        with temporary.open("wb") as file:
+            for number in range(-(-np.prod(distant.shape, dtype=int) // PIECE_BYTES)):
+                ray.get(distant.reader.piece.remote(number)).tofile(file)
+        return distant.broken
+
+    path, shape, _ = cache.filled(place, distant.name, distant.shape, fetch)
+    images = Mapped(path, shape)
+    parts = {
+        name: Split(images.take(torch.tensor(rows)), torch.tensor(labels))
+        for name, (rows, labels) in distant.parts.items()
+    }
+    test, val = parts.get("test"), parts.get("val")
+    return Source(parts["train"], test, distant.class_names, distant.sha256, val)
 
 
 @functools.lru_cache(maxsize=4)

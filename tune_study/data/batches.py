@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,16 +10,9 @@ from torch.nn.functional import pad
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from tune_study.config import DataConfig
+from tune_study.data.mapped import Mapped
+from tune_study.data.place import Preprocessing
 from tune_study.data.sources import Split
-
-
-class Preprocessing(NamedTuple):
-    """What the model wants: side in pixels, timm's interpolation, mean and std per channel."""
-
-    image_size: int
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def preprocess(images: Tensor, how: Preprocessing) -> Tensor:
@@ -79,11 +71,22 @@ def train_batches(
     The last, smaller batch is included.
     """
     order = torch.randperm(len(split.labels), generator=generator)
-    for indices in order.split(batch_size):
-        chosen = indices.to(split.images.device)
-        yield augment(split.images[chosen], policy, generator), split.labels[chosen]
+    for images, labels in _chosen(split, order.split(batch_size)):
+        yield augment(images, policy, generator), labels
 
 
 def eval_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The images in their order, not augmented; types as in ``train_batches``."""
-    return zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
+    if isinstance(split.images, Mapped):
+        yield from _chosen(split, torch.arange(len(split.labels)).split(batch_size))
+    else:
+        yield from zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
+
+
+def _chosen(split: Split, parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images and labels at each of ``parts``."""
+    labels = (split.labels[part.to(split.labels.device)] for part in parts)
+    if isinstance(split.images, Mapped):
+        return zip(split.images.batches(parts), labels, strict=True)
+    images = split.images
+    return zip((images[part.to(images.device)] for part in parts), labels, strict=True)

@@ -1,10 +1,9 @@
-"""Images, read once into one uint8 tensor: digits, CIFAR, class folders."""
+"""Images as uint8: digits and CIFAR in a tensor, class folders in a mapped file."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import urllib.error
 from pathlib import Path
 from typing import NamedTuple
@@ -13,63 +12,127 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tune_study.data import cache
+from tune_study.data.decoding import Unreadable, rgb
+from tune_study.data.folders import Found, find
+from tune_study.data.mapped import Mapped
+from tune_study.data.place import Place, Preprocessing
 from tune_study.errors import UserError, first_line
 
-DEFAULT_DATA_DIR = Path("~/.cache/tune-study/data").expanduser()
-FOLDER_SIDE = 256
-"""Class-folder images are held at this side: the shorter side resized, the centre cropped."""
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+FOLDER = "folder:"
+CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
+CIFAR_IMAGES = {"train": 50_000, "test": 10_000}
+"""Of either set, as many of each class."""
+LOOKED_THROUGH = 2000
+"""Images of a folder that are opened where nothing is to be written; those of more are counted."""
 
 
 class Split(NamedTuple):
     """``images`` uint8 [N, 3, H, W]; ``labels`` int64 [N]."""
 
-    images: Tensor
+    images: Tensor | Mapped
     labels: Tensor
 
     def take(self, indices: np.ndarray) -> Split:
         index = torch.as_tensor(indices)
-        return Split(self.images[index], self.labels[index])
+        images = self.images
+        taken = images.take(index) if isinstance(images, Mapped) else images[index]
+        return Split(taken, self.labels[index])
 
     def to(self, device: torch.device) -> Split:
+        """Labels go to the device; so do images, but where they stay in a file for their size."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
 class Source(NamedTuple):
-    """A data set as it lies on the disk. ``test`` is ``None`` where none is set apart."""
+    """A data set as it lies on the disk. ``test`` and ``val`` are ``None`` where not set apart."""
 
     train: Split
     test: Split | None
     class_names: list[str]
     sha256: str
+    val: Split | None = None
+    found: Found | None = None
+    """Of a folder."""
+    left_out: tuple[str, ...] = ()
+    """Files of a folder that cannot be read, with the reason."""
+
+    @property
+    def parts(self) -> dict[str, Split]:
+        """``train``, and ``val`` and ``test`` where they are set apart."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+class Counted(NamedTuple):
+    """A data set of which the labels are known, and perhaps not one image is here."""
+
+    labels: dict[str, Tensor]
+    """By part, as ``Source.parts``."""
+    classes: int
+    found: Found | None = None
+    left_out: tuple[str, ...] = ()
 
 
 _provided: dict[str, Source] = {}
 
 
-def provide(dataset: str, source: Source) -> None:
-    """From now on this process takes the data set from memory: it came from another node."""
-    _provided[dataset] = source
+def key_of(dataset: str, how: Preprocessing | None) -> str:
+    """Names what is read: of a folder its images at one side, of another data set all."""
+    if not dataset.startswith(FOLDER):
+        return dataset
+    assert how is not None
+    return f"{dataset} {how.image_size} {how.interpolation}"
 
 
-def source_of(dataset: str, data_dir: Path | None) -> Source:
+def provide(dataset: str, how: Preprocessing | None, source: Source) -> None:
+    """From now on this process takes the data set from ``source``: it came from another node."""
+    _provided[key_of(dataset, how)] = source
+
+
+def source_of(dataset: str, place: Place, how: Preprocessing | None = None) -> Source:
     """What was provided, else what ``read_source`` finds. Raises ``UserError`` as ``load``."""
-    return _provided.get(dataset) or read_source(dataset, data_dir)
+    if given := _provided.get(key_of(dataset, how)):
+        return given
+    wanted = (how,) if dataset.startswith(FOLDER) else ()  # other data sets are kept once
+    return read_source(dataset, place, *wanted)
 
 
 @functools.lru_cache(maxsize=4)
-def read_source(dataset: str, data_dir: Path | None) -> Source:
+def read_source(dataset: str, place: Place, how: Preprocessing | None = None) -> Source:
     """All images of ``dataset``. Kept for the next trial of the process; never changed.
 
-    Raises ``UserError`` as ``load``.
+    Those of a folder as ``how`` wants them, the others as they come. Raises ``UserError`` as
+    ``load``.
     """
+    if dataset.startswith(FOLDER):
+        assert how is not None
+        return _class_folders(Path(dataset.removeprefix(FOLDER)), place, how)
     if dataset == "digits":
         train, test, class_names = _digits()
-    elif dataset.startswith("folder:"):
-        train, test, class_names = _class_folders(Path(dataset.removeprefix("folder:")))
     else:
-        train, test, class_names = _cifar(dataset, data_dir)
+        train, test, class_names = _cifar(dataset, place)
     return Source(train, test, class_names, _checksum(train, test))
+
+
+def count(dataset: str, place: Place, how: Preprocessing | None) -> Counted:
+    """What can be told without a download, and without writing anything.
+
+    Raises ``UserError`` for a folder that is no data set, or not a large one with broken images.
+    """
+    if dataset == "digits":
+        source = read_source(dataset, place)
+        return Counted({"train": source.train.labels}, len(source.class_names))
+    if dataset in CIFAR_CLASSES:
+        classes = CIFAR_CLASSES[dataset]
+        labels = {part: torch.arange(size) % classes for part, size in CIFAR_IMAGES.items()}
+        return Counted(labels, classes)
+    assert how is not None
+    found = find(Path(dataset.removeprefix(FOLDER)))
+    broken = cache.look_through(found, how) if len(found.paths) <= LOOKED_THROUGH else {}
+    cache.refuse_broken(found, broken, place)
+    labels = {part: labels for part, (_, labels) in _used(found, broken).items()}
+    return Counted(labels, len(found.class_names), found, tuple(cache.named(found, broken)))
 
 
 def _checksum(*splits: Split | None) -> str:
@@ -77,6 +140,7 @@ def _checksum(*splits: Split | None) -> str:
     for split in splits:
         if split is not None:
             digest.update(str(tuple(split.images.shape)).encode())
+            assert isinstance(split.images, Tensor)
             digest.update(split.images.contiguous().numpy().data)
             digest.update(split.labels.numpy().data)
     return digest.hexdigest()
@@ -93,10 +157,11 @@ def _digits() -> tuple[Split, None, list[str]]:
     return Split(images, labels), None, [str(name) for name in digits.target_names]
 
 
-def _cifar(dataset: str, data_dir: Path | None) -> tuple[Split, Split, list[str]]:
+def _cifar(dataset: str, place: Place) -> tuple[Split, Split, list[str]]:
     """From Hugging Face parquet, else from torchvision's folder, else by its download."""
+    data_dir = place.data_dir
     if data_dir is None:
-        return _torchvision_cifar(dataset, DEFAULT_DATA_DIR, download=True)
+        return _torchvision_cifar(dataset, place.cache() / "data", download=True)
     if not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir}: there is no such folder")
     for folder in (data_dir / dataset, *sorted((data_dir / dataset).glob("*/")), data_dir):
@@ -129,6 +194,10 @@ def _torchvision_cifar(
         raise UserError(
             f"dataset {dataset}: the download failed ({error}); connect to the network once, or "
             "give --data-dir with a folder in torchvision's or the Hugging Face parquet layout"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--cache-dir: {root} cannot be written ({error.strerror}); name another folder"
         ) from None
     except RuntimeError as error:
         said = first_line(error).rstrip(".")
@@ -183,23 +252,14 @@ def _read_parquet(paths: list[Path], label_column: str) -> Split:
     for path in paths:
         try:
             table = pq.read_table(path, columns=["img", label_column])
-            images += [
-                np.asarray(_decode(row["bytes"]), np.uint8) for row in table["img"].to_pylist()
-            ]
-        except (pa.ArrowException, OSError, KeyError) as error:
+            images += [rgb(row["bytes"]) for row in table["img"].to_pylist()]
+        except (pa.ArrowException, OSError, KeyError, Unreadable) as error:
             raise _corrupt(path, error) from None
         labels.append(table[label_column].to_numpy())
     if len({image.shape for image in images}) != 1:
         raise UserError(f"{paths[0]}: its images are not all of one size")
     stacked = torch.as_tensor(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return Split(stacked, torch.as_tensor(np.concatenate(labels), dtype=torch.int64))
-
-
-def _decode(encoded: bytes):
-    """A PIL image in RGB. Raises ``OSError`` for bytes that are not a whole image."""
-    from PIL import Image
-
-    return Image.open(io.BytesIO(encoded)).convert("RGB")
 
 
 def _parquet_class_names(path: Path, label_column: str) -> list[str] | None:
@@ -215,43 +275,33 @@ def _parquet_class_names(path: Path, label_column: str) -> list[str] | None:
     return features[label_column].get("names")
 
 
-def _class_folders(root: Path) -> tuple[Split, Split | None, list[str]]:
-    """``root/train/CLASS/*`` and ``root/test/CLASS/*``, or ``root/CLASS/*`` to be split."""
-    if not root.is_dir():
-        raise UserError(f"dataset folder:{root}: there is no such folder")
-    has_parts = (root / "train").is_dir() and (root / "test").is_dir()
-    train_root = root / "train" if has_parts else root
-    class_names = sorted(
-        path.name for path in train_root.iterdir() if path.is_dir() and path.name[0] != "."
+def _class_folders(root: Path, place: Place, how: Preprocessing) -> Source:
+    """Decoded into the cache where they are not yet."""
+    found = find(root)
+    pixels = cache.pixels(found, how, place)
+    broken = pixels.broken
+    cache.refuse_broken(found, broken, place)
+    images = Mapped(pixels.path, pixels.shape)
+    parts: dict[str, Split] = {}
+    for part, (rows, labels) in _used(found, broken).items():
+        parts[part] = Split(images.take(rows), labels)
+    return Source(
+        parts["train"],
+        parts.get("test"),
+        found.class_names,
+        cache.identity(found, pixels.contents, broken),
+        parts.get("val"),
+        found,
+        tuple(cache.named(found, broken)),
     )
-    if len(class_names) < 2:
-        raise UserError(
-            f"dataset folder:{root}: it needs at least two class folders with images, "
-            f"and {train_root} has {len(class_names)}"
-        )
-    train = _read_class_folders(train_root, class_names)
-    return (
-        train,
-        _read_class_folders(root / "test", class_names) if has_parts else None,
-        class_names,
-    )
 
 
-def _read_class_folders(root: Path, class_names: list[str]) -> Split:
-    from PIL import Image, ImageOps
-
-    images, labels = [], []
-    for label, name in enumerate(class_names):
-        paths = sorted(p for p in (root / name).glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not paths:
-            raise UserError(f"dataset folder: {root / name} holds no images")
-        for path in paths:
-            try:
-                with Image.open(path) as image:
-                    fitted = ImageOps.fit(image.convert("RGB"), (FOLDER_SIDE, FOLDER_SIDE))
-            except OSError as error:
-                raise _corrupt(path, error) from None
-            images.append(np.asarray(fitted, np.uint8))
-            labels.append(label)
-    stacked = torch.as_tensor(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return Split(stacked, torch.as_tensor(labels, dtype=torch.int64))
+def _used(found: Found, broken: dict[int, str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """{part: (places among all images, labels)} of the images that can be read."""
+    used, start = {}, 0
+    for part, images in found.parts.items():
+        rows = torch.arange(start, start + len(images.paths))
+        whole = torch.tensor([row not in broken for row in rows.tolist()])
+        used[part] = rows[whole], torch.as_tensor(images.labels, dtype=torch.int64)[whole]
+        start += len(images.paths)
+    return used

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from tune_study.config import SPLIT_SEED, DataConfig
-from tune_study.data.sources import Split, source_of
+from tune_study.data.folders import Found, passed_over
+from tune_study.data.place import Place, Preprocessing
+from tune_study.data.sources import Split, count, source_of
 from tune_study.errors import UserError
+
+
+class Outline(NamedTuple):
+    """How much a trial sees: what can be told without its images."""
+
+    classes: int
+    train: int
+    val: int
+    test: int
+    told: str = ""
+    """Of a folder: what was found, passed over and split, in one line."""
+    left_out: tuple[str, ...] = ()
+    """Files of a folder that cannot be read, with the reason."""
 
 
 class Dataset(NamedTuple):
@@ -21,25 +36,88 @@ class Dataset(NamedTuple):
     test: Split
     class_names: list[str]
     sha256: str
-    """Of all images and labels of the source, whatever files they came in."""
+    """Of all images and labels of the source, whatever files they came in; of a folder of its
+    files, classes and parts."""
+    outline: Outline
 
 
-def load(dataset: str, data_dir: Path | None, sizes: DataConfig) -> Dataset:
+def load(
+    dataset: str, place: Place, sizes: DataConfig, how: Preprocessing | None = None
+) -> Dataset:
     """The three splits of ``dataset``, the same for every trial with these ``sizes``.
 
-    The images come from ``data_dir``, or from torchvision's download when it is ``None``.
-    Raises ``UserError`` when they are missing, corrupt or fewer than asked for.
+    The images come from ``place.data_dir``, or from torchvision's download when it is ``None``;
+    those of a folder from the cache, at the side that ``how`` wants, which other data sets need
+    not be told. Raises ``UserError`` when they
+    are missing, corrupt or fewer than asked for.
     """
-    source = source_of(dataset, data_dir)
-    everything, test = source.train, source.test
-    if test is None:
-        train_indices, test_indices = _split_off(everything.labels, None, 0.2, dataset, "test")
-        everything, test = everything.take(train_indices), everything.take(test_indices)
-    train_indices, val_indices = _split_off(everything.labels, sizes.val_size, 0.1, dataset, "val")
-    train, val = everything.take(train_indices), everything.take(val_indices)
-    train = _subset(train, sizes.train_size, dataset, "train")
-    test = _subset(test, sizes.test_size, dataset, "test")
-    return Dataset(train, val, test, source.class_names, source.sha256)
+    source = source_of(dataset, place, how)
+    rows = _rows({name: part.labels for name, part in source.parts.items()}, sizes, dataset)
+    train, val, test = (
+        source.parts[part].take(which) if len(which) < len(source.parts[part].labels)
+        else source.parts[part]
+        for part, which in rows
+    )  # fmt: skip
+    seen = _outline(dataset, len(source.class_names), rows, source.found, source.left_out)
+    return Dataset(train, val, test, source.class_names, source.sha256, seen)
+
+
+def outline(
+    dataset: str, place: Place, sizes: DataConfig, how: Preprocessing | None = None
+) -> Outline:
+    """What ``load`` would have, without a download and without writing anything.
+
+    Raises ``UserError`` as far as it can be told so.
+    """
+    counted = count(dataset, place, how)
+    rows = _rows(counted.labels, sizes, dataset)
+    return _outline(dataset, counted.classes, rows, counted.found, counted.left_out)
+
+
+Rows = list[tuple[str, np.ndarray]]
+"""Of the training, validation and test images: (the part that they are in, their places in it)."""
+
+
+def _rows(labels: Mapping[str, Tensor], sizes: DataConfig, dataset: str) -> Rows:
+    """``labels`` are those of the parts that are there. Raises ``UserError``."""
+    places = {part: np.arange(len(some)) for part, some in labels.items()}
+    source = {part: part if part in labels else "train" for part in ("train", "val", "test")}
+    for part, size, share in (("test", None, 0.2), ("val", sizes.val_size, 0.1)):
+        if part not in labels:
+            rest = places["train"]
+            kept, off = _split_off(labels["train"][rest], size, share, dataset, part)
+            places["train"], places[part] = rest[kept], rest[off]
+    wanted = {"train": sizes.train_size, "test": sizes.test_size}
+    if "val" in labels:
+        wanted["val"] = sizes.val_size
+    for part, size in wanted.items():
+        some = labels[source[part]][places[part]]
+        places[part] = places[part][_subset(some, size, dataset, part)]
+    return [(source[part], places[part]) for part in ("train", "val", "test")]
+
+
+def _outline(
+    dataset: str, classes: int, rows: Rows, found: Found | None, left_out: tuple[str, ...]
+) -> Outline:
+    told = "" if found is None else _told(dataset, rows, found, left_out)
+    train, val, test = (len(which) for _, which in rows)
+    return Outline(classes, train, val, test, told, left_out)
+
+
+def _told(dataset: str, rows: Rows, found: Found, left_out: tuple[str, ...]) -> str:
+    uses = ("to train on", "for validation", "for the test")
+    words = []
+    for part, use, (source, which) in zip(("train", "val", "test"), uses, rows, strict=True):
+        words.append(f"{len(which)} {use}{'' if source == part else ' (split off train)'}")
+    lines = [
+        f"{len(found.paths)} images of {len(found.class_names)} classes",
+        ", ".join(words),
+    ]
+    if over := passed_over(found):
+        lines.append(f"passed over: {over}")
+    if left_out:
+        lines.append(f"left out, for they cannot be read: {len(left_out)}")
+    return f"{dataset}: {'; '.join(lines)}"
 
 
 def _split_off(
@@ -64,12 +142,12 @@ def _split_off(
     return np.sort(rest), np.sort(chosen)
 
 
-def _subset(split: Split, size: int | None, dataset: str, name: str) -> Split:
-    if size is None or size == len(split.labels):
-        return split
-    if size > len(split.labels):
+def _subset(labels: Tensor, size: int | None, dataset: str, name: str) -> np.ndarray:
+    """Sorted places of ``size`` of them, all for ``None``. Raises ``UserError``."""
+    if size is None or size == len(labels):
+        return np.arange(len(labels))
+    if size > len(labels):
         raise UserError(
-            f"data.{name}_size = {size}: {dataset} has {len(split.labels)} images for it; "
-            "ask for fewer"
+            f"data.{name}_size = {size}: {dataset} has {len(labels)} images for it; ask for fewer"
         )
-    return split.take(_split_off(split.labels, size, 0, dataset, name)[1])
+    return _split_off(labels, size, 0, dataset, name)[1]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tune_study.config import LoraSpec, QuantizationConfig, TrialConfig
-from tune_study.data.splits import Dataset
+from tune_study.data.splits import Outline
 from tune_study.errors import UserError
 from tune_study.machine.device import free_bytes, matmul_rate
 from tune_study.memory.predict import of_a_step, predict
@@ -38,17 +38,17 @@ class Estimate(NamedTuple):
     train_time_s: float
 
 
-def estimate(config: TrialConfig, data: Dataset, device: torch.device) -> Estimate:
+def estimate(config: TrialConfig, data: Outline, device: torch.device) -> Estimate:
     """Expected bytes and seconds of one trial with all its epochs."""
-    expected = predict(config, len(data.class_names), device)
-    skeleton = skeleton_of(config.model, len(data.class_names), config.data.image_size)
+    expected = predict(config, data.classes, device)
+    skeleton = skeleton_of(config.model, data.classes, config.data.image_size)
     linears = [m for m in skeleton.modules() if isinstance(m, nn.Linear)]
     tokens = _tokens(skeleton)
     depth, width = len(getattr(skeleton, "blocks", ())), getattr(skeleton, "num_features", 0)
     forward = 2.0 * tokens * sum(m.in_features * m.out_features for m in linears)
     forward += 4.0 * tokens**2 * width * depth
     passes = 1 + BACKWARD_SHARE + config.training.gradient_checkpointing
-    images = len(data.train.labels) * passes + len(data.val.labels)
+    images = data.train * passes + data.val
     work = forward * images * config.training.num_train_epochs * _times_plain(config.lora)
     rate = matmul_rate(config.training.compute_dtype, str(device)) * EFFICIENCY
     peak = math.nan if expected.peak_train_bytes is None else expected.peak_train_bytes

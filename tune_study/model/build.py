@@ -16,7 +16,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from tune_study.config import TrialConfig
-from tune_study.data.batches import Preprocessing
+from tune_study.data.place import Preprocessing
 from tune_study.errors import UserError
 from tune_study.model.footprint import base_bytes, bytes_at
 from tune_study.model.initial import (
@@ -33,6 +33,7 @@ from tune_study.model.layers import (
     block_linears,
     block_ranges,
     refuse_without_effect,
+    skeleton_of,
 )
 from tune_study.model.lora import speed_up, why_pefts_own
 from tune_study.model.noise_scale import watch
@@ -44,7 +45,7 @@ from tune_study.model.quantize import (
     quantize_model,
     tensor_bytes,
 )
-from tune_study.model.weights import classifier_names, load_base
+from tune_study.model.weights import classifier_names, load_base, refuse_unknown_model
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PEFT_CLASSES = {
@@ -180,6 +181,12 @@ def choose_attention(model: nn.Module, config: TrialConfig, device: torch.device
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False  # type: ignore[assignment]
+
+
+def preprocessing(config: TrialConfig) -> Preprocessing:
+    """What the trial's model wants, without building it. Raises ``UserError``."""
+    refuse_unknown_model(config.model)
+    return preprocessing_of(skeleton_of(config.model, 10, config.data.image_size), config)
 
 
 def preprocessing_of(model: nn.Module, config: TrialConfig) -> Preprocessing:

@@ -28,7 +28,7 @@ from tune_study.folder.files import now, write_json
 from tune_study.machine.device import free_bytes, settle
 from tune_study.machine.resources import is_out_of_memory, release_memory
 from tune_study.memory.predict import predict
-from tune_study.model.build import build_model
+from tune_study.model.build import build_model, preprocessing
 from tune_study.study.manifest import planned, read_manifest
 from tune_study.trial import fidelity, train
 from tune_study.trial.context import RunContext
@@ -244,7 +244,7 @@ def _timed(
 def _attempts(trial: TrialConfig, context: RunContext, sizes: Sequence[int]) -> Iterator[Attempt]:
     """Every size once, the largest first: once one has fitted, the smaller ones do."""
     device = torch.device(context.device)
-    data = load(trial.dataset, context.data_dir, trial.data)
+    data = load(trial.dataset, context.place, trial.data, preprocessing(trial))
     classes = len(data.class_names)
     free = free_bytes(device)
     room = math.inf if free is None else free * (CPU_SHARE if device.type == "cpu" else 1)

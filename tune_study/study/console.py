@@ -180,7 +180,7 @@ def say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: C
     for trial in trials:
         training = trial.training
         if trial.trial_id in checked.data:
-            images = len(checked.data[trial.trial_id].train.labels)
+            images = checked.data[trial.trial_id].train
             per_epoch = math.ceil(images / trial.images_per_step)
             steps = per_epoch * training.num_train_epochs
             if training.warmup_steps >= steps:

@@ -57,6 +57,9 @@ class Options:
     data_dir: Annotated[
         Path | None, Option(metavar="DIR", help="CIFAR, by torchvision or as parquet files")
     ] = None
+    leave_out_broken: Annotated[
+        bool, Option("--leave-out-broken", help="train without the images that cannot be read")
+    ] = False
     weights: Annotated[
         Path | None,
         Option(metavar="PATH", help="file, or folder with MODEL.safetensors; default: the hub"),
@@ -108,6 +111,10 @@ class Options:
     ] = None
     gpus_per_trial: Annotated[
         float | None, on_machine(min=0, metavar="SHARE", help="of a GPU, such as 0.5")
+    ] = None
+    cache_dir: Annotated[
+        Path | None,
+        on_machine(metavar="DIR", help="decoded and downloaded images; default: the user's cache"),
     ] = None
     dashboard: Annotated[bool, on_machine("--dashboard", help="start Ray's dashboard")] = False
 
@@ -184,11 +191,12 @@ def checked(given: Options) -> Options:
     data, weights = given.data_dir, given.weights
     data = resolved("--data-dir", data, "folder") if data else None
     weights = resolved("--weights", weights, "file or folder") if weights else None
+    cache = resolved("--cache-dir", given.cache_dir) if given.cache_dir else None
     if given.epoch_s is not None and not given.simulate:
         raise UserError("--epoch-s belongs to --simulate; add it, or leave it out")
     if given.simulate and given.validate_only:
         raise UserError("--simulate trains nothing: leave out --validate-only")
-    return replace(given, data_dir=data, weights=weights)
+    return replace(given, data_dir=data, weights=weights, cache_dir=cache)
 
 
 def refuse_client(address: str, arguments: Sequence[str]) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from tune_study.config import TrialConfig
-from tune_study.data.splits import Dataset, load
+from tune_study.data.place import Preprocessing
+from tune_study.data.sources import CIFAR_CLASSES, FOLDER
+from tune_study.data.splits import Outline, load, outline
 from tune_study.folder.files import file_sha256
 from tune_study.memory.estimate import refuse_any_that_cannot_fit
-from tune_study.model.build import build_model, preprocessing_of
+from tune_study.model.build import build_model, preprocessing
 from tune_study.model.layers import block_linears, plan_layers, refuse_without_effect, skeleton_of
 from tune_study.model.quantize import check_kernel
 from tune_study.model.weights import (
@@ -21,6 +23,7 @@ from tune_study.model.weights import (
     pretrained_file,
     refuse_misfit,
     refuse_unknown_model,
+    weights_are_here,
     weights_file,
 )
 from tune_study.trial.context import RunContext
@@ -30,9 +33,16 @@ from tune_study.trial.micro_batch import within_memory
 class Checked(NamedTuple):
     """What ``check`` found out about the inputs of the planned trials."""
 
-    data: dict[str, Dataset]
+    data: dict[str, Outline]
     """By trial id; trials that see the same images share one."""
     checksums: dict[str, Any]
+    not_here: Mapping[str, Sequence[str]] = {}
+    """The data sets ("images") and models ("weights") that a dry run did not look at."""
+
+    @property
+    def told(self) -> list[str]:
+        """Of every folder of images one line: what was found, passed over and split."""
+        return list(dict.fromkeys(seen.told for seen in self.data.values() if seen.told))
 
 
 def check(
@@ -41,34 +51,43 @@ def check(
     *,
     auto_batch: bool = False,
     adapt_weights: bool = False,
+    dry: bool = False,
 ) -> Checked:
     """Looks at every input before anything is written: data, models, weights, kernels.
 
     Raises ``UserError`` for the first that is missing or does not fit. With ``auto_batch`` it is
     enough that a step fits with micro-batches of one image. With ``adapt_weights`` tensors of a
-    weights file may be left out or resampled: the checksums name them.
+    weights file may be left out or resampled: the checksums name them. A ``dry`` look downloads and
+    writes nothing: what is not on this machine is left out of it.
     """
     if context.simulation is not None:
         for trial in trials:
             refuse_unknown_model(trial.model)
             skeleton_of(trial.model, 10, trial.data.image_size)
         return Checked({}, {"data": {}, "weights": {}})
-    data: dict[str, Dataset] = {}
-    seen: dict[str, Dataset] = {}
+    data: dict[str, Outline] = {}
+    seen: dict[str, Outline] = {}
     sha256: dict[str, Any] = {"data": {}, "weights": {}}
     models: set[str] = set()
     bases: dict[str, Fit] = {}
+    not_here: dict[str, dict[str, None]] = {"images": {}, "weights": {}}
     for trial in trials:
-        key = f"{trial.dataset} {trial.data.model_dump_json()}"
+        how = preprocessing(trial)
+        key = f"{trial.dataset} {trial.data.model_dump_json()} {how}"
         if key not in seen:
-            seen[key] = load(trial.dataset, context.data_dir, trial.data)
-            sha256["data"][trial.dataset] = {"sha256": seen[key].sha256}
+            seen[key], found = _look_at_images(trial, how, context, dry=dry)
+            sha256["data"].update(found)
+            if not found and not trial.dataset.startswith(FOLDER):
+                not_here["images"][trial.dataset] = None
         data[trial.trial_id] = seen[key]
-        classes = len(seen[key].class_names)
+        classes = seen[key].classes
         key = f"{trial.model} {classes} {trial.data.image_size} {trial.quantization} {trial.lora}"
         if key not in models:
             models.add(key)
             _check_model(trial, classes, context)
+        if dry and trial.pretrained and not context.weights and not weights_are_here(trial.model):
+            not_here["weights"][trial.model] = None
+            continue
         key = f"{trial.model} {classes} {trial.data.image_size} {trial.pretrained}"
         if key not in bases:
             bases[key] = load_fitted(trial, classes, context.weights)[1]
@@ -84,15 +103,28 @@ def check(
     for trial in trials:
         folder = context.study_dir / trial.trial_id
         least = trial.with_micro_batch(1) if auto_batch else within_memory(trial, folder)
-        planned.append((least, len(data[trial.trial_id].class_names)))
+        planned.append((least, data[trial.trial_id].classes))
     refuse_any_that_cannot_fit(planned, torch.device(context.device))
-    return Checked(data, sha256)
+    return Checked(data, sha256, {kind: list(names) for kind, names in not_here.items()})
+
+
+def _look_at_images(
+    trial: TrialConfig, how: Preprocessing, context: RunContext, *, dry: bool
+) -> tuple[Outline, dict[str, dict[str, Any]]]:
+    """(how much there is, what study.json keeps of it: nothing where it was not all read)."""
+    downloaded = trial.dataset in CIFAR_CLASSES and context.data_dir is None
+    if dry and (downloaded or trial.dataset.startswith(FOLDER)):
+        return outline(trial.dataset, context.place, trial.data, how), {}
+    images = load(trial.dataset, context.place, trial.data, how)
+    seen = images.outline
+    kept: dict[str, Any] = {"sha256": images.sha256}
+    if seen.told:
+        kept |= {"images": seen.told, "left_out": list(seen.left_out)}
+    return seen, {trial.dataset: kept}
 
 
 def _check_model(trial: TrialConfig, num_classes: int, context: RunContext) -> None:
-    refuse_unknown_model(trial.model)
     skeleton = skeleton_of(trial.model, num_classes, trial.data.image_size)
-    preprocessing_of(skeleton, trial)
     refuse_without_effect(skeleton, trial)
     linears = block_linears(skeleton)
     for name, mode in plan_layers(skeleton, trial.quantization).items():
@@ -117,7 +149,7 @@ def validate(trials: Sequence[TrialConfig], checked: Checked, context: RunContex
     """Builds every distinct model of the plan, with all the proofs. Raises ``UserError``."""
     seen: set[str] = set()
     for trial in trials:
-        classes = len(checked.data[trial.trial_id].class_names)
+        classes = checked.data[trial.trial_id].classes
         key = f"{trial.model} {classes} {trial.lora} {trial.quantization} {trial.data.image_size}"
         if key not in seen:
             seen.add(key)

@@ -70,10 +70,9 @@ def run(
     ours = [progress, deaths, *([trackers] if trackers else [])]
     others = own_raylet() if context.on_cluster else []
     try:
+        inputs = ship(trials, context) if context.on_cluster else None
         trainable = tune.with_parameters(
-            run_trial,
-            context=context.model_dump(mode="json"),
-            inputs=ship(trials, context) if context.on_cluster else None,
+            run_trial, context=context.model_dump(mode="json"), inputs=inputs
         )
         with graceful_signals(progress.say), RayWatch(on_dead_ray, others):
             if search:

@@ -156,7 +156,10 @@ def _look(command: Command) -> Checked:
         context,
         auto_batch=command.auto,
         adapt_weights=command.given.adapt_weights,
+        dry=command.given.dry_run,
     )
+    for line in checked.told:
+        command.say(line)
     say_what_was_adapted(command.console, checked)
     if context.simulation is None:
         say_what_is_passed_over(command.console, command.trials)
@@ -170,6 +173,8 @@ def _dry_run(command: Command, checked: Checked, choices: Mapping[str, Any]) -> 
     extension = extension_of(trials, context, command.given.retry_failed)
     if command.auto and len(choices) < len(trials):
         notes = [*notes, auto_batch.NOT_YET]
+    if missing := [f"the {k} of {' and '.join(n)}" for k, n in checked.not_here.items() if n]:
+        notes = [*notes, f"a dry run downloads nothing, and did not look at {'; '.join(missing)}"]
     print_plan(command.console, trials, checked, context, extension, notes, plan)
     return 0
 
@@ -214,6 +219,8 @@ def _context(given: Options, grid_name: str, simulation: Simulation | None) -> R
     return RunContext(
         study_dir=study_dir,
         data_dir=given.data_dir,
+        cache_dir=given.cache_dir,
+        leave_out_broken=given.leave_out_broken,
         weights=given.weights,
         device=device.choose_device(given.device),
         num_threads=given.cpus_per_trial or max(1, cores() // (given.max_concurrent or 1)),

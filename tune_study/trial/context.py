@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from tune_study.config import TrialConfig, parse_assignment
+from tune_study.data.place import Place
 from tune_study.errors import UserError
 from tune_study.folder.schema import MODES
 
@@ -102,6 +103,8 @@ class RunContext(BaseModel):
 
     study_dir: Path
     data_dir: Path | None = None
+    cache_dir: Path | None = None
+    leave_out_broken: bool = False
     weights: Path | None = None
     device: str = "cpu"
     num_threads: int = 1
@@ -115,3 +118,8 @@ class RunContext(BaseModel):
     """Trials run on nodes that share no folder with the driver: ``study_dir`` is the driver's."""
     epoch_s: float = 0.0
     """How long an epoch of a simulated trial lasts."""
+
+    @property
+    def place(self) -> Place:
+        """Where this machine has images."""
+        return Place(self.data_dir, self.cache_dir, self.leave_out_broken)

@@ -27,7 +27,7 @@ from tune_study.machine.resources import (
 from tune_study.memory.estimate import refuse_what_cannot_fit
 from tune_study.memory.predict import predict
 from tune_study.model import hub
-from tune_study.model.build import BuiltModel, build_model
+from tune_study.model.build import BuiltModel, build_model, preprocessing
 from tune_study.model.initial import added_by_training
 from tune_study.trial import checkpoint, fidelity, train
 from tune_study.trial.card import write_card
@@ -114,7 +114,7 @@ def _attempt(config: TrialConfig, context: RunContext, report: Report, record: R
 
 def _train(context: RunContext, report: Report, record: Record) -> None:
     config, device = record.effective, torch.device(context.device)
-    data = load(config.dataset, context.data_dir, config.data)
+    data = load(config.dataset, context.place, config.data, preprocessing(config))
     _refuse_to_start(config, context, len(data.class_names))
     built = build_model(config, len(data.class_names), weights=context.weights, device=device)
     training = train.start(config, built, data, device)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.chapters import trials
 from analysis.findings import summary
 from tests import synthetic
 from tests.analysis.pages import written
@@ -55,3 +56,17 @@ def test_missing_columns_are_explained(tmp_path: Path) -> None:
     assert "no gradients.json holds per-layer norms" in text
     assert "No finished pair of trials recorded its throughput" in text
     assert "nan" not in re.findall(r"[a-z]+", text.lower())
+
+
+def test_what_was_read_and_left_out_of_a_folder_of_images_is_repeated() -> None:
+    entry = {
+        "sha256": "ab" * 32,
+        "images": "20 images",
+        "left_out": [f"{n}.png" for n in range(60)],
+    }
+    rows = dict(trials.provenance({"provenance": {"data": {"folder:d": entry, "digits": 3}}}))
+    assert rows["images: folder:d"] == "20 images"
+    assert rows["left out: folder:d"].startswith("0.png, 1.png, ")
+    assert rows["left out: folder:d"].endswith(", 49.png and 10 more")
+    whole = {"provenance": {"data": {"folder:d": {**entry, "left_out": []}}}}
+    assert "left out: folder:d" not in dict(trials.provenance(whole))

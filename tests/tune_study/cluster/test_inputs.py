@@ -1,15 +1,26 @@
 """Data and weights on their way to a node."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import ray
 import torch
 from safetensors.torch import save_file
 
+from tests.tune_study.data.pictures import class_folders
 from tune_study.cluster import inputs
 from tune_study.config import DataConfig
 from tune_study.data import sources, splits
+from tune_study.model.build import preprocessing
 from tune_study.trial.context import RunContext
+
+
+class Remote:
+    """An actor, as far as it matters: what a method returns is put."""
+
+    def __init__(self, actor, put):
+        self.piece = SimpleNamespace(remote=lambda number: put(actor.piece(number)))
 
 
 @pytest.fixture
@@ -32,46 +43,74 @@ def object_store(monkeypatch):
     monkeypatch.setattr(ray, "put", put)
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(sources, "_provided", {})
+    monkeypatch.setattr(inputs, "_reader", lambda path: Remote(inputs._Reader(str(path)), put))
     inputs._source.cache_clear()
     yield store
     inputs._source.cache_clear()
 
 
 def test_data_and_weights_reach_a_node_that_has_none(object_store, tiny, tmp_path):
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    root = tmp_path / "images"
-    for name in ("cat", "dog"):
-        (root / name).mkdir(parents=True)
-        for number in range(12):
-            image = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8).astype(np.uint8))
-            image.save(root / name / f"{number}.png")
     weights = tmp_path / "weights" / "vit_glyphs_patch4_32.safetensors"
     weights.parent.mkdir()
     save_file({"a": torch.arange(5.0)}, weights)
-    config = tiny("nf4", dataset=f"folder:{root}", data={"train_size": 8, "val_size": 4})
-    config = config.model_copy(update={"data": DataConfig()})
+    config = tiny("nf4")
     context = RunContext(study_dir=tmp_path / "study", weights=weights.parent)
-    before = splits.load(config.dataset, None, config.data)
+    before = splits.load("digits", context.place, config.data)
     shipped = inputs.ship([config, config], context)
     assert len(object_store) == 2  # once, however many trials
     content = weights.read_bytes()
     weights.unlink()
     sources.read_source.cache_clear()
-    root.rename(tmp_path / "gone")
 
     there = inputs.receive(shipped, config, context, tmp_path / "node")
     assert there.weights.read_bytes() == content
     assert there.weights.parent == tmp_path / "node"
-    after = splits.load(config.dataset, None, config.data)
+    after = splits.load("digits", there.place, config.data)
     assert after.sha256 == before.sha256
-    assert after.class_names == ["cat", "dog"]
+    assert after.class_names == before.class_names
     assert torch.equal(after.train.images, before.train.images)
     after.train.images[0] = 0  # not the read-only memory of the store
     stamp = there.weights.stat().st_mtime_ns
     inputs.receive(shipped, config, context, tmp_path / "node")
     assert there.weights.stat().st_mtime_ns == stamp  # once per node
+
+
+def test_a_folders_images_go_to_the_nodes_cache_piece_by_piece(
+    object_store, tiny, tmp_path, monkeypatch
+):
+    root = tmp_path / "images"
+    for part in ("train", "val"):
+        class_folders(root / part, side=40, cat=12, dog=12)
+    (root / "train" / "cat" / "003.png").write_bytes(b"nothing")
+    config = tiny("nf4", dataset=f"folder:{root}").model_copy(update={"data": DataConfig()})
+    other = tiny("none", dataset=f"folder:{root}", data={"image_size": 64})
+    context = RunContext(
+        study_dir=tmp_path / "study", cache_dir=tmp_path / "drivers", leave_out_broken=True
+    )
+    how = preprocessing(config)
+    before = splits.load(config.dataset, context.place, config.data, how)
+    monkeypatch.setattr(inputs, "PIECE_BYTES", 60_000)
+    shipped = inputs.ship([config, config, other], context)
+    assert len(shipped.data) == 2  # one for each side
+    assert object_store == {}
+    sources.read_source.cache_clear()
+    root.rename(tmp_path / "gone")
+
+    on_node = context.model_copy(update={"cache_dir": tmp_path / "nodes"})
+    for _ in range(2):
+        there = inputs.receive(shipped, config, on_node, tmp_path / "node")
+        assert len(object_store) == 3  # pieces of 48 images of 3,072 bytes; fetched once
+    after = splits.load(config.dataset, there.place, config.data, how)
+    assert after.sha256 == before.sha256
+    assert after.class_names == ["cat", "dog"]
+    for ours, theirs in zip(after[:3], before[:3], strict=True):
+        assert torch.equal(ours.images[:], theirs.images[:])
+        assert torch.equal(ours.labels, theirs.labels)
+    # What is there serves a study of that node's own, too.
+    (name,) = (p.name for p in (tmp_path / "nodes" / "images").glob("*.json"))
+    assert (tmp_path / "nodes" / "images" / name).read_bytes() == (
+        tmp_path / "drivers" / "images" / name
+    ).read_bytes()
 
 
 def test_the_projects_own_weights_are_on_every_node(object_store, tiny, tmp_path):

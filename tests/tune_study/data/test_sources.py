@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from tune_study.config import DataConfig
-from tune_study.data import sources, splits
+from tune_study.data import sources
+from tune_study.data.place import Place
 from tune_study.errors import UserError
 
 
@@ -47,7 +48,7 @@ def images(request):
 
 def test_hugging_face_parquet(tmp_path, images):
     write_parquet(tmp_path / "cifar10", *images, names=["a", "b", "c", "d"])
-    source = sources.read_source("cifar10", tmp_path)
+    source = sources.read_source("cifar10", Place(tmp_path))
     assert source.class_names == ["a", "b", "c", "d"]
     expected = torch.as_tensor(images[0]).permute(0, 3, 1, 2)
     assert torch.equal(source.train.images, expected)
@@ -56,9 +57,9 @@ def test_hugging_face_parquet(tmp_path, images):
 
 def test_cifar100_uses_fine_labels(tmp_path, images):
     write_parquet(tmp_path / "cifar100", *images, column="fine_label")
-    assert sources.read_source("cifar100", tmp_path).train.labels.tolist() == images[1]
+    assert sources.read_source("cifar100", Place(tmp_path)).train.labels.tolist() == images[1]
     with pytest.raises(UserError, match="no cifar10 in it"):
-        sources.read_source("cifar10", tmp_path / "cifar100")
+        sources.read_source("cifar10", Place(tmp_path / "cifar100"))
 
 
 def test_torchvision_layout_gives_the_same_checksum_as_parquet(tmp_path, images, monkeypatch):
@@ -85,15 +86,15 @@ def test_torchvision_layout_gives_the_same_checksum_as_parquet(tmp_path, images,
         {"filename": "batches.meta", "key": "label_names", "md5": md5("batches.meta")},
     )
     write_parquet(tmp_path / "hf" / "cifar10", *images, names=["a", "b", "c", "d"])
-    from_torchvision = sources.read_source("cifar10", tmp_path / "tv")
-    from_parquet = sources.read_source("cifar10", tmp_path / "hf")
+    from_torchvision = sources.read_source("cifar10", Place(tmp_path / "tv"))
+    from_parquet = sources.read_source("cifar10", Place(tmp_path / "hf"))
     assert from_torchvision.sha256 == from_parquet.sha256
     assert from_torchvision.class_names == from_parquet.class_names
 
     sources.read_source.cache_clear()
     (folder / "test_batch").write_bytes(b"cos\nsystem\n(S'false'\ntR.")  # would run a command
     with pytest.raises(UserError, match="not found or corrupted"):
-        sources.read_source("cifar10", tmp_path / "tv")
+        sources.read_source("cifar10", Place(tmp_path / "tv"))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "image", "text"])
@@ -110,13 +111,13 @@ def test_a_corrupt_file_is_named(tmp_path, images, damage):
         broken = pa.array([{"bytes": b"x", "path": None}] * 40, table["img"].type)
         pq.write_table(table.set_column(0, "img", broken), path)
     with pytest.raises(UserError, match=r"train-00000-of-00001\.parquet cannot be read"):
-        sources.read_source("cifar10", tmp_path)
+        sources.read_source("cifar10", Place(tmp_path))
 
 
 def test_an_empty_folder_and_a_missing_one_are_named(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match="--data-dir"):
-            sources.read_source("cifar10", folder)
+            sources.read_source("cifar10", Place(folder))
 
 
 def test_no_network_names_the_remedy(tmp_path, monkeypatch):
@@ -127,35 +128,8 @@ def test_no_network_names_the_remedy(tmp_path, monkeypatch):
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(sources, "DEFAULT_DATA_DIR", tmp_path)
     with pytest.raises(UserError, match="--data-dir"):
-        sources.read_source("cifar10", None)
-
-
-def test_class_folders(tmp_path):
-    for label, name in enumerate(("cat", "dog")):
-        (tmp_path / name).mkdir()
-        for index in range(10):
-            image = np.full((30, 20 + index, 3), 100 * label + index, np.uint8)
-            (tmp_path / name / f"{index}.png").write_bytes(png(image))
-    dataset = splits.load(f"folder:{tmp_path}", None, DataConfig())
-    assert dataset.class_names == ["cat", "dog"]
-    assert [len(split.labels) for split in dataset[:3]] == [14, 2, 4]
-    (tmp_path / "dog" / "3.png").write_bytes(b"nothing")
-    sources.read_source.cache_clear()
-    with pytest.raises(UserError, match=r"3\.png cannot be read"):
-        splits.load(f"folder:{tmp_path}", None, DataConfig())
-
-
-def test_class_folders_with_parts_of_their_own(tmp_path):
-    for part, count in (("train", 20), ("test", 3)):
-        for name in ("a", "b"):
-            (tmp_path / part / name).mkdir(parents=True)
-            for index in range(count):
-                path = tmp_path / part / name / f"{index}.png"
-                path.write_bytes(png(np.full((9, 9, 3), index, np.uint8)))
-    dataset = splits.load(f"folder:{tmp_path}", None, DataConfig())
-    assert [len(split.labels) for split in dataset[:3]] == [36, 4, 6]
+        sources.read_source("cifar10", Place(cache_dir=tmp_path))
 
 
 def test_the_checksum_is_of_images_labels_and_parts():
@@ -172,46 +146,6 @@ def test_the_checksum_is_of_images_labels_and_parts():
     assert sources._checksum(plain, None) in sums
 
 
-def folders(root, **counts):
-    """Class folders of grey images: ``name=count``; image n has the grey value n."""
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True)
-        for index in range(count):
-            (root / name / f"{index}.png").write_bytes(png(np.full((4, 4, 3), index, np.uint8)))
-
-
-def test_class_folders_are_read_in_the_order_of_their_names(tmp_path):
-    folders(tmp_path, dog=2, cat=3)
-    folders(tmp_path, **{".hidden": 1})
-    (tmp_path / "notes.txt").write_text("no class")
-    (tmp_path / "cat" / "notes.txt").write_text("no image")
-    (tmp_path / "cat" / "2.png").rename(tmp_path / "cat" / "2.PNG")
-    source = sources.read_source(f"folder:{tmp_path}", None)
-    assert source.class_names == ["cat", "dog"]
-    assert source.test is None
-    assert source.train.labels.tolist() == [0, 0, 0, 1, 1]
-    assert source.train.labels.dtype == torch.int64
-    assert source.train.images.shape == (5, 3, 256, 256)
-    assert source.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 0, 1]
-
-
-def test_a_train_folder_alone_is_a_class(tmp_path):
-    folders(tmp_path, train=2, other=1)
-    source = sources.read_source(f"folder:{tmp_path}", None)
-    assert (source.class_names, source.test) == (["other", "train"], None)
-
-
-def test_class_folders_that_cannot_be_are_named(tmp_path):
-    with pytest.raises(UserError, match="there is no such folder"):
-        sources.read_source(f"folder:{tmp_path / 'none'}", None)
-    folders(tmp_path, one=1)
-    with pytest.raises(UserError, match=r"at least two class folders with images, and .* has 1"):
-        sources.read_source(f"folder:{tmp_path}", None)
-    folders(tmp_path, two=0)
-    with pytest.raises(UserError, match="two holds no images"):
-        sources.read_source(f"folder:{tmp_path}", None)
-
-
 def test_parquet_files_are_read_in_order_and_classes_without_names_are_numbered(tmp_path, images):
     pixels, labels = images
     write_parquet(tmp_path / "cifar10", pixels[:10], labels[:10])
@@ -219,7 +153,7 @@ def test_parquet_files_are_read_in_order_and_classes_without_names_are_numbered(
     first.rename(first.with_name("train-00001-of-00002.parquet"))
     write_parquet(tmp_path / "other", pixels[10:], labels[10:])
     (tmp_path / "other" / first.name).rename(tmp_path / "cifar10" / "train-00000-of-00002.parquet")
-    source = sources.read_source("cifar10", tmp_path)
+    source = sources.read_source("cifar10", Place(tmp_path))
     assert source.train.labels.tolist() == labels[10:] + labels[:10]
     assert len(source.test.labels) == 10
     assert source.class_names == ["0", "1", "2", "3"]
@@ -228,34 +162,34 @@ def test_parquet_files_are_read_in_order_and_classes_without_names_are_numbered(
 def test_parquet_images_of_two_sizes_are_refused(tmp_path, images):
     write_parquet(tmp_path / "cifar10", [images[0][0], images[0][1][:16]], [0, 1])
     with pytest.raises(UserError, match="not all of one size"):
-        sources.read_source("cifar10", tmp_path)
+        sources.read_source("cifar10", Place(tmp_path))
 
 
 def test_a_train_file_without_its_test_is_no_data_set(tmp_path, images):
     write_parquet(tmp_path / "cifar10", *images)
     next((tmp_path / "cifar10").glob("test-*")).unlink()
     with pytest.raises(UserError, match="no cifar10 in it"):
-        sources.read_source("cifar10", tmp_path)
+        sources.read_source("cifar10", Place(tmp_path))
 
 
 def test_what_was_provided_comes_before_what_lies_there(monkeypatch):
     monkeypatch.setattr(sources, "_provided", {})
-    found = sources.source_of("digits", None)
-    assert found is sources.read_source("digits", None)  # read once
+    found = sources.source_of("digits", Place())
+    assert found is sources.read_source("digits", Place())  # read once
     other = found._replace(sha256="of another node")
-    sources.provide("digits", other)
-    assert sources.source_of("digits", None) is other
+    sources.provide("digits", None, other)
+    assert sources.source_of("digits", Place()) is other
 
 
 def test_digits_are_grey_values_of_sixteenths():
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = sources.read_source("digits", None).train.images
+    images = sources.read_source("digits", Place()).train.images
     assert torch.equal(images[:, 0], images[:, 2])
     expected = np.rint(digits.images * 15.9375)
     assert np.array_equal(images[:, 1].numpy(), expected)
-    labels = sources.read_source("digits", None).train.labels
+    labels = sources.read_source("digits", Place()).train.labels
     assert labels.tolist() == digits.target.tolist()
 
 
@@ -266,8 +200,8 @@ def test_cifar_is_downloaded_only_where_no_folder_was_given(tmp_path, monkeypatc
         sources, "_torchvision_cifar", lambda *given, **more: calls.append((*given, more))
     )
     (tmp_path / "cifar10" / "cifar-10-batches-py").mkdir(parents=True)
-    sources._cifar("cifar10", tmp_path if asked else None)
-    root = tmp_path / "cifar10" if asked else sources.DEFAULT_DATA_DIR
+    sources._cifar("cifar10", Place(tmp_path if asked else None, tmp_path / "cache"))
+    root = tmp_path / "cifar10" if asked else tmp_path / "cache" / "data"
     assert calls == [("cifar10", root, {"download": asked is None})]
 
 
@@ -292,3 +226,21 @@ def test_torchvision_is_asked_for_both_parts_and_each_stays_itself(monkeypatch, 
     ]
     assert train.labels.dtype == torch.int64
     assert names == ["a", "b", "c"]
+
+
+def test_a_cache_that_cannot_be_written_names_the_remedy(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--cache-dir: .*file/data cannot be written"):
+        sources.read_source("cifar10", Place(cache_dir=tmp_path / "file"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Place().cache() == tmp_path / ".cache" / "tune-study"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert Place().cache() == Path("/x/tune-study")
+    assert Place(cache_dir=tmp_path).cache() == tmp_path
+
+
+def test_what_is_known_of_digits_is_what_they_have():
+    known = sources.count("digits", Place(), None)
+    assert known.classes == 10
+    assert torch.equal(known.labels["train"], sources.read_source("digits", Place()).train.labels)

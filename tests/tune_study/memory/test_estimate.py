@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tune_study.data.splits import load
+from tune_study.data.place import Place
+from tune_study.data.splits import outline
 from tune_study.errors import UserError
 from tune_study.machine.device import free_bytes
 from tune_study.memory import estimate as estimates
@@ -21,7 +22,7 @@ MODES = ["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
 
 def test_estimate_carries_the_prediction(tiny):
     config = tiny("nf4")
-    found = estimate(config, load("digits", None, config.data), torch.device("cpu"))
+    found = estimate(config, outline("digits", Place(), config.data), torch.device("cpu"))
     expected = predict(config, 10, torch.device("cpu"))
     assert isinstance(found, Estimate)
     assert found[:2] == (expected.weights_bytes, expected.peak_train_bytes)
@@ -113,7 +114,7 @@ def test_seconds_are_work_over_the_measured_rate(tiny, monkeypatch, checkpointin
     monkeypatch.setattr(estimates, "predict", lambda *_: expected)
     settings = {"gradient_checkpointing": checkpointing, "num_train_epochs": 3}
     config = tiny("nf4", training={**settings, "compute_dtype": "fp32"})
-    data = load("digits", None, config.data)
+    data = outline("digits", Place(), config.data)
     found = estimate(config, data, torch.device("cpu"))
     forward = 2 * 11 * (3 * 5 + 5 * 7) + 4 * 11**2 * 6 * 2
     images = 40 * passes + 20

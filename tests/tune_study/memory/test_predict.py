@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tune_study.data.place import Place
 from tune_study.data.splits import load
 from tune_study.machine.device import without_bf16
 from tune_study.memory.predict import _Held, of_a_step, predict
@@ -18,7 +19,7 @@ def test_predicted_ledger_is_the_measured_one(tiny, mode, compute_dtype):
     quantization = {"mode": "nf4" if mode == "mixed" else mode, "overrides": overrides}
     training = {"compute_dtype": compute_dtype, "per_device_train_batch_size": 5}
     config = tiny(mode, quantization=quantization, training=training)
-    data = load("digits", None, config.data)
+    data = load("digits", Place(), config.data)
     random_state = torch.get_rng_state()
     expected = predict(config, 10, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -60,7 +61,7 @@ def test_gradient_checkpointing_shrinks_the_activations_and_changes_no_bit(tiny,
     runs = {}
     for checkpointing in (False, True):
         config = tiny(mode, training={"gradient_checkpointing": checkpointing})
-        data = load("digits", None, config.data)
+        data = load("digits", Place(), config.data)
         training = train.start(config, build_model(config, 10), data, torch.device("cpu"))
         measured = train.measure_memory(training)
         expected = predict(config, 10, torch.device("cpu"))

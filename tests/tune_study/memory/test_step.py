@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from tune_study.data.place import Place
 from tune_study.data.splits import load
 from tune_study.memory import step as steps
 from tune_study.memory.predict import _Held
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 
 def started(tiny, mode):
     config = tiny(mode)
-    return train.start(config, build_model(config, 10), load("digits", None, config.data), CPU)
+    return train.start(config, build_model(config, 10), load("digits", Place(), config.data), CPU)
 
 
 def test_replay_of_events():
@@ -145,7 +146,7 @@ def test_activations_grow_with_the_batch_in_a_straight_line(tiny):
     found = []
     for size in (10, 20, 40):
         config = tiny("none", training={"per_device_train_batch_size": size})
-        data = load("digits", None, config.data)
+        data = load("digits", Place(), config.data)
         training = train.start(config, build_model(config, 10), data, CPU)
         found.append(train.measure_memory(training))
     small, middle, large = (measured.activation_bytes for measured in found)

@@ -132,7 +132,7 @@ def test_a_warm_up_as_long_as_the_training_never_ends(warmup, said_at):
     training = {"num_train_epochs": 3, "warmup_steps": warmup}
     training |= {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
     trials = [parse_trial({**VALUES, "seed": seed, "training": training}) for seed in (1, 2)]
-    images = SimpleNamespace(train=SimpleNamespace(labels=[0] * 25))
+    images = SimpleNamespace(train=25)
     said = output()
     console.say_long_warm_up(said, trials, Checked({trials[1].trial_id: images}, {}))
     text = said.file.getvalue()

@@ -9,10 +9,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from tests.tune_study.data.pictures import class_folders
 from tune_study.errors import UserError
 from tune_study.study import preflight
 from tune_study.study.console import say_what_was_adapted
 from tune_study.trial.context import RunContext
+
+CIFAR_SIZES = {"train_size": 300, "val_size": 500, "test_size": 200}
 
 
 def context(tmp_path, **fields):
@@ -72,7 +75,7 @@ def test_each_model_is_built_once_however_many_seeds_there_are(tiny, tmp_path, m
     weights = tmp_path / "w"
     trials = [tiny(mode, seed=seed) for mode in ("none", "nf4") for seed in (1, 2)]
     trials += [tiny("none", lora={"r": 3}), tiny("none", data={"image_size": 64})]
-    images = SimpleNamespace(class_names=list("abc"))
+    images = SimpleNamespace(classes=3)
     checked = preflight.Checked(dict.fromkeys([t.trial_id for t in trials], images), {})
     preflight.validate(trials, checked, context(tmp_path, weights=weights))
     assert built == [(trials[n], 3, weights, "cpu") for n in (0, 2, 4, 5)]
@@ -100,3 +103,49 @@ def test_weights_that_the_model_does_not_take_need_a_word_and_are_recorded(tiny,
     console = Console(file=io.StringIO(), width=200)
     say_what_was_adapted(console, checked)
     assert "left out: 1 tensor (blocks.*.ls1.gamma)" in console.file.getvalue()
+
+
+def test_a_dry_look_downloads_nothing_and_says_what_it_left_out(tiny, tmp_path, monkeypatch):
+    def refuse(*given, **more):
+        raise AssertionError("a dry look asks no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr(preflight, "load_base", refuse)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    where = context(tmp_path, cache_dir=tmp_path / "none")
+    trial = tiny("nf4", model="deit_tiny_patch16_224", dataset="cifar100", data=CIFAR_SIZES)
+    checked = preflight.check([trial], where, dry=True)
+    assert checked.data[trial.trial_id][:4] == (100, 300, 500, 200)
+    assert checked.not_here == {"images": ["cifar100"], "weights": ["deit_tiny_patch16_224"]}
+    assert checked.checksums == {"data": {}, "weights": {}}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_look_checks_what_is_here(tiny, tmp_path, monkeypatch):
+    where = context(tmp_path)
+    assert preflight.check([tiny("nf4")], where, dry=True) == preflight.check([tiny("nf4")], where)
+    given = tmp_path / "mine.safetensors"
+    given.write_bytes(b"no weights")
+    with pytest.raises(UserError, match="--weights"):
+        preflight.check([tiny("nf4")], context(tmp_path, weights=given), dry=True)
+    cifar = tiny("nf4", dataset="cifar10")
+    with pytest.raises(UserError, match="no cifar10 in it"):
+        preflight.check([cifar], context(tmp_path, data_dir=tmp_path), dry=True)
+
+
+def test_what_was_found_in_a_folder_is_told_and_kept(tiny, tmp_path):
+    root = class_folders(tmp_path / "d", a=10, b=10)
+    (root / "a" / "000.png").write_bytes(b"")
+    sizes = {"train_size": 8, "val_size": 2, "test_size": 2}
+    trials = [tiny(mode, dataset=f"folder:{root}", data=sizes) for mode in ("none", "nf4")]
+    where = context(tmp_path, cache_dir=tmp_path / "cache", leave_out_broken=True)
+    checked = preflight.check(trials, where)
+    (told,) = checked.told
+    assert told.startswith(f"folder:{root}: 20 images of 2 classes; 8 to train on, 2 for")
+    kept = checked.checksums["data"][f"folder:{root}"]
+    assert kept["images"] == told
+    assert kept["left_out"] == ["a/000.png (it is no image)"]
+    assert len(kept["sha256"]) == 64
+    dry = preflight.check(trials, where, dry=True)
+    assert (dry.told, dry.checksums["data"], dry.not_here["images"]) == ([told], {}, [])

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from tune_study.data.place import Place
 from tune_study.data.splits import load
 from tune_study.folder.files import file_sha256
 from tune_study.model.build import build_model
@@ -15,7 +16,7 @@ from tune_study.trial import checkpoint, train
 @pytest.fixture
 def saved(tiny, tmp_path):
     config = tiny("none", training={"num_train_epochs": 1})
-    data = load("digits", None, config.data)
+    data = load("digits", Place(), config.data)
     training = train.start(config, build_model(config, 10), data, torch.device("cpu"))
     list(train.fit(training))
     trial = tmp_path / "study" / config.trial_id

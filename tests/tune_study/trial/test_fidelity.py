@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tune_study.data.batches import Preprocessing, preprocess
+from tune_study.data.batches import preprocess
+from tune_study.data.place import Place, Preprocessing
 from tune_study.data.splits import load
 from tune_study.errors import UserError
 from tune_study.model import build
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def started(config):
-    return train.start(config, build_model(config, 10), load("digits", None, config.data), CPU)
+    return train.start(config, build_model(config, 10), load("digits", Place(), config.data), CPU)
 
 
 def both(training):

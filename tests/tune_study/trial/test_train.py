@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tune_study.data.batches import Preprocessing, preprocess
+from tune_study.data.batches import preprocess
+from tune_study.data.place import Place, Preprocessing
 from tune_study.data.sources import Split
 from tune_study.data.splits import Dataset, load
 from tune_study.model.build import build_model, trainable
@@ -17,7 +18,7 @@ MODES = ["none", "int8", "nf4", "nf4-dq"]
 
 
 def started(config):
-    return train.start(config, build_model(config, 10), load("digits", None, config.data), CPU)
+    return train.start(config, build_model(config, 10), load("digits", Place(), config.data), CPU)
 
 
 def comparable(rows):

@@ -1,0 +1,331 @@
+"""A folder's images, decoded once into one file: whole or not there, for whoever comes later.
+
+``CACHE/images/KEY-SIDE-INTERPOLATION.pixels`` holds uint8 [N, 3, SIDE, SIDE]. The JSON file of that
+name says what could not be read, and is written last. The key is a checksum of all files. Which
+files a folder had when they were last read, and when they were touched, stands beside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tune_study.data import decoding
+from tune_study.data.decoding import Unreadable
+from tune_study.data.folders import ERRORS, Found, stamp
+from tune_study.data.place import Place, Preprocessing
+from tune_study.errors import UserError
+from tune_study.folder.files import read_json, write_bytes, write_json, write_whole
+from tune_study.machine.provenance import cores
+
+READER = 1
+"""Goes up when an image would be read into other pixels than before."""
+LEFT_FREE_BYTES = 256 * 2**20
+"""Of the disk, beside a new file."""
+DIGITS = 32
+"""Hexadecimal ones of each file's checksum."""
+MANY = 1000
+"""So many images are worth a line where no bar can be shown."""
+NAMED = 100
+"""Broken files that a sentence names; a file names the rest, too."""
+AT_ONCE = 32
+"""Images that a thread takes at a time."""
+SETTLES_NS = 2_000_000_000
+"""What was written so shortly before it was read may change again under the same time."""
+
+
+class _Files(BaseModel):
+    """A folder's files as they were read."""
+
+    reader: int
+    stamp: str
+    side: int
+    digests: str
+
+
+class _Pixels(BaseModel):
+    """What stands beside a file of pixels."""
+
+    shape: tuple[int, int, int, int]
+    broken: dict[int, str]
+
+
+Shape = tuple[int, int, int, int]
+
+
+class Contents(NamedTuple):
+    """What the files of a folder are."""
+
+    digests: list[str]
+    key: str
+    """Over all of them, and the way they are read."""
+    side: int
+    """The longest of the images' shorter sides: none is enlarged in the cache."""
+
+
+class Pixels(NamedTuple):
+    """A whole file of the cache."""
+
+    path: Path
+    shape: Shape
+    broken: dict[int, str]
+    """Why an image could not be read, by its place; its pixels are zeros."""
+    contents: Contents
+
+
+def contents(found: Found, place: Place) -> Contents:
+    """Reads all files, unless none was touched since they were read. Raises ``UserError``."""
+    with _writable(place) as folder:
+        name = hashlib.sha256(os.fsencode(os.path.realpath(found.root))).hexdigest()[:DIGITS]
+        record = folder / f"{name}.files.json"
+        began, (touched, newest) = time.time_ns(), stamp(found)
+        if (known := _known(record, touched, len(found.paths))) is not None:
+            return known
+        digests, sides = [""] * len(found.paths), [1] * len(found.paths)
+
+        def look(at: int, path: str) -> None:
+            digests[at], sides[at] = _digest(path), _side(path)
+
+        _each(found, f"looking at the files of {found.root}", look)
+        if newest < began - SETTLES_NS and stamp(found)[0] == touched:
+            values = {"reader": READER, "stamp": touched, "side": max(sides)}
+            write_json(record, {**values, "digests": "".join(digests)})
+        return Contents(digests, _key(digests), max(sides))
+
+
+def _known(record: Path, touched: str, count: int) -> Contents | None:
+    known = _record(_Files, record)
+    if known is None or (known.reader, known.stamp) != (READER, touched):
+        return None
+    digests = [known.digests[at : at + DIGITS] for at in range(0, DIGITS * count, DIGITS)]
+    return Contents(digests, _key(digests), known.side)
+
+
+Known = TypeVar("Known", bound=BaseModel)
+
+
+def _record(kind: type[Known], path: Path) -> Known | None:
+    """``None`` where there is no whole one: what it tells is found out anew."""
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError:
+        return None
+
+
+def _key(digests: list[str]) -> str:
+    return hashlib.sha256(f"{READER} {''.join(digests)}".encode()).hexdigest()[:DIGITS]
+
+
+def _digest(path: str) -> str:
+    try:
+        if not os.path.isfile(path):  # reading a pipe would wait for a writer
+            return "0" * DIGITS
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+    except OSError:  # told as broken, with its reason, when it is decoded
+        return "0" * DIGITS
+
+
+def _side(path: str) -> int:
+    try:
+        return decoding.shorter_side(Path(path))
+    except Unreadable:
+        return 1
+
+
+def identity(found: Found, contents: Contents, left_out: dict[int, str]) -> str:
+    """A checksum of the images that are used: of each one's part, class and file, in order."""
+    digest = hashlib.sha256()
+    at = 0
+    for part, images in found.parts.items():
+        for label in images.labels.tolist():
+            if at not in left_out:
+                name = f"{part}\0{found.class_names[label]}\0{contents.digests[at]}\n"
+                digest.update(name.encode("utf-8", ERRORS))
+            at += 1
+    return digest.hexdigest()
+
+
+def pixels(found: Found, how: Preprocessing, place: Place) -> Pixels:
+    """The images as ``how`` wants them, decoded now unless they were before.
+
+    Smaller ones are not enlarged: that is done batch by batch. Raises ``UserError`` where the cache
+    cannot be written, or has no room.
+    """
+    known = contents(found, place)
+    side = min(how.image_size, known.side)
+    shape = (len(found.paths), 3, side, side)
+    name = f"{known.key}-{side}-{how.interpolation}.pixels"
+    decode = partial(_decode, found, side, how.interpolation)
+    return Pixels(*filled(place, name, shape, decode), known)
+
+
+def filled(
+    place: Place, name: str, shape: Shape, fill: Callable[[Path], dict[int, str]]
+) -> tuple[Path, Shape, dict[int, str]]:
+    """``name`` in the cache, made by ``fill(temporary)`` where it is not there as a whole.
+
+    ``fill`` returns what ``Pixels.broken`` is. One process fills, others wait. Raises
+    ``UserError`` where the cache cannot be written, or has no room.
+    """
+    with _writable(place) as folder:
+        path = folder / name
+        if (broken := whole(path, shape)) is None:
+            with _alone(path):
+                if (broken := whole(path, shape)) is None:  # no other process was first
+                    broken = _fill(path, shape, fill)
+    return path, shape, broken
+
+
+def whole(path: Path, shape: Shape) -> dict[int, str] | None:
+    """What could not be read of a file that is whole; ``None`` where there is none."""
+    record = _record(_Pixels, path.with_suffix(".json"))
+    if record is None or not path.is_file() or path.stat().st_size != math.prod(shape):
+        return None
+    return record.broken if record.shape == shape else None
+
+
+def _fill(path: Path, shape: Shape, fill: Callable[[Path], dict[int, str]]) -> dict[int, str]:
+    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if free < needed + LEFT_FREE_BYTES:
+        raise UserError(
+            f"--cache-dir: {shape[0]:,} images of {shape[-1]} px take {needed / 1e9:,.1f} GB of "
+            f"{path.parent}, and its disk has {free / 1e9:,.1f} GB free; make room (all that is "
+            "there can be deleted), or name a folder on another disk"
+        )
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+        left.unlink()
+    broken: dict[int, str] = {}
+
+    def write(temporary: Path) -> None:
+        broken.update(sorted(fill(temporary).items()))
+
+    write_whole(path, write)
+    write_json(path.with_suffix(".json"), {"shape": shape, "broken": broken})
+    return broken
+
+
+def _decode(found: Found, side: int, interpolation: str, file_path: Path) -> dict[int, str]:
+    """Every image into its place of the file; the others' places stay zeros."""
+    broken: dict[int, str] = {}
+    one_writer = threading.Lock()
+    with file_path.open("wb") as file:
+        file.truncate(len(found.paths) * 3 * side**2)
+
+        def keep(at: int, image: str) -> None:
+            try:
+                square = decoding.square(Path(image), side, interpolation)
+            except Unreadable as error:
+                broken[at] = str(error)
+                return
+            with one_writer:
+                file.seek(at * square.nbytes)
+                file.write(square.data)
+
+        _each(found, f"decoding the images of {found.root}", keep)
+    return broken
+
+
+def look_through(found: Found, how: Preprocessing) -> dict[int, str]:
+    """Why an image cannot be read, by its place: all are decoded, and nothing is kept."""
+    broken: dict[int, str] = {}
+
+    def look(at: int, path: str) -> None:
+        try:
+            decoding.square(Path(path), how.image_size, how.interpolation)
+        except Unreadable as error:
+            broken[at] = str(error)
+
+    _each(found, f"looking through the images of {found.root}", look)
+    return dict(sorted(broken.items()))
+
+
+def refuse_broken(found: Found, broken: dict[int, str], place: Place) -> None:
+    """Raises ``UserError`` that names every broken file, unless they are to be left out."""
+    if not broken or (place.leave_out_broken and len(broken) < len(found.paths)):
+        return
+    words = named(found, broken)
+    listed = ", ".join(words[:NAMED])
+    if len(words) > NAMED:
+        with _writable(place) as folder:
+            every = folder / "broken.txt"
+            write_bytes(every, os.fsencode("\n".join(words) + "\n"))
+        listed += f" and {len(words) - NAMED} more, all in {every}"
+    raise UserError(
+        f"dataset folder:{found.root}: {len(broken)} of {len(found.paths)} images cannot be read: "
+        f"{listed}; replace the files by whole ones"
+        + ("" if place.leave_out_broken else ", or leave them out with --leave-out-broken")
+    )
+
+
+def named(found: Found, broken: dict[int, str]) -> list[str]:
+    """``a/1.png (it is no image)`` of each."""
+    paths = found.paths
+    return [f"{found.shown(paths[at])} ({reason})" for at, reason in broken.items()]
+
+
+def _each(found: Found, title: str, do: Callable[[int, str], None]) -> None:
+    """``do(place, path)`` for every image, on all cores, with a bar where a terminal shows it."""
+    paths = found.paths
+    console = Console(stderr=True)
+    if len(paths) >= MANY and not console.is_terminal:
+        print(f"{title}: {len(paths):,}", file=sys.stderr, flush=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    bar.disable = not console.is_terminal or len(paths) < MANY
+    pool = ThreadPoolExecutor(cores(), "images")
+    with bar, decoding.bounded():
+        task = bar.add_task(title, total=len(paths))
+
+        def some(start: int) -> None:
+            for at in range(start, min(start + AT_ONCE, len(paths))):
+                do(at, paths[at])
+
+        try:
+            for _ in pool.map(some, range(0, len(paths), AT_ONCE)):
+                bar.advance(task, AT_ONCE)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _writable(place: Place) -> Iterator[Path]:
+    """The folder of the cached images. A disk that says no becomes a ``UserError``."""
+    folder = place.cache() / "images"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        raise UserError(
+            f"--cache-dir: {folder} cannot be written ({error.strerror}); name another folder"
+        ) from None
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    lock: Any = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process to fill {path}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
