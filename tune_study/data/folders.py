@@ -78,7 +78,7 @@ class _Seen:
         """The folders in ``folder`` that are not left over, by name; files there are counted."""
         found: dict[str, Path] = {}
         for entry in _scanned(self.root, folder):
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 self.outside += self.is_image(entry.name)
             elif _is_left_over(entry.name):
                 self.leftovers += 1
@@ -112,8 +112,8 @@ class _Seen:
         if real in above:
             return
         entries = _scanned(self.root, folder)
-        yield from sorted(e.path for e in entries if not e.is_dir() and self.is_image(e.name))
-        for inner in sorted(entry.path for entry in entries if entry.is_dir()):
+        yield from sorted(e.path for e in entries if not _is_folder(e) and self.is_image(e.name))
+        for inner in sorted(entry.path for entry in entries if _is_folder(entry)):
             if _is_left_over(os.path.basename(inner)):
                 self.leftovers += 1
             else:
@@ -122,6 +122,13 @@ class _Seen:
 
 def _is_left_over(name: str) -> bool:
     return name.startswith(".") or name.lower() in LEFTOVERS
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: told as broken, with its reason
+        return False
 
 
 def _scanned(root: Path, folder: str | Path) -> list[os.DirEntry[str]]:
@@ -200,7 +207,7 @@ def _too_few(root: Path, where: Path, classes: dict[str, Path]) -> UserError:
         f"{len(classes)}"
     )
     for path in classes.values():
-        inner = [e for e in _scanned(root, path) if e.is_dir() and not _is_left_over(e.name)]
+        inner = [e for e in _scanned(root, path) if _is_folder(e) and not _is_left_over(e.name)]
         if len(inner) > 1:
             return UserError(f"{said}; did you mean folder:{path}?")
     return UserError(f"{said}; make a folder of images for every class")
