@@ -27,6 +27,8 @@ PAGES = ("docs/options.md", "docs/architecture.md", "ray_results/README.md")
 MORE = {
     "--grid": "your-own.md#a-grid-of-your-own",
     "--data-dir": "your-own.md#your-images",
+    "--leave-out-broken": "your-own.md#your-images",
+    "--cache-dir": "your-own.md#your-images",
     "--weights": "your-own.md#your-weights",
     "--device": "reliability.md#determinism",
     "--storage": "cluster.md#a-study-in-a-bucket",
