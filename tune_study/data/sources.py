@@ -297,11 +297,20 @@ def _class_folders(root: Path, place: Place, how: Preprocessing) -> Source:
 
 
 def _used(found: Found, broken: dict[int, str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """{part: (places among all images, labels)} of the images that can be read."""
+    """{part: (places among all images, labels)} of the images that can be read.
+
+    Raises ``UserError`` where a class has none to train on.
+    """
     used, start = {}, 0
     for part, images in found.parts.items():
         rows = torch.arange(start, start + len(images.paths))
         whole = torch.tensor([row not in broken for row in rows.tolist()])
         used[part] = rows[whole], torch.as_tensor(images.labels, dtype=torch.int64)[whole]
         start += len(images.paths)
+    if missing := set(range(len(found.class_names))) - set(used["train"][1].tolist()):
+        name = found.class_names[min(missing)]
+        raise UserError(
+            f"dataset folder:{found.root}: no training image of class {name} can be read; replace "
+            "the files by whole ones, or take the class away"
+        )
     return used

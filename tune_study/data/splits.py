@@ -38,7 +38,14 @@ class Dataset(NamedTuple):
     sha256: str
     """Of all images and labels of the source, whatever files they came in; of a folder of its
     files, classes and parts."""
-    outline: Outline
+    told: str = ""
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def outline(self) -> Outline:
+        """How much there is."""
+        train, val, test = (len(split.labels) for split in self[:3])
+        return Outline(len(self.class_names), train, val, test, self.told, self.left_out)
 
 
 def load(
@@ -48,8 +55,7 @@ def load(
 
     The images come from ``place.data_dir``, or from torchvision's download when it is ``None``;
     those of a folder from the cache, at the side that ``how`` wants, which other data sets need
-    not be told. Raises ``UserError`` when they
-    are missing, corrupt or fewer than asked for.
+    not be told. Raises ``UserError`` when they are missing, corrupt or fewer than asked for.
     """
     source = source_of(dataset, place, how)
     rows = _rows({name: part.labels for name, part in source.parts.items()}, sizes, dataset)
@@ -58,8 +64,8 @@ def load(
         else source.parts[part]
         for part, which in rows
     )  # fmt: skip
-    seen = _outline(dataset, len(source.class_names), rows, source.found, source.left_out)
-    return Dataset(train, val, test, source.class_names, source.sha256, seen)
+    told = _told(dataset, rows, source.found, source.left_out)
+    return Dataset(train, val, test, source.class_names, source.sha256, told, source.left_out)
 
 
 def outline(
@@ -71,7 +77,9 @@ def outline(
     """
     counted = count(dataset, place, how)
     rows = _rows(counted.labels, sizes, dataset)
-    return _outline(dataset, counted.classes, rows, counted.found, counted.left_out)
+    train, val, test = (len(which) for _, which in rows)
+    told = _told(dataset, rows, counted.found, counted.left_out)
+    return Outline(counted.classes, train, val, test, told, counted.left_out)
 
 
 Rows = list[tuple[str, np.ndarray]]
@@ -96,15 +104,10 @@ def _rows(labels: Mapping[str, Tensor], sizes: DataConfig, dataset: str) -> Rows
     return [(source[part], places[part]) for part in ("train", "val", "test")]
 
 
-def _outline(
-    dataset: str, classes: int, rows: Rows, found: Found | None, left_out: tuple[str, ...]
-) -> Outline:
-    told = "" if found is None else _told(dataset, rows, found, left_out)
-    train, val, test = (len(which) for _, which in rows)
-    return Outline(classes, train, val, test, told, left_out)
-
-
-def _told(dataset: str, rows: Rows, found: Found, left_out: tuple[str, ...]) -> str:
+def _told(dataset: str, rows: Rows, found: Found | None, left_out: tuple[str, ...]) -> str:
+    """The line of a folder; nothing of another data set."""
+    if found is None:
+        return ""
     uses = ("to train on", "for validation", "for the test")
     words = []
     for part, use, (source, which) in zip(("train", "val", "test"), uses, rows, strict=True):

@@ -159,6 +159,15 @@ def test_a_folder_of_broken_files_alone_is_refused(tmp_path, place):
         loaded(root, place._replace(leave_out_broken=True))
 
 
+def test_a_class_of_broken_files_alone_is_refused(tmp_path, place):
+    root = class_folders(tmp_path / "d", a=5, b=2, c=5)
+    for path in (root / "b").glob("*.png"):
+        path.write_bytes(b"")
+    for look in (load, outline):
+        with pytest.raises(UserError, match="no training image of class b can be read"):
+            look(f"folder:{root}", place._replace(leave_out_broken=True), DataConfig(), HOW)
+
+
 def test_hundreds_of_broken_files_stand_in_a_file(tmp_path, place, monkeypatch):
     monkeypatch.setattr(cache, "NAMED", 2)
     root = broken_folder(tmp_path)
