@@ -7,8 +7,9 @@ Makes folders of two classes, one of JPEGs of 256 px and one of small PNGs, and 
 ``epoch``   reads every training image once, in batches, as a trial does
 ``batch``   a batch from the mapped file against one from memory, taking turns: median of the ratios
 
-Seconds and peak RSS are of the whole process and its imports, as ``/usr/bin/time -v`` has them. The
-RSS counts pages of the mapped file that are resident, which the system may take away.
+Seconds, of the clock and of the CPU, and peak RSS are of the whole process and its imports, as
+``/usr/bin/time -v`` has them. The RSS counts pages of the mapped file that are resident, which the
+system may take away.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ KINDS = (Kind("256 px", 256, ".jpg", 20_000), Kind("small", 32, ".png", 200_000)
 
 class Cost(NamedTuple):
     seconds: float
+    cpu_s: float
     rss_bytes: float
 
 
@@ -128,7 +130,9 @@ def cost(command: list[str], folder: Path) -> tuple[Cost, str]:
     if status:
         raise RuntimeError(f"{' '.join(command)} ended with {status}: {said[-2000:]}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Cost(took, usage.ru_maxrss * unit), said.splitlines()[-1]
+    return Cost(took, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit), said.splitlines()[
+        -1
+    ]
 
 
 def epoch(folder: Path, cache: Path) -> dict[str, float]:
@@ -162,16 +166,16 @@ def epoch(folder: Path, cache: Path) -> dict[str, float]:
 def table(rows: list[dict[str, Any]]) -> str:
     """In Markdown; what is over its limit is bold."""
     lines = [
-        "| images | count | cache, GB | first start, s | RSS, GB | second start, s | RSS, GB "
-        "| epoch, s | RSS, GB | batch, file / memory |",
+        "| images | count | cache, GB | first start, s (CPU) | RSS, GB | second start, s (CPU) "
+        "| RSS, GB | epoch, s (CPU) | RSS, GB | batch, file / memory |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [row["kind"].name, f"{row['kind'].count:,}", f"{row['bytes'] / 1e9:.2f}"]
         for phase in ("first", "second", "epoch"):
-            seconds, rss = row[phase]
+            seconds, cpu_s, rss = row[phase]
             slow = phase == "second" and seconds > LIMIT_S
-            cells.append(_bold(f"{seconds:.1f}", slow))
+            cells.append(f"{_bold(f'{seconds:.1f}', slow)} ({cpu_s:.1f})")
             cells.append(_bold(f"{rss / 1e9:.2f}", rss > LIMIT_BYTES))
         batch = row["batch"]
         both = f"{1e3 * batch['file']:.1f} / {1e3 * batch['memory']:.1f} ms"
