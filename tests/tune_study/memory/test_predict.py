@@ -46,7 +46,7 @@ def test_predicted_ledger_is_the_measured_one(tiny, mode, compute_dtype):
 def test_the_ledger_of_other_adapters_is_the_measured_one(tiny, mode, spec):
     training = {"compute_dtype": "bf16", "per_device_train_batch_size": 5}
     config = tiny(mode, lora=spec, training=training)
-    data = load("digits", None, config.data)
+    data = load("digits", Place(), config.data)
     expected = predict(config, 10, torch.device("cpu"))
     training = train.start(config, build_model(config, 10), data, torch.device("cpu"))
     measured = train.measure_memory(training)
