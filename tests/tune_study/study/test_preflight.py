@@ -110,7 +110,7 @@ def test_a_dry_look_downloads_nothing_and_says_what_it_left_out(tiny, tmp_path, 
         raise AssertionError("a dry look asks no network")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    monkeypatch.setattr(preflight, "load_base", refuse)
+    monkeypatch.setattr(preflight, "load_fitted", refuse)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     where = context(tmp_path, cache_dir=tmp_path / "none")
