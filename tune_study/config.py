@@ -201,7 +201,8 @@ class DataConfig(_Record):
     image_size: Annotated[int, Field(ge=8, le=2048)] | None = None
     """Side in pixels; ``None`` is the model's own."""
     augment: Literal["auto", "flip-crop", "crop", "none"] = "auto"
-    """``auto`` is ``crop`` for digits, where a mirror image is another sign, else ``flip-crop``."""
+    """``auto`` is ``flip-crop`` for CIFAR, else ``crop``: of digits, and of images that are not
+    known, a mirror image may be of another class."""
 
 
 class TrainingConfig(_Record):

@@ -60,7 +60,7 @@ def augmentation(dataset: str, config: DataConfig) -> str:
     """The augmentation that ``auto`` stands for."""
     if config.augment != "auto":
         return config.augment
-    return "crop" if dataset == "digits" else "flip-crop"
+    return "flip-crop" if dataset in ("cifar10", "cifar100") else "crop"
 
 
 def train_batches(

@@ -76,7 +76,7 @@ def test_train_batches_show_every_image_once_in_an_order_of_the_generator():
         ("digits", "flip-crop", "flip-crop"),
         ("digits", "none", "none"),
         ("digits", "auto", "crop"),
-        ("folder:x", "auto", "flip-crop"),
+        ("folder:x", "auto", "crop"),
         ("cifar10", "crop", "crop"),
     ],
 )
