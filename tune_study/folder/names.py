@@ -32,6 +32,8 @@ _WORDS = {
     "training.per_device_eval_batch_size": "eval batch",
     "training.early_stopping_patience": "patience",
     "lora.init_lora_weights": "init",
+    "lora.use_rslora": "rsLoRA",
+    "lora.use_dora": "DoRA",
 }
 _USUAL = ("model", "dataset", "lora.r")
 _BLOCK = re.compile(r"blocks\.(\d{1,6})\.\*")
