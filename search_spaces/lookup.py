@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 from collections.abc import Callable
 from importlib.resources import files
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from search_spaces import own_code
+from search_spaces.own_code import Code
 from tune_study.errors import UserError
 
 
@@ -20,17 +20,27 @@ def function_of(option: str, value: str, module: ModuleType) -> tuple[str, Calla
     Raises ``UserError``.
     """
     refuse_unknown_function(option, value, module.__name__)
-    path, colon, name = value.rpartition(":")
-    if not colon:
+    code = code_of(option, value)
+    if code is None:
         return value, getattr(module, value)
-    path = os.path.expanduser(path)
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{option} {value}: {path} is no Python file; its name must end in .py")
     try:
-        own = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(own)
-        return name, getattr(own, name)
+        return code.function, getattr(own_code.module_of(code), code.function)
+    except AttributeError as error:
+        raise UserError(f"{option} {value}: {type(error).__name__}: {error}") from error
+
+
+def code_of(option: str, value: str | None) -> Code | None:
+    """The file of ``path/to/file.py:function``, which is run; ``None`` for what is built in.
+
+    Raises ``UserError``.
+    """
+    path, colon, name = (value or "").rpartition(":")
+    if not colon:
+        return None
+    try:
+        return own_code.read(os.path.expanduser(path), name)
+    except UserError as error:
+        raise UserError(f"{option} {value}: {error}") from None
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(f"{option} {value}: {type(error).__name__}: {error}") from error
 

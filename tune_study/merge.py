@@ -25,7 +25,15 @@ from tune_study.folder.files import mapping, now, write_folder_whole, write_json
 from tune_study.folder.results import read_results
 from tune_study.folder.schema import FINISHED_STATUSES, PLANNED_ENDS
 from tune_study.study import protocol
-from tune_study.study.manifest import FORMAT, changed_inputs, listed_changes, planned, read_manifest
+from tune_study.study.manifest import (
+    FORMAT,
+    INPUTS,
+    changed_code,
+    changed_inputs,
+    listed_changes,
+    planned,
+    read_manifest,
+)
 
 LEARNED = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 """What an epoch of a trial repeats to the last bit; times and memory do not."""
@@ -89,11 +97,11 @@ def refuse_unlike(sources: Sequence[Source]) -> None:
             )
     for i, one in enumerate(sources):
         for other in sources[:i]:
-            changed = changed_inputs(other.manifest["provenance"], one.manifest["provenance"])
-            if changed:
+            both = other.manifest["provenance"], one.manifest["provenance"]
+            if changed := changed_inputs(*both) or changed_code(*both):
                 raise UserError(
-                    f"{other.folder} and {one.folder}: {changed[0]} differ, so their trials "
-                    "cannot be compared; leave one study out"
+                    f"{other.folder} and {one.folder}: they differ in {changed[0]}, so their "
+                    "trials cannot be compared; leave one study out"
                 )
 
 
@@ -173,8 +181,12 @@ def merged_manifest(
     first = sources[0].manifest
     cells = {cell["trial_id"]: cell for s in reversed(sources) for cell in s.manifest["plan"]}
     inputs = {
-        kind: {k: v for s in reversed(sources) for k, v in s.manifest["provenance"][kind].items()}
-        for kind in ("data", "weights")
+        kind: {
+            name: entry
+            for source in reversed(sources)
+            for name, entry in source.manifest["provenance"].get(kind, {}).items()
+        }
+        for kind in INPUTS
     }
     return {
         **first,

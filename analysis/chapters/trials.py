@@ -138,6 +138,11 @@ def provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
                 rows.append((f"images: {name}", str(found)))
             if isinstance(left_out := entry.get("left_out"), list) and left_out:
                 rows.append((f"left out: {name}", _listed(left_out)))
+    code = recorded.get("code")
+    if isinstance(code, dict):
+        for name, entry in code.items():
+            if isinstance(entry, dict) and entry.get("models"):
+                rows.append((f"code: {name}", f"sha256 {str(entry.get('sha256'))[:16]}"))
     return rows
 
 

@@ -1,5 +1,6 @@
 """The commands of docs/your-own.md, as they stand there, run in a folder with two class folders."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -23,11 +24,13 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     for line in block.splitlines()
 ]
+OWN_MODEL = [command for command in COMMANDS if "my_model.py:mirrors" in command]
+COMMANDS = [command for command in COMMANDS if command not in OWN_MODEL]
 
 
 def test_every_option_on_the_page_exists():
     known = {name for p in typer.main.get_command(run.app).params for name in p.opts}
-    assert len(COMMANDS) == 13
+    assert (len(COMMANDS), len(OWN_MODEL)) == (13, 2)
     assert {command[2] for command in COMMANDS} == {"tune_study.run", "tune_study.merge"}
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE):
         assert option in known | {"--output"}, option
@@ -35,7 +38,7 @@ def test_every_option_on_the_page_exists():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The folder of the page: ``leaves`` of two classes that overlap, and the page's two files."""
+    """The folder of the page: ``leaves`` of two classes that overlap, and the page's files."""
     generator = np.random.default_rng(0)
     stripes = np.tile(np.repeat([0, 160], 4), 4)[:, None]
     for part, name, number in itertools.product(("train", "test"), ("oak", "ash"), range(18)):
@@ -49,8 +52,12 @@ def folder(tmp_path, monkeypatch):
         Image.fromarray(pixels.astype(np.uint8).repeat(8, 0).repeat(8, 1)).save(
             folder / f"{number}.png"
         )
-    grid, client = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (model,) = (block for block in blocks if "register_model" in block)
+    blocks.remove(model)
+    grid, client = blocks
     (tmp_path / "my_grid.py").write_text(grid)
+    (tmp_path / "my_model.py").write_text(model)
     (tmp_path / "use_adapter.py").write_text(client)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -124,6 +131,56 @@ def client(trial, monkeypatch, capsys):
         word: float(value)
         for word, value in re.findall(r"(test|reported) (?:accuracy )?([\d.]+)", said)
     }
+
+
+def test_a_model_of_ones_own_has_its_row_in_the_report(folder, monkeypatch, capsys):
+    monkeypatch.setattr(schedule, "run", without_ray)
+    _, output = outputs(OWN_MODEL, monkeypatch, capsys)
+    assert "all 2 trials ended well" in output
+    its_row_is_there(folder)
+
+
+def its_row_is_there(folder):
+    study = folder / "ray_results" / "mirrors"
+    trials = pd.read_csv(study / "trials.csv")
+    assert list(trials["model"]) == ["mirror_vit"] * 2
+    assert list(trials["quantized_layers"]) == [0, 8]
+    assert "mirror_vit" in (study / "report" / "report.html").read_text()
+    code = json.loads((study / "study.json").read_text())["provenance"]["code"]["my_model.py"]
+    assert code["sha256"] == hashlib.sha256((folder / "my_model.py").read_bytes()).hexdigest()
+    assert code["models"] == ["mirror_vit"]
+
+
+def test_changed_code_of_a_model_is_refused(folder, monkeypatch, capsys):
+    """The plan is the same. What the grid's function returns is the plan, and may grow."""
+    monkeypatch.setattr(schedule, "run", without_ray)
+    monkeypatch.setattr("analysis.report.write_report", lambda folder: folder / "report")
+    simulated = [*OWN_MODEL[1], "--simulate"]
+    outputs([simulated], monkeypatch, capsys)
+    path = folder / "my_model.py"
+    began = path.read_text()
+    path.write_text(began.replace("x.flip(-1)", "-x"))
+    monkeypatch.setattr("sys.argv", ["command", *simulated[3:]])
+    with pytest.raises(SystemExit) as refused:
+        run.main()
+    assert refused.value.code == 2
+    assert re.fullmatch(
+        r"error: --name mirrors-simulated: the code of mirror_vit in my_model\.py \(sha256 "
+        r"\w{12}, then \w{12}\) is not what the study began with; put it back to continue "
+        r"\(study\.json has its text\), or choose another --name\n",
+        capsys.readouterr().err,
+    )
+    path.write_text("# mine\n" + began.replace('["none", "nf4"]', '["none", "nf4", "int8"]'))
+    (output,) = outputs([simulated], monkeypatch, capsys)
+    assert "continuing: 2 of 3 trials have ended" in output
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_model_of_ones_own_is_known_to_rays_workers(folder, monkeypatch, capsys):
+    (output,) = outputs(OWN_MODEL[1:], monkeypatch, capsys)
+    assert "all 2 trials ended well" in output
+    its_row_is_there(folder)
 
 
 @pytest.mark.slow

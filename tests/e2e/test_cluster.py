@@ -42,12 +42,17 @@ def object_stores(pid):
     return set(re.findall(r"/dev/shm/plasma\w+", Path(f"/proc/{pid}/maps").read_text()))
 
 
-def kill_a_node(cluster, process, folder):
+def kill_another_node(cluster, process):
     """A raylet, and with it its workers, by SIGKILL: neither the head nor the command's own."""
     own = object_stores(process.pid)
     assert own
     others = [pid for pid in cluster["raylets"][1:] if not own & object_stores(pid)]
     os.kill(others[0], signal.SIGKILL)
+
+
+def kill_a_node(cluster, process, folder):
+    """The study goes on without it, to its end."""
+    kill_another_node(cluster, process)
     code, output = harness.finish(process, folder)
     assert code == 0, output
     assert "its worker process died (its node died)" in output
@@ -98,16 +103,23 @@ def test_real_trials_survive_a_node_and_equal_those_of_one(tmp_path):
 
 
 GRID = """
+import timm
 from ray import tune
+@timm.models.register_model
+def my_vit(**options):
+    return timm.create_model("vit_glyphs_patch4_32", **options)
 def two():
     modes = tune.grid_search(["none", "nf4"])
-    return {"model": "vit_glyphs_patch4_32", "dataset": "digits", "quantization": modes}
+    return {"model": "my_vit", "dataset": "digits", "quantization": modes}
 """
 
 
 @pytest.mark.slow
 def test_a_study_submitted_as_a_job_is_stopped_and_continued(tmp_path):
-    """The file of its grid goes along. Simulated trials begin anew, so one is to have ended."""
+    """The file of its grid goes along, with a model that workers learn of.
+
+    Simulated trials begin anew, so one is to have ended.
+    """
     port, work, store = nodes.free_port(), tmp_path / "work", tmp_path / "store"
     work.mkdir()
     (work / "my_grid.py").write_text(GRID)

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.load import read_study, rebuild
+from search_spaces.own_code import Code
 from tune_study import merge
 from tune_study.config import parse_trial
 from tune_study.errors import UserError
@@ -40,9 +41,10 @@ def trials(seeds, **training):
 def make(tmp_path):
     """``make(place, planned)``: a simulated study in ``<place>/s``, finished."""
 
-    def build(place, planned, simulation=NOTHING, checksums=CHECKSUMS):
+    def build(place, planned, simulation=NOTHING, checksums=CHECKSUMS, code="DEPTH = 1"):
         folder = tmp_path / place / "s"
-        where = RunContext(study_dir=folder, simulation=simulation)
+        own = Code("mine.py", "grid", code, code, ("my_vit",))
+        where = RunContext(study_dir=folder, simulation=simulation, code=own)
         manifest.open_study(planned, where, checksums, grid="g", command=place)
         for trial in planned:
             simulate.execute(trial, simulation or NOTHING, folder, lambda row: None)
@@ -104,6 +106,7 @@ def test_two_machines_become_one_study_that_goes_on(make, tmp_path, monkeypatch,
         assert (output / "tensorboard" / trial_id / "events.out").read_text() == place
     found = json.loads((output / "study.json").read_text())
     assert found["merged"]["trials"][planned[2]] == "s"
+    assert found["provenance"]["code"]["mine.py"]["text"] == "DEPTH = 1"
     assert found["merged"]["trials"][planned[5]] == "s (2)"
     assert [session["command"] for session in found["sessions"]] == ["one", "two"]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -123,8 +126,9 @@ def test_two_machines_become_one_study_that_goes_on(make, tmp_path, monkeypatch,
         ({"simulation": Simulation(effects={"nf4": -0.1})}, "one/s is simulated with"),
         ({"checksums": {**CHECKSUMS, "data": {"cifar10": {"sha256": "x"}}}}, "the data of cifar10"),
         ({"checksums": {**CHECKSUMS, "weights": {"m": {"sha256": "x"}}}}, "the weights of m"),
+        ({"code": "DEPTH = 2"}, "they differ in the code of my_vit in mine.py"),
     ],
-    ids=["protocol", "real", "effects", "data", "weights"],
+    ids=["protocol", "real", "effects", "data", "weights", "code"],
 )
 def test_what_does_not_belong_together_is_refused(
     make, tmp_path, monkeypatch, capsys, other, words

@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from ray.tune.execution import class_cache
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from search_spaces.own_code import Code, run_where_trials_run
 from tune_study.cluster import local
 from tune_study.errors import UserError, first_line
 from tune_study.machine import provenance
@@ -109,11 +110,11 @@ def _look_at_nodes(address: str, context: RunContext, resources: Mapping[str, fl
             f"--address {address}: no node has {resources['CPU']:g} CPUs and {resources['GPU']:g} "
             "GPUs for a trial; see --cpus-per-trial and --gpus-per-trial"
         )
-    look = ray.remote(num_cpus=0)(provenance.what_computes)
+    look = ray.remote(num_cpus=0)(_what_is_there)
     asked = {
         name_of(node): look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(context.device)
+        ).remote(context.device, context.code)
         for node in nodes
         if _fit(node["Resources"], resources)
     }
@@ -127,11 +128,22 @@ def _look_at_nodes(address: str, context: RunContext, resources: Mapping[str, fl
                 f"--address {address}: {name} can't run trials ({last[0][:200]}); install this "
                 "version of tune-study and its dependencies there"
             ) from None
+        if isinstance(theirs, str):
+            raise UserError(f"--address {address}: on {name}, {theirs}")
         if difference := first_difference(ours, theirs):
             raise UserError(
                 f"--address {address}: on {name}, {difference}; a study wants the same on all nodes"
             )
     return fits
+
+
+def _what_is_there(device: str, code: Code | None) -> dict[str, Any] | str:
+    """``what_computes`` on a node, or why the user's own file does not run there."""
+    try:
+        run_where_trials_run(code)
+    except UserError as error:
+        return str(error)
+    return provenance.what_computes(device)
 
 
 def name_of(node: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from search_spaces.own_code import run_where_trials_run
 from tune_study.cluster.inputs import Inputs, receive
 from tune_study.config import TrialConfig
 from tune_study.folder.remote import open_remote
@@ -36,6 +37,7 @@ def run_trial(
     trial, where = TrialConfig.model_validate(config["trial"]), RunContext.model_validate(context)
     with at_work(trial, where, inputs, tune.report) as (where, report):
         if where.simulation is not None:
+            run_where_trials_run(where.code)
             simulate.execute(trial, where.simulation, where.study_dir, report, where.epoch_s)
         else:
             execute(trial, where, report)

@@ -20,7 +20,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from tune_study.config import LoraSpec, QuantizationConfig, TrialConfig
-from tune_study.errors import UserError
+from tune_study.errors import UserError, first_line
 from tune_study.model import backbone  # noqa: F401  (registers the demo's backbone with timm)
 from tune_study.model.weights import classifier_names
 
@@ -36,8 +36,8 @@ def skeleton_of(model: str, num_classes: int, image_size: int | None) -> nn.Modu
     try:
         with torch.device("meta"):
             return timm.create_model(model, num_classes=num_classes, **options)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise UserError(f"model = {model}: timm cannot build it so: {error}") from None
+    except Exception as error:  # a model can be the user's own code, which may raise anything
+        raise UserError(f"model = {model}: timm cannot build it so: {error}") from error
 
 
 @cache
@@ -55,8 +55,15 @@ def called_linears(model: str, image_size: int | None) -> frozenset[str]:
                 module.register_forward_pre_hook(note(name))
         channels, *native = resolve_model_data_config(skeleton)["input_size"]
         sides = native if image_size is None else [image_size, image_size]
-        with torch.no_grad():
-            skeleton(torch.empty(1, channels, *sides, device="meta"))
+        try:
+            with torch.no_grad():
+                skeleton(torch.empty(1, channels, *sides, device="meta"))
+        except Exception as error:  # as above
+            raise UserError(
+                f"model = {model}: it does not take images of {' x '.join(map(str, sides))} px "
+                f"({first_line(error)[:200]}); see data.image_size, or the input_size in its "
+                "default_cfgs"
+            ) from error
     return frozenset(called)
 
 

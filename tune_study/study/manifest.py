@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
+from search_spaces import own_code
 from tune_study.config import TrialConfig, parse_trial
 from tune_study.data.names import Names, place_of
 from tune_study.errors import UserError
@@ -21,6 +22,8 @@ from tune_study.study import protocol
 from tune_study.trial.context import RunContext
 
 FORMAT = 1
+INPUTS = ("data", "weights", "code")
+"""What the trials are made of, by name, in study.json's ``provenance``; each has a checksum."""
 
 
 class Review(NamedTuple):
@@ -58,6 +61,11 @@ def review(
             raise UserError(
                 f"--name {folder.name}: {changed[0]} are not those that the study began with; "
                 "choose another --name"
+            )
+        if changed := changed_code(old["provenance"], code_record(context)):
+            raise UserError(
+                f"--name {folder.name}: {changed[0]} is not what the study began with; put it back "
+                "to continue (study.json has its text), or choose another --name"
             )
         before = {cell["trial_id"]: cell for cell in old["plan"]}
         return Review(old, {**before, **cells}, _differences(old, context))
@@ -100,7 +108,7 @@ def open_study(
         **({"merged": old["merged"]} if old and "merged" in old else {}),
         "plan": list(cells.values()),
         "folders": {**(old or {}).get("folders", {}), **_folders(cells.values(), folder)},
-        "provenance": {**_session(context), **_merged(old, checksums)},
+        "provenance": {**_session(context), **_merged(old, checksums, context)},
         "sessions": [
             *(old or {}).get("sessions", []),
             {"started": files.now(), "command": command, **_session(context)},
@@ -170,9 +178,17 @@ class _Input(BaseModel):
     sha256: str | None
 
 
+class _Code(BaseModel):
+    function: str
+    text: str
+    sha256: str
+    models: list[str]
+
+
 class _Provenance(BaseModel):
     data: dict[str, _Input]
     weights: dict[str, _Input]
+    code: dict[str, _Code] = {}
 
 
 class _Manifest(BaseModel):
@@ -230,9 +246,12 @@ def names_in(study_dir: Path) -> Names:
     return Names([name for name in dict.fromkeys(names) if isinstance(name, str)], there)
 
 
-def _merged(old: Mapping[str, Any] | None, checksums: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(
+    old: Mapping[str, Any] | None, checksums: Mapping[str, Any], context: RunContext
+) -> dict[str, Any]:
     before = old["provenance"] if old else {}
-    return {kind: {**before.get(kind, {}), **checksums[kind]} for kind in ("data", "weights")}
+    now = {**checksums, **code_record(context)}
+    return {kind: {**before.get(kind, {}), **now.get(kind, {})} for kind in INPUTS}
 
 
 def _refuse_mixture(folder: Path, old: Mapping[str, Any], context: RunContext) -> None:
@@ -304,6 +323,27 @@ def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         if name in before[kind]
         and (then := before[kind][name]["sha256"]) != entry["sha256"]
         and not (then is None and before[kind][name].get("pretrained"))
+    ]
+
+
+def code_record(context: RunContext) -> dict[str, Any]:
+    """The user's own file as the ``provenance`` of a study.json has it."""
+    code = context.code
+    return {"code": {code.file: code.record()}} if code else {}
+
+
+def changed_code(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The user's own models whose code differs: ``the code of leaf_vit in my_model.py (...)``.
+
+    A file without models does nothing where trials run: its plan is compared, and no more. Both are
+    the ``provenance`` of a study.json; one of an earlier version has no code.
+    """
+    return [
+        f"the code of {model} in {file} (sha256 {entry['sha256'][:12]}, then {then['sha256'][:12]})"
+        for file, entry in now.get("code", {}).items()
+        for then in before.get("code", {}).values()
+        for model in entry["models"]
+        if model in then["models"] and own_code.differ(then, entry)
     ]
 
 

@@ -12,6 +12,7 @@ from tune_study.config import TrialConfig
 from tune_study.data.place import Preprocessing
 from tune_study.data.sources import CIFAR_CLASSES, FOLDER
 from tune_study.data.splits import Outline, load, outline
+from tune_study.errors import UserError
 from tune_study.folder.files import file_sha256
 from tune_study.memory.estimate import refuse_any_that_cannot_fit
 from tune_study.model.build import build_model, preprocessing
@@ -129,6 +130,19 @@ def _check_model(trial: TrialConfig, num_classes: int, context: RunContext) -> N
     linears = block_linears(skeleton)
     for name, mode in plan_layers(skeleton, trial.quantization).items():
         check_kernel(mode, linears[name].in_features, context.device)
+    _refuse_untold_weights(trial, context)
+
+
+def _refuse_untold_weights(trial: TrialConfig, context: RunContext) -> None:
+    """A function of the user's may pass over ``pretrained``, and nothing would tell."""
+    code, known = context.code, timm.get_pretrained_cfg(trial.model)
+    told = context.weights is not None or (known is not None and known.has_weights)
+    if trial.pretrained and code and trial.model in code.models and not told:
+        raise UserError(
+            f"model = {trial.model}: {code.file} names no pretrained weights for it in its "
+            "default_cfgs; give --weights FILE, or start from random ones with --set "
+            "pretrained=false"
+        )
 
 
 def _weights_sha256(trial: TrialConfig, context: RunContext) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from analysis.load import Study, rebuild, write_tables
+from search_spaces.lookup import code_of
 from tune_study.cluster.connection import check_options
 from tune_study.cluster.stop import Stop
 from tune_study.config import TrialConfig
@@ -216,12 +217,14 @@ def _context(given: Options, grid_name: str, simulation: Simulation | None) -> R
     folder = safe_name(default_name) if given.name is None else given.name
     study_dir = resolved("--output-dir", given.output_dir / folder)
     check_options(given.address, given.storage, given.search)
+    named = ("--space", given.space) if given.search else ("--grid", given.grid)
     return RunContext(
         study_dir=study_dir,
         data_dir=given.data_dir,
         cache_dir=given.cache_dir,
         leave_out_broken=given.leave_out_broken,
         weights=given.weights,
+        code=code_of(*named),
         device=device.choose_device(given.device),
         num_threads=given.cpus_per_trial or max(1, cores() // (given.max_concurrent or 1)),
         simulation=simulation,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from search_spaces.own_code import Code
 from tune_study.config import TrialConfig, parse_assignment
 from tune_study.data.place import Place
 from tune_study.errors import UserError
@@ -106,6 +107,8 @@ class RunContext(BaseModel):
     cache_dir: Path | None = None
     leave_out_broken: bool = False
     weights: Path | None = None
+    code: Code | None = None
+    """The user's own file, whose models the trials may be of."""
     device: str = "cpu"
     num_threads: int = 1
     simulation: Simulation | None = None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from search_spaces.own_code import run_where_trials_run
 from tune_study.config import TrialConfig
 from tune_study.data.splits import load
 from tune_study.errors import first_line
@@ -84,6 +85,7 @@ def _attempt(config: TrialConfig, context: RunContext, report: Report, record: R
     try:
         (record.folder / "error.json").unlink(missing_ok=True)
         write_json(record.folder / "config.json", config.model_dump(mode="json"))
+        run_where_trials_run(context.code)
         record.effective = within_memory(config, record.folder)
         _train(context, report, record)
     except RemoteError:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 
+from search_spaces.own_code import Code
 from tune_study.cluster import connection
 from tune_study.errors import UserError
 from tune_study.trial.context import RunContext
@@ -92,7 +93,7 @@ def cluster(monkeypatch, environment):
             asked.append((scheduling_strategy.node_id, scheduling_strategy.soft))
             return self
 
-        def remote(self, device):
+        def remote(self, device, code):
             return asked[-1][0]
 
     def get(reference, timeout):
@@ -136,6 +137,16 @@ def test_a_node_that_differs_or_does_not_answer_is_named(tmp_path, cluster):
         UserError, match=r"node aaaaaaaa \(h\) can't run trials \(no module tune_study\)"
     ):
         joined(tmp_path)
+
+
+def test_a_node_without_what_the_users_own_file_imports_is_named(tmp_path, cluster):
+    code = Code("my_model.py", "grid", "import not_on_this_node", "sha", ("leaf_vit",))
+    cluster.answers["b"] = connection._what_is_there("cpu", code)
+    with pytest.raises(
+        UserError, match=r"on node bbbbbbbb \(h\), my_model\.py runs for .*'not_on_this_node'\)"
+    ):
+        joined(tmp_path)
+    assert connection._what_is_there("cpu", None) == {"torch": "2.7"}
 
 
 def test_a_trial_takes_what_there_is_least_of():

@@ -4,12 +4,14 @@ import json
 import shutil
 
 import pytest
+import timm
 
+from search_spaces.own_code import Code
 from tests.tune_study.trial.test_execution import without_times
 from tune_study.cluster import trainable
 from tune_study.folder import remote
 from tune_study.folder.remote import RemoteError
-from tune_study.trial.context import RunContext
+from tune_study.trial.context import RunContext, Simulation
 from tune_study.trial.execution import execute
 
 
@@ -104,3 +106,20 @@ def test_what_a_failed_trial_says_of_itself_is_kept(context, config, tmp_path):
     with pytest.raises(RuntimeError, match="planted"):
         run(config, context, fails)
     assert json.loads(there(tmp_path, config, "error.json").read_text())["message"] == "planted"
+
+
+@pytest.mark.parametrize("simulation", [None, Simulation()], ids=["real", "simulated"])
+def test_the_users_own_models_are_known_to_every_trial(config, tmp_path, monkeypatch, simulation):
+    """The context goes to Ray as JSON."""
+    monkeypatch.setattr(trainable, "execute", lambda config, where, report: None)
+    monkeypatch.setattr(
+        trainable.simulate, "execute", lambda *given: ran.append(set(timm.list_models("for_*")))
+    )
+    ran = []
+    text = "from timm.models import register_model\n@register_model\ndef for_trials(): ..."
+    code = Code("my_model.py", "grid", text, f"sha {simulation}", ("for_trials",))
+    context = RunContext(study_dir=tmp_path, code=code, simulation=simulation)
+    carried = json.loads(context.model_dump_json())
+    assert RunContext.model_validate(carried) == context
+    trainable.run_trial({"trial": config.model_dump(mode="json")}, carried)
+    assert ran == ([{"for_trials"}] if simulation else [])

@@ -1,7 +1,9 @@
+import hashlib
 import json
 
 import pytest
 
+from search_spaces.own_code import Code
 from tune_study.errors import UserError
 from tune_study.folder.files import write_json
 from tune_study.machine import provenance
@@ -45,6 +47,36 @@ def test_a_study_is_continued_extended_or_refused(tiny, tmp_path):
     for kind, name in (("data", "digits"), ("weights", "m")):
         with pytest.raises(UserError, match=f"the {kind} of {name}"):
             open_study([one], where, {**CHECKSUMS, kind: {name: {"sha256": "other"}}})
+
+
+def own(text, *models, file="mine.py", function="grid"):
+    """The user's own file, as the command read it."""
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return Code(f"/home/me/{file}", function, text, sha256, models)
+
+
+def test_the_code_of_own_models_is_kept_and_not_changed(tiny, tmp_path):
+    trials = [tiny("none")]
+
+    def opened(*code):
+        return open_study(trials, context(tmp_path, code=code[0] if code else None))["provenance"]
+
+    first = own("DEPTH = 1", "vit")
+    assert opened(own("SEEDS = [1]"))["code"]["mine.py"]["models"] == []
+    assert opened(own("SEEDS = [2]"))["code"]["mine.py"]["text"] == "SEEDS = [2]"
+    kept = opened(first)["code"]["mine.py"]
+    assert kept == {
+        "path": "mine.py",
+        "function": "grid",
+        "text": "DEPTH = 1",
+        "sha256": first.sha256,
+        "models": ["vit"],
+    }
+    assert opened()["code"]["mine.py"] == kept
+    assert set(opened(own("DEPTH = 2", "other", file="b.py"))["code"]) == {"mine.py", "b.py"}
+    for changed in (own("DEPTH = 2", "vit"), own("DEPTH = 2", "vit", file="c.py")):
+        with pytest.raises(UserError, match=r"the code of vit in .\w*\.py \(sha256 \w{12}, then"):
+            opened(changed)
 
 
 def test_continuing_with_something_else_is_said_and_recorded(tiny, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from search_spaces.own_code import Code
 from tests.tune_study.data.pictures import class_folders
 from tune_study.errors import UserError
 from tune_study.study import preflight
@@ -48,6 +49,39 @@ def test_preflight_refuses_before_anything_is_written(tiny, tmp_path, fields, wo
     with pytest.raises(UserError, match=words):
         preflight.check([tiny("nf4", **fields)], context(tmp_path, data_dir=tmp_path / "empty"))
     assert not (tmp_path / "study").exists()
+
+
+def test_a_model_of_ones_own_says_where_its_weights_come_from(tiny, tmp_path):
+    """Its function may pass over ``pretrained``; timm looks at nothing."""
+
+    @timm.models.register_model
+    def without_weights(pretrained=False, **options):
+        known = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+        rest = {name: value for name, value in options.items() if name not in known}
+        return timm.create_model("vit_glyphs_patch4_32", **rest)
+
+    code = Code("mine.py", "grid", "", "sha", ("without_weights",))
+    trial, where = tiny("none", model="without_weights"), context(tmp_path, code=code)
+    with pytest.raises(UserError, match=r"model = without_weights: mine\.py names no pretrained"):
+        preflight.check([trial], where)
+    random = tiny("none", model="without_weights", pretrained=False)
+    checked = preflight.check([random], where)
+    assert checked.checksums["weights"]["without_weights"]["pretrained"] is False
+
+
+def test_a_model_that_does_not_take_its_images_is_refused(tiny, tmp_path):
+    @timm.models.register_model
+    def never_runs(**options):
+        class Never(timm.models.vision_transformer.VisionTransformer):
+            def forward(self, x):
+                raise KeyError("planted")
+
+        model = Never(img_size=32, embed_dim=64, depth=1, num_heads=1)
+        model.pretrained_cfg = {"input_size": (3, 32, 32)}
+        return model
+
+    with pytest.raises(UserError, match=r"does not take images of 32 x 32 px \('planted'\)"):
+        preflight.check([tiny("none", model="never_runs", pretrained=False)], context(tmp_path))
 
 
 def test_the_checksum_of_weights_says_where_they_come_from(tiny, tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from benchmarks.repeats import TIMES
+from search_spaces.own_code import Code
+from tune_study.errors import UserError
 from tune_study.folder import schema
 from tune_study.folder.remote import RemoteError
 from tune_study.folder.results import PLANNED
@@ -229,6 +231,16 @@ def test_an_exception_is_written_and_raised(tiny, tmp_path, monkeypatch):
     assert error["type"] == "ValueError"
     assert "in fail" in error["traceback"]
     assert error["config"]["quantization"]["mode"] == "int8"
+
+
+def test_own_code_that_fails_on_a_worker_is_one_sentence(tiny, tmp_path):
+    code = Code("my_model.py", "grid", "import not_on_this_node", "sha", ("leaf_vit",))
+    with pytest.raises(UserError):
+        run(tiny("int8"), tmp_path, code=code)
+    results = json.loads((tmp_path / tiny("int8").trial_id / "results.json").read_text())
+    assert results["status"] == "error"
+    assert results["error"].startswith("my_model.py runs for the command and not where trials run")
+    assert "'not_on_this_node'" in results["error"]
 
 
 def test_quantization_that_does_not_happen_is_an_error_and_no_result(tiny, tmp_path, monkeypatch):
