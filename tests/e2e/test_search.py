@@ -10,7 +10,7 @@ import optuna
 import pandas as pd
 import pytest
 
-from tests.e2e import harness
+from tests.e2e import harness, nodes, test_cluster
 
 SEARCH = ["--search", "optuna", "--space", "qlora", "--num-samples", "16", "--simulate"]
 SEARCH += ["--set", "training.num_train_epochs=2", "--name", "s"]
@@ -100,3 +100,41 @@ def test_ctrl_c_leaves_a_search_that_goes_on(whole, tmp_path):
     code, output = harness.finish(start(tmp_path), tmp_path)
     assert code == 0, output
     same(tmp_path / "s", whole)
+
+
+def on_cluster(folder, cluster, *options):
+    places = ("--address", cluster["address"], "--cpus-per-trial", 1)
+    places += ("--storage", (folder.parent / "store").as_uri())
+    return start(folder, *places, *options)
+
+
+@pytest.mark.slow
+def test_on_a_cluster_a_killed_command_goes_on_from_an_empty_folder(whole, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    one = ("--max-concurrent", 1)
+    with nodes.cluster(3) as cluster:
+        process = on_cluster(first, cluster, *one, *LASTING)
+        wait_for(process, first, "[5/16]")
+        harness.kill(process, "driver")
+        process.wait()
+        code, output = harness.finish(on_cluster(second, cluster, *one), second)
+    assert code == 0, output
+    assert "of 16 trials have ended" in output
+    same(second / "s", whole)
+    same(tmp_path / "store" / "s", whole)
+
+
+@pytest.mark.slow
+def test_on_a_cluster_several_run_at_a_time_and_survive_a_node(tmp_path):
+    options = ("--num-samples", 6, "--set", "training.num_train_epochs=4", "--epoch-s", 10)
+    folder = tmp_path / "c"
+    with nodes.cluster(3) as cluster:
+        process = on_cluster(folder, cluster, *options)
+        test_cluster.until(process, folder, lambda said: said.count(": epoch 1/4") == 3)
+        test_cluster.kill_another_node(cluster, process)
+        code, output = harness.finish(process, folder)
+    assert code == 0, output
+    assert "its worker process died (its node died)" in output
+    assert "all 6 trials ended well" in output
+    plan, learned, trials = read(folder / "s")
+    assert len(plan) == len(learned) == len(trials) == 6

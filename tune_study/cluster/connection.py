@@ -46,18 +46,14 @@ def parse_address(address: str) -> str:
     return address
 
 
-def check_options(address: str, storage: str | None, search: str | None) -> None:
-    """Raises ``UserError`` for what a study on a cluster lacks, or can't do there."""
+def check_options(address: str, storage: str | None) -> None:
+    """Raises ``UserError`` for what a study on a cluster lacks."""
     if parse_address(address) == "local":
         return
     if storage is None:
         raise UserError(
             f"--address {address}: the nodes of a cluster need a place for what their trials "
             "leave; add --storage with s3://bucket/path, or file:///path of a folder they share"
-        )
-    if search is not None:
-        raise UserError(
-            f"--address {address}: --search runs on one machine; leave one of the two out"
         )
 
 

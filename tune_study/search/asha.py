@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +11,7 @@ from tune_study.cluster.stop import Gate
 from tune_study.config import TrialConfig
 from tune_study.folder.files import mapping, write_json
 from tune_study.folder.results import read_results
+from tune_study.search.search import Search
 from tune_study.trial import simulate
 from tune_study.trial.context import RunContext
 
@@ -25,25 +25,22 @@ class Asha(Gate, AsyncHyperBandScheduler):
     A trial that it stops has the status ``pruned``: nothing went wrong, and it is not continued.
     """
 
-    def __init__(
-        self, trials: Sequence[TrialConfig], context: RunContext, drawn: Sequence[TrialConfig]
-    ) -> None:
-        """``trials`` of the study so far; ``drawn`` from the space, to know the most epochs."""
+    def __init__(self, search: Search) -> None:
         super().__init__(
             time_attr="epoch",
             metric="val_accuracy",
             mode="max",
-            max_t=max(trial.training.num_train_epochs for trial in [*trials, *drawn]),
+            max_t=max(trial.training.num_train_epochs for trial in search.expected),
             grace_period=1,
             reduction_factor=REDUCTION,
             stop_last_trials=False,
         )
-        self._context = context
-        for trial in trials:
+        self._search = search
+        for trial in search.trials:
             self._remember(trial)
 
     def _remember(self, trial: TrialConfig) -> None:
-        results = read_results(self._context.study_dir, trial.trial_id)
+        results = read_results(self._search.context.study_dir, trial.trial_id)
         rows = mapping(results, "train").get("epochs", [])
         earlier: Any = SimpleNamespace(trial_id=trial.trial_id)
         controller: Any = None
@@ -60,7 +57,9 @@ class Asha(Gate, AsyncHyperBandScheduler):
         self._trial_info.setdefault(config.trial_id, self._brackets[0])
         decision = super().on_trial_result(tune_controller, own, result)
         if decision == TrialScheduler.STOP:
-            mark_pruned(config, self._context, int(result["epoch"]))
+            self._search.pull(config)  # its epochs, which it pushes before it reports them
+            mark_pruned(config, self._search.context, int(result["epoch"]))
+            self._search.push(config)
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:

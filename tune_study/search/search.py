@@ -24,6 +24,7 @@ from tune_study.errors import UserError, first_line
 from tune_study.folder.files import read_json, write_json
 from tune_study.folder.results import measured, read_results
 from tune_study.folder.schema import FINISHED_STATUSES, GOOD_STATUSES
+from tune_study.folder.store import Store, plainly
 from tune_study.loggers.progress import Progress
 from tune_study.search.settings import Settings, asked, distributions_of, probes
 from tune_study.trial.context import RunContext
@@ -104,6 +105,7 @@ class Search:
         self.settings, self.context = settings, context
         self.trials = list(trials)
         self.problem: UserError | None = None
+        self._store: Store | None = None
         self._progress: Progress | None = None
         self.storage = open_storage(context.study_dir)
         self._refuse_changed_space()
@@ -148,9 +150,27 @@ class Search:
         results = read_results(self.context.study_dir, trial.trial_id)
         return outcome(results, self.settings.objectives)
 
-    def begin(self, progress: Progress) -> None:
-        """Who is told of new trials."""
+    def begin(self, progress: Progress, store: Store | None = None) -> None:
+        """Who is told of new trials; where those on a cluster leave their results."""
         self._progress = progress
+        self._store = store if self.context.on_cluster else None
+
+    def pull(self, trial: TrialConfig) -> None:
+        """On a cluster: what a node has pushed of the trial, before anything is made of it."""
+        if self._store is not None:
+            with plainly():
+                self._store.pull(trial.trial_id)
+
+    def push(self, trial: TrialConfig) -> None:
+        """On a cluster: what the command itself says of the trial."""
+        if self._store is not None:
+            with plainly():
+                self._store.push(trial.trial_id)
+
+    @property
+    def expected(self) -> list[TrialConfig]:
+        """The trials so far, and draws from the space: models and data that may be asked for."""
+        return [*self.trials, *probes(self.settings)]
 
     def say(self, line: str) -> None:
         assert self._progress is not None

@@ -20,7 +20,7 @@ from tune_study.folder.results import read_results
 from tune_study.search.asha import Asha
 from tune_study.search.importance import write_importances
 from tune_study.search.search import Ended, Search
-from tune_study.search.settings import OBJECTIVES, probes
+from tune_study.search.settings import OBJECTIVES
 
 STUDY_NAME = "search"
 """The same in every folder, which may be renamed."""
@@ -182,8 +182,13 @@ class Suggestions(OptunaSearch):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """A trial that was stopped, or whose worker died, stays running: it is continued."""
-        trial, config = self._live.pop(trial_id)
+        """A trial that was stopped, or whose worker died, stays running: it is continued.
+
+        Tune calls it before all callbacks, and again when it fails: the store may not answer.
+        """
+        trial, config = self._live[trial_id]
+        self._search.pull(config)
+        del self._live[trial_id]
         ended = self._search.ended(config)
         if ended is not None:
             self._tell(trial.number, ended)
@@ -200,7 +205,7 @@ def tune_config(search: Search, max_concurrent: int) -> dict[str, Any]:
     """What Tune's ``TuneConfig`` gets: the suggestions, their number, and the scheduler."""
     gate: tune.schedulers.TrialScheduler = Gate()
     if search.settings.scheduler == "asha":
-        gate = Asha(search.trials, search.context, probes(search.settings))
+        gate = Asha(search)
     return {
         "search_alg": ConcurrencyLimiter(Suggestions(search), max_concurrent=max_concurrent),
         "num_samples": -1,  # the searcher says when it has finished

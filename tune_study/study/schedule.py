@@ -70,13 +70,14 @@ def run(
     ours = [progress, deaths, *([trackers] if trackers else [])]
     others = own_raylet() if context.on_cluster else []
     try:
-        inputs = ship(trials, context) if context.on_cluster else None
+        needed = search.expected if search else trials
+        inputs = ship(needed, context) if context.on_cluster else None
         trainable = tune.with_parameters(
             run_trial, context=context.model_dump(mode="json"), inputs=inputs
         )
         with graceful_signals(progress.say), RayWatch(on_dead_ray, others):
             if search:
-                search.begin(progress)
+                search.begin(progress, store)
             waiting = list(trials)
             while (waiting or search) and not Stop.requested():
                 callbacks = _callbacks(context, search, ours, store)
@@ -95,9 +96,9 @@ def run(
 def _callbacks(
     context: RunContext, search: Search | None, ours: Sequence[tune.Callback], store: Store | None
 ) -> list[tune.Callback]:
-    """In the order in which they need each other's files."""
+    """In the order in which they need each other's files. A search pulls by itself, earlier."""
     return [
-        *([Pull(store)] if store and context.on_cluster else []),
+        *([Pull(store)] if store and context.on_cluster and not search else []),
         *_tensorboard(context, search),
         *ours,
         *([Push(store)] if store else []),

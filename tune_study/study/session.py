@@ -216,7 +216,7 @@ def _context(given: Options, grid_name: str, simulation: Simulation | None) -> R
     default_name = f"{grid_name}-simulated" if simulation else grid_name
     folder = safe_name(default_name) if given.name is None else given.name
     study_dir = resolved("--output-dir", given.output_dir / folder)
-    check_options(given.address, given.storage, given.search)
+    check_options(given.address, given.storage)
     named = ("--space", given.space) if given.search else ("--grid", given.grid)
     return RunContext(
         study_dir=study_dir,

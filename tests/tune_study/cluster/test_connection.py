@@ -37,13 +37,11 @@ def test_a_node_that_differs_is_told_by_its_difference():
     )
 
 
-def test_a_cluster_needs_a_store_and_takes_no_search():
-    connection.check_options("local", None, "optuna")
-    connection.check_options("auto", "s3://b/p", None)
+def test_a_cluster_needs_a_store():
+    connection.check_options("local", None)
+    connection.check_options("auto", "s3://b/p")
     with pytest.raises(UserError, match="add --storage"):
-        connection.check_options("auto", None, None)
-    with pytest.raises(UserError, match="--search runs on one machine"):
-        connection.check_options("auto", "s3://b/p", "optuna")
+        connection.check_options("auto", None)
 
 
 @pytest.fixture

@@ -22,9 +22,11 @@ ASHA = settings(
 )
 
 
-def asha_of(folder, trials):
+def asha_of(folder, trials, expected):
+    """On one machine, where nothing is pulled or pushed."""
     where = RunContext(study_dir=folder, simulation=Simulation())
-    return asha.Asha(trials, where, probes(ASHA))
+    nothing = {"pull": lambda trial: None, "push": lambda trial: None}
+    return asha.Asha(SimpleNamespace(trials=trials, context=where, expected=expected, **nothing))
 
 
 def test_asha_prunes_and_remembers_after_a_kill(tmp_path):
@@ -37,7 +39,7 @@ def test_asha_prunes_and_remembers_after_a_kill(tmp_path):
         trial = SimpleNamespace(trial_id=f"tune{number}", config=suggestion)
         if number == 5:  # a new process
             scheduler = tune_config(search, 1)["scheduler"]
-        fresh = asha_of(tmp_path, search.trials[:number])
+        fresh = asha_of(tmp_path, search.trials[:number], probes(ASHA))
         fresh.on_trial_add(None, trial)
         scheduler.on_trial_add(None, trial)
         (tmp_path / search.trials[number].trial_id).mkdir()
@@ -74,8 +76,7 @@ def test_asha_prunes_and_remembers_after_a_kill(tmp_path):
 def test_a_third_goes_on_at_epochs_1_3_and_9(tmp_path):
     long = settings(objectives=["val_accuracy"], assignments=[("training.num_train_epochs", 12)])
     config = probes(long)[0]
-    where = RunContext(study_dir=tmp_path, simulation=Simulation())
-    scheduler = asha.Asha([], where, [probes(ASHA)[0], config])
+    scheduler = asha_of(tmp_path, [], [probes(ASHA)[0], config])
     assert [milestone for milestone, _ in scheduler._brackets[0]._rungs] == [9, 3, 1]
     found = []
     for seed, accuracy in enumerate((0.5, 0.6, 0.4, 0.55)):
