@@ -118,7 +118,6 @@ def refusal(monkeypatch, capsys, *arguments):
         (["--address", "ray://", "--search", "optuna"], ["http://HOST:8265", "--search optuna"]),
         (["--address", "somewhere"], ["somewhere", "HOST:PORT"]),
         (["--address", "auto"], ["--address auto", "--storage"]),
-        (["--address", "auto", "--storage", "file:///x", "--search", "optuna"], ["--search"]),
         (["--storage", "some/folder"], ["some/folder", "--output-dir"]),
         (["--storage", "nonsense://K:SECRET@x/y"], ["nonsense://***@x/y"]),
         (["--epoch-s", "1"], ["--epoch-s", "--simulate"]),
