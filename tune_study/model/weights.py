@@ -71,7 +71,13 @@ def load_fitted(
     with _handed_over() as handed:
         model = _create(config, {**options, "pretrained_cfg_overlay": overlay}, origin)
     cast(dict[str, Any], model.pretrained_cfg).pop("state_dict", None)
-    given = next(tensors for module, tensors in handed if module is model)
+    given = next((tensors for module, tensors in handed if module is model), None)
+    if given is None:
+        raise UserError(
+            f"{origin}: {config.model} loads no weights when it is asked for pretrained ones; hand "
+            "pretrained and the other options of its function to timm's build_model_with_cfg, or "
+            "add --set pretrained=false"
+        )
     missing = _prove_loaded(model, given, origin, whole=weights is not None)
     left_out, resampled = _unlike(model, state, given)
     if config.data.image_size is not None:  # then other positions are what was asked for

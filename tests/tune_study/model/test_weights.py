@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -234,3 +236,17 @@ def test_kinds_of_tensors_are_listed_once():
     names = [f"blocks.{n}.{kind}" for kind in "abcdefgh" for n in range(3)]
     assert listed(names, most=2) == "24 tensors (blocks.*.a, blocks.*.b, and 6 more kinds)"
     assert listed(["x"]) == "1 tensor (x)"
+
+
+def test_a_function_that_passes_over_the_weights_is_refused(tiny):
+    """Of the user's own, with a file in its default_cfgs: nothing else would tell."""
+    shipped = timm.get_pretrained_cfg("vit_glyphs_patch4_32")
+    model = timm.create_model("vit_glyphs_patch4_32")
+
+    @timm.models.register_model
+    def passes_over(pretrained=False, **options):
+        return model
+
+    weights = Path(shipped.file)
+    with pytest.raises(UserError, match="passes_over loads no weights when it is asked for"):
+        load_base(tiny("none", model="passes_over"), 10, weights)
