@@ -161,6 +161,6 @@ def test_a_study_submitted_as_a_job_is_stopped_and_continued(tmp_path):
         assert "all 2 trials ended well" in output
         code, output = harness.finish(submit("third", "--grid", "nowhere"), tmp_path / "third")
         assert code == 1
-        assert "error: --grid nowhere: choose one of demo" in output
+        assert "error: --grid nowhere: choose one of " in output
         assert "Job 'third' failed" in told("status", "third")
     assert len(pd.read_parquet(store / "two-simulated" / "epochs.parquet")) == 6
