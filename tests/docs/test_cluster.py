@@ -92,13 +92,13 @@ def test_the_commands_run(bucket, tmp_path, monkeypatch, capsys):
         said = capsys.readouterr()
         assert not code, f"{command}: {said.out}{said.err}"
         if "another_folder" in command:
-            assert "nothing to do: all 12 trials" in said.out
+            assert "nothing to do: all 24 trials" in said.out
     there = remote.listing(bucket)
     for name in ("demo", "on_cluster", "as_job"):
         assert f"{name}/report/report.html" in there
-        assert sum(bool(re.match(f"{name}/[^/]+/results.json", key)) for key in there) == 12
+        assert sum(bool(re.match(f"{name}/[^/]+/results.json", key)) for key in there) == 24
     for folder in ("ray_results/demo", "another_folder/demo", "demo_report"):
-        assert len(pd.read_parquet(work / folder / "trials.parquet")) == 12
+        assert len(pd.read_parquet(work / folder / "trials.parquet")) == 24
 
 
 def refusal(monkeypatch, capsys, *arguments):

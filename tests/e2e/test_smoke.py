@@ -30,7 +30,9 @@ def test_every_planned_trial_has_a_whole_row(study):
     assert list(trials["quantized_layers"]) == [0, 24, 24, 24]
     bytes_ = list(trials["weights_bytes"])
     assert bytes_ == sorted(bytes_, reverse=True)
-    missing = ("error", "gradient_noise_scale")  # no trial failed; it is off by default
+    # No trial failed; the noise scale is off by default; missing stands for all or for none.
+    unasked = {"error", "gradient_noise_scale", "data.image_size"}
+    missing = unasked | {"lora.exclude_modules", "lora.layers_to_transform"}
     known = [c.name for c in schema.TRIALS if c.name not in missing]
     assert not trials[known].isna().any().any()
     epochs = pd.read_parquet(folder / "epochs.parquet")

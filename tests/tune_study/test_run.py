@@ -175,7 +175,7 @@ def test_a_folder_of_images_is_told_at_the_start_and_in_study_json(command, tmp_
 def test_validate_only_builds_every_model(command, tmp_path, monkeypatch):
     code, output, _ = command("--grid", "demo", "--validate-only")
     assert code == 0
-    assert "12/12 valid" in output
+    assert "24/24 valid" in output
     monkeypatch.setattr("tune_study.model.build.quantize_model", lambda *_: [])
     code, _, error = command("--grid", "demo", "--validate-only")
     assert code == 2

@@ -143,7 +143,7 @@ def _train(context: RunContext, report: Report, record: Record) -> None:
         if context.keep_checkpoints != "none":
             record.write("interrupted")  # what the adapter's card says of the test
             write_folder_whole(
-                record.folder / "adapter", lambda path: _save_adapter(built, path, context, record)
+                record.folder / "adapter", lambda path: _leave_adapter(built, path, context, record)
             )
     record.write(status)
     record.log(status)
@@ -193,21 +193,25 @@ def _save(training: Training, context: RunContext, record: Record) -> None:
         checkpoint.prune(record.folder)
 
 
-def _save_adapter(built: BuiltModel, folder: Path, context: RunContext, record: Record) -> None:
-    """In PEFT's layout, for the original base, which it names; and a card of ours.
+def _leave_adapter(built: BuiltModel, folder: Path, context: RunContext, record: Record) -> None:
+    """The adapter, which names its base, and a card of ours in place of PEFT's template."""
+    config = record.config
+    own = config.pretrained and context.weights is None
+    save_adapter(built, folder, (own and hub.repository(config.model)) or config.model)
+    study = read_json(context.study_dir / "study.json")
+    write_card(folder, record.content, mapping(study).get("command"))
+
+
+def save_adapter(built: BuiltModel, folder: Path, base: str) -> None:
+    """In PEFT's layout, for the original model, called ``base``.
 
     Adapters that began with a part of the base, B0 A0, hold that part as well: what training added
     is scaling * (B A - B0 A0), of twice the rank. PEFT converts PiSSA's so
     (``LoraModel.subtract_mutated_init``), but not where ranks differ and scale by their root.
     """
-    config = record.config
-    own = config.pretrained and context.weights is None
-    spec = built.model.peft_config["default"]
-    spec.base_model_name_or_path = (own and hub.repository(config.model)) or config.model
+    built.model.peft_config["default"].base_model_name_or_path = base
     with added_by_training(built.model, built.factors) as state:
         built.model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
-    study = read_json(context.study_dir / "study.json")
-    write_card(folder, record.content, mapping(study).get("command"))
 
 
 def _memory(config: TrialConfig, built: BuiltModel, training: Training) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def test_scalars_and_hparams_are_there_while_the_trial_runs(trial, plan, tmp_pat
     folder = tmp_path / "tensorboard" / trial.config["trial_id"]
     found = events(folder)
     for _ in range(100):  # its writer thread flushes every five seconds
-        if "accuracy/validation" in found.Tags()["scalars"]:
+        if {"accuracy/validation", "compare/weights_MB"} <= set(found.Tags()["scalars"]):
             break
         time.sleep(0.2)
         found.Reload()

@@ -20,7 +20,7 @@ from tune_study.model.initial import effective_weight, loftq, lora_layers
 from tune_study.model.layers import block_linears
 from tune_study.model.quantize import QuantizationFailed, dequantize, dequantized
 from tune_study.model.weights import load_base
-from tune_study.trial.execution import _save_adapter
+from tune_study.trial.execution import save_adapter
 
 FP32 = {"compute_dtype": "fp32"}
 
@@ -287,7 +287,8 @@ def test_plain_peft_loads_the_saved_adapter_onto_the_original_base(tiny, tmp_pat
     config = copy.deepcopy(built.model.peft_config["default"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT takes lora_bias for a shard
-        _save_adapter(built, tmp_path)
+        save_adapter(built, tmp_path, "base")
+    config.base_model_name_or_path = "base"
     assert built.model.peft_config["default"] == config
     torch.manual_seed(42)
     loaded = PeftModel.from_pretrained(load_base(tiny("none"), 10), tmp_path).eval()
@@ -301,7 +302,7 @@ def test_over_a_quantized_base_the_saved_adapter_is_what_training_added(tiny, tm
     first = build_model(config, 10)
     before = {name: effective_weight(layer) for name, layer in lora_layers(first.model)}
     built = stirred(first)
-    _save_adapter(built, tmp_path)
+    save_adapter(built, tmp_path, "base")
     torch.manual_seed(42)
     loaded = PeftModel.from_pretrained(load_base(tiny("none"), 10), tmp_path)
     weights, trained = full_weights(config), dict(lora_layers(built.model))

@@ -262,7 +262,10 @@ def test_where_a_trial_runs_unless_told(tmp_path):
     where = RunContext(study_dir=tmp_path).model_dump(exclude={"study_dir"})
     assert where == {
         "data_dir": None,
+        "cache_dir": None,
+        "leave_out_broken": False,
         "weights": None,
+        "code": None,
         "device": "cpu",
         "num_threads": 1,
         "simulation": None,

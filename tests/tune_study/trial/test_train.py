@@ -251,7 +251,7 @@ def bare(tiny, images=45, **fields):
     split = Split(torch.zeros(images, 3, 8, 8, dtype=torch.uint8), torch.zeros(images).long())
     test = Split(split.images[:3], split.labels[:3])
     data = Dataset(split, Split(split.images[:7], split.labels[:7]), test, ["a", "b"], "")
-    built = SimpleNamespace(model=torch.nn.Linear(2, 2), preprocessing=None)
+    built = SimpleNamespace(model=torch.nn.Linear(2, 2), preprocessing=None, factors={})
     return train.start(tiny("none", **fields), built, data, CPU)
 
 
