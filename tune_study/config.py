@@ -166,9 +166,14 @@ class LoraSpec(_Record):
         return self.model_copy(update={name: getattr(plain, name) for name in names})
 
 
+def ends_as(pattern: str, layer: str) -> bool:
+    """Whether a whole end of the layer's name matches, as in PEFT's ``rank_pattern``."""
+    return re.match(rf"(.*\.)?({pattern})$", layer) is not None
+
+
 def _of_pattern(patterns: Mapping[str, int], layer: str, otherwise: int) -> int:
-    """As PEFT's ``get_pattern_key``: the first pattern that a whole end of the name matches."""
-    matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", layer))
+    """As PEFT's ``get_pattern_key``: the first pattern that means the layer."""
+    matching = (pattern for pattern in patterns if ends_as(pattern, layer))
     return patterns[found] if (found := next(matching, None)) is not None else otherwise
 
 

@@ -18,9 +18,7 @@ from analysis.text.wording import (
     points,
     signed,
 )
-from tune_study.folder.names import SHORT, field_in_words
-
-LONG = {short: field for field, short in SHORT.items()}
+from tune_study.folder.names import LONG, field_in_words
 
 
 def accuracy(found: Findings) -> Section:

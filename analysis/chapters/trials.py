@@ -57,7 +57,7 @@ def trials(found: Findings) -> Section:
 
 
 MOST_TRIALS = 1000
-_HEADINGS = {"dataset": "data set", "lora_r": "LoRA r", "lora_alpha": "LoRA alpha"}
+_HEADINGS = {"lora_r": "LoRA r", "lora_alpha": "LoRA alpha"}
 
 
 def every_trial(frame: pd.DataFrame) -> Table:

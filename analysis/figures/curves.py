@@ -11,6 +11,7 @@ from analysis.figures.style import (
     Drawn,
     called,
     legend_below,
+    legend_of_modes,
     panel_grid,
     panels_of,
     plain_log,
@@ -39,7 +40,6 @@ def plot_curves(
     """
     if table.empty:
         return Drawn(key, title, caption, None, empty)
-    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     panels = panels_of(table, ["model", "dataset"])
@@ -59,11 +59,7 @@ def plot_curves(
             if log:
                 axis.set_yscale("log")
                 plain_log(axis.yaxis, *axis.get_ylim())
-        handles = [
-            Line2D([], [], color=style(m)[0], ls=style(m)[2], marker=style(m)[1], ms=4)
-            for m in modes
-        ]
-        legend_below(figure, handles, [called(m) for m in modes])
+        legend_below(figure, *legend_of_modes(modes, lines=True, ms=4))
     return Drawn(key, title, caption, figure)
 
 

@@ -9,8 +9,8 @@ import pandas as pd
 
 from analysis.figures.style import (
     Drawn,
-    called,
     legend_below,
+    legend_of_modes,
     panel_grid,
     settings,
     style,
@@ -36,8 +36,6 @@ def plot_axes(levels: pd.DataFrame, points: pd.DataFrame, *, title: str, caption
     if shown.empty:
         reason = "no quantized mode has a finished pair with the unquantized baseline"
         return Drawn(key, title, caption, None, reason)
-    from matplotlib.lines import Line2D
-
     modes = modes_of(shown["quantization"])
     names = list(dict.fromkeys(levels["axis"]))[:_MOST_PANELS]
     low, high = _limits(shown, points)
@@ -58,10 +56,7 @@ def plot_axes(levels: pd.DataFrame, points: pd.DataFrame, *, title: str, caption
             axis.grid(axis="x", visible=False)
         for axis in axes[:: min(2, len(axes))]:
             axis.set_ylabel("difference, pp")
-        handles = [
-            Line2D([], [], color=style(m)[0], marker=style(m)[1], ls=style(m)[2]) for m in modes
-        ]
-        legend_below(figure, handles, [called(mode) for mode in modes])
+        legend_below(figure, *legend_of_modes(modes, lines=True))
     return Drawn(key, title, caption, figure)
 
 

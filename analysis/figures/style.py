@@ -162,12 +162,16 @@ def _columns(widths: Sequence[float], count: int) -> list[list[float]]:
     return [list(part) for part in np.array_split(widths, min(count, len(widths)))]
 
 
-def legend_of_modes(modes: Sequence[str]) -> tuple[list[Any], list[str]]:
-    """Handles and labels of the marks of treatments."""
+def legend_of_modes(
+    modes: Sequence[str], *, lines: bool = False, **options: Any
+) -> tuple[list[Any], list[str]]:
+    """Handles and labels of the marks of treatments, and of their ``lines``."""
     from matplotlib.lines import Line2D
 
-    looks = [style(mode) for mode in modes]
-    handles = [Line2D([], [], color=colour, marker=mark, ls="") for colour, mark, *_ in looks]
+    handles = [
+        Line2D([], [], color=colour, marker=mark, ls=dashes if lines else "", **options)
+        for colour, mark, dashes, _ in map(style, modes)
+    ]
     return handles, [called(mode) for mode in modes]
 
 

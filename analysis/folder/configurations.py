@@ -48,7 +48,6 @@ def named(trials: pd.DataFrame) -> pd.DataFrame:
     first = ~pd.Series(number).duplicated().to_numpy()
     distinct = trials.loc[first, columns].astype(object)
     distinct = distinct.where(distinct.notna(), None)
-    long = {short: field for field, short in names.SHORT.items()}
-    cells: list[Any] = distinct.rename(columns=long).to_dict("records")
+    cells: list[Any] = distinct.rename(columns=names.LONG).to_dict("records")
     texts = pd.array(names.configurations(cells), dtype="string")
     return trials.assign(configuration=texts[number] if len(trials) else texts)

@@ -20,8 +20,6 @@ NAMES = {
 }
 """What a search can be asked for."""
 _AXES = {
-    "model": "model",
-    "dataset": "data set",
     "lora_r": "LoRA rank",
     "lora_alpha": "LoRA alpha",
     "lora.init_lora_weights": "initialisation",

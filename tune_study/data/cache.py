@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
@@ -214,7 +215,7 @@ def _fill(path: Path, shape: Shape, fill: Callable[[Path], dict[int, str]]) -> d
     broken: dict[int, str] = {}
 
     def write(temporary: Path) -> None:
-        broken.update(sorted(fill(temporary).items()))
+        broken.update(fill(temporary))
 
     write_whole(path, write)
     write_json(path.with_suffix(".json"), {"shape": shape, "broken": broken})
@@ -223,36 +224,38 @@ def _fill(path: Path, shape: Shape, fill: Callable[[Path], dict[int, str]]) -> d
 
 def _decode(found: Found, side: int, interpolation: str, file_path: Path) -> dict[int, str]:
     """Every image into its place of the file; the others' places stay zeros."""
-    broken: dict[int, str] = {}
     one_writer = threading.Lock()
     with file_path.open("wb") as file:
         file.truncate(len(found.paths) * 3 * side**2)
 
-        def keep(at: int, image: str) -> None:
-            try:
-                square = decoding.square(Path(image), side, interpolation)
-            except Unreadable as error:
-                broken[at] = str(error)
-                return
+        def keep(at: int, square: np.ndarray) -> None:
             with one_writer:
                 file.seek(at * square.nbytes)
                 file.write(square.data)
 
-        _each(found, f"decoding the images of {found.root}", keep)
-    return broken
+        return _decoded(found, "decoding", side, interpolation, keep)
 
 
 def look_through(found: Found, how: Preprocessing) -> dict[int, str]:
     """Why an image cannot be read, by its place: all are decoded, and nothing is kept."""
+    return _decoded(found, "looking through", how.image_size, how.interpolation, lambda *_: None)
+
+
+def _decoded(
+    found: Found, doing: str, side: int, interpolation: str, keep: Callable[[int, np.ndarray], None]
+) -> dict[int, str]:
+    """``keep(place, square)`` of every image; why one cannot be read, by its place, in order."""
     broken: dict[int, str] = {}
 
-    def look(at: int, path: str) -> None:
+    def decode(at: int, path: str) -> None:
         try:
-            decoding.square(Path(path), how.image_size, how.interpolation)
+            square = decoding.square(Path(path), side, interpolation)
         except Unreadable as error:
             broken[at] = str(error)
+        else:
+            keep(at, square)
 
-    _each(found, f"looking through the images of {found.root}", look)
+    _each(found, f"{doing} the images of {found.root}", decode)
     return dict(sorted(broken.items()))
 
 

@@ -16,10 +16,10 @@ from tune_study.data import cache
 from tune_study.data.decoding import Unreadable, rgb
 from tune_study.data.folders import Found, find
 from tune_study.data.mapped import Mapped
+from tune_study.data.names import FOLDER
 from tune_study.data.place import Place, Preprocessing
 from tune_study.errors import UserError, first_line
 
-FOLDER = "folder:"
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
 CIFAR_IMAGES = {"train": 50_000, "test": 10_000}
 """Of either set, as many of each class."""

@@ -21,6 +21,7 @@ SHORT = {
     "lora.lora_alpha": "lora_alpha",
 }
 """Fields whose column in the trials table has a short name as well."""
+LONG = {short: field for field, short in SHORT.items()}
 _NO_PART = ("trial_id", "seed", "quantization")
 _WORDS = {
     "dataset": "data set",
@@ -153,9 +154,12 @@ def configurations(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     ``deit_tiny_patch16_224 · r 8 · learning rate 0.001``; where nothing differs, model, data set
     and rank. Equal configurations have equal names, and different ones different names.
     """
+    return _configurations(cells, varying_fields(cells))
+
+
+def _configurations(cells: Sequence[Mapping[str, Any]], varying: list[str]) -> list[str]:
     if not cells:
         return []
-    varying = varying_fields(cells)
     fields = _named_by(cells, varying) or [name for name in _USUAL if name in cells[0]]
     words = {name: _values(name, {_key(cell.get(name)) for cell in cells}) for name in fields}
     names: dict[tuple[Any, ...], str] = {}
@@ -184,9 +188,10 @@ def told_apart(plan: Sequence[Mapping[str, Any]]) -> tuple[dict[str, str], dict[
     cells = [settings(entry) for entry in plan]
     treatments = [str(treatment(entry)) for entry in plan]
     said = {"model", "dataset", "lora.r"}
-    beside = [name for name in _named_by(cells, varying_fields(cells)) if name not in said]
-    short, rest = {}, {}
-    for entry, cell, own, name in zip(plan, cells, treatments, configurations(cells), strict=True):
+    varying = varying_fields(cells)
+    beside = [name for name in _named_by(cells, varying) if name not in said]
+    names, short, rest = _configurations(cells, varying), {}, {}
+    for entry, cell, own, name in zip(plan, cells, treatments, names, strict=True):
         trial_id = str(entry["trial_id"])
         short[trial_id] = f"{name} · {own} · seed {cell.get('seed')}"
         words = [words_of(field, cell.get(field)) for field in beside]

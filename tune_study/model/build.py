@@ -45,7 +45,7 @@ from tune_study.model.quantize import (
     quantize_model,
     tensor_bytes,
 )
-from tune_study.model.weights import classifier_names, load_base, refuse_unknown_model
+from tune_study.model.weights import classifier_names, load_base
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PEFT_CLASSES = {
@@ -185,7 +185,6 @@ def choose_attention(model: nn.Module, config: TrialConfig, device: torch.device
 
 def preprocessing(config: TrialConfig) -> Preprocessing:
     """What the trial's model wants, without building it. Raises ``UserError``."""
-    refuse_unknown_model(config.model)
     return preprocessing_of(skeleton_of(config.model, 10, config.data.image_size), config)
 
 

@@ -19,9 +19,10 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from tune_study.config import LoraSpec, QuantizationConfig, TrialConfig
+from tune_study.config import LoraSpec, QuantizationConfig, TrialConfig, ends_as
 from tune_study.errors import UserError, first_line
 from tune_study.model import backbone  # noqa: F401  (registers the demo's backbone with timm)
+from tune_study.model.hub import refuse_unknown_model
 from tune_study.model.weights import classifier_names
 
 BLOCK_LAYERS = re.compile(r"(.*\.)?blocks\.\d+\..+")
@@ -32,6 +33,7 @@ _BLOCK = re.compile(r"(?:(.*)\.)?blocks\.(\d+)\.")
 @cache
 def skeleton_of(model: str, num_classes: int, image_size: int | None) -> nn.Module:
     """The timm model without any numbers, on the ``meta`` device. Raises ``UserError``."""
+    refuse_unknown_model(model)
     options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     try:
         with torch.device("meta"):
@@ -149,7 +151,7 @@ def adapted_layers(model: nn.Module, lora: LoraSpec, name: str) -> tuple[str, li
         )
     for field in ("rank_pattern", "alpha_pattern"):
         for part in getattr(lora, field):
-            if not any(re.match(rf"(.*\.)?({part})$", layer) for layer in kept):
+            if not any(ends_as(part, layer) for layer in kept):
                 raise UserError(
                     f"lora.{field}: {part} matches no adapted layer; their names are such as "
                     f"{kept[0]}"

@@ -109,8 +109,10 @@ def plan(
         trial = parse_trial(values)
         trials.setdefault(trial.trial_id, trial)
     seeds = _ranks(trial.seed for trial in trials.values())
-    groups = _ranks(trial.configuration for trial in trials.values())
-    return sorted(trials.values(), key=lambda t: (seeds[t.seed], groups[t.configuration]))
+    units = {name: trial.configuration for name, trial in trials.items()}
+    groups = _ranks(units.values())
+    order = sorted(trials, key=lambda name: (seeds[trials[name].seed], groups[units[name]]))
+    return [trials[name] for name in order]
 
 
 class _Uncopied(list[Any]):
