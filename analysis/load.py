@@ -162,7 +162,7 @@ def _read_tables(
                 f"{path.name} is older than a trial's results.json, or was copied without its time"
             )
         try:
-            frame, lost = read(path, columns, name)
+            frame, lost = read(path, columns, name, alone=not found.results)
         except tables.TableError as error:
             raise tables.TableError(f"{path.name} {error}") from None
         frames.append(frame)

@@ -20,6 +20,8 @@ MACHINE = schema.Column("machine", "str", "", "hardware that ran the trial, in w
 """Not in the schema: where a trial ran is known from its results.json, and joins the table."""
 _TOLD_BY_THE_PLAN = {MACHINE.name, "configuration", *(column.name for column in schema.SETTINGS)}
 """Columns that a table of an earlier study lacks: they are known without it."""
+_IN_EVERY_TABLE = {"trial_id", "model", "dataset", "quantization", "seed", "status", "epoch"}
+"""Without one of these a table of any version is no table."""
 _LARGEST = 2.0**62
 
 
@@ -124,15 +126,21 @@ def frame(rows: list[dict[str, Any]], columns: Columns) -> pd.DataFrame:
     return pd.DataFrame(values, columns=names, dtype=object)
 
 
-def read_parquet(path: Path, columns: Columns, table: str) -> tuple[pd.DataFrame, list[str]]:
-    """The columns of ``path`` in the schema's types. Raises ``TableError``."""
+def read_parquet(
+    path: Path, columns: Columns, table: str, *, alone: bool
+) -> tuple[pd.DataFrame, list[str]]:
+    """The columns of ``path`` in the schema's types, and what is lost. Raises ``TableError``.
+
+    A table that stands ``alone`` may be of an earlier version, which had fewer columns. Where the
+    trials' files are there, they tell more than it does, and it is refused.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             held = file.schema_arrow
-            _require(columns, held.names)
+            lacking = _lacking(columns, held.names, table, alone)
             wanted = [column.name for column in columns if column.name in held.names]
             for name in wanted:
                 _require_plain(held.field(name))
@@ -141,24 +149,32 @@ def read_parquet(path: Path, columns: Columns, table: str) -> tuple[pd.DataFrame
             frame = read.to_pandas(ignore_metadata=True, types_mapper=_pandas_dtype)
     except (pa.ArrowException, OSError) as error:
         raise TableError(f"is truncated or no parquet file ({_first_line(error)})") from None
-    return typed(frame, columns, table)
+    frame, lost = typed(frame, columns, table)
+    return frame, lacking + lost
 
 
-def read_csv(path: Path, columns: Columns, table: str) -> tuple[pd.DataFrame, list[str]]:
+def read_csv(
+    path: Path, columns: Columns, table: str, *, alone: bool
+) -> tuple[pd.DataFrame, list[str]]:
     """The same from a .csv. Raises ``TableError``."""
     try:
         # Only an empty field is missing: the words "None" and "NA" can be names.
         frame = pd.read_csv(path, dtype="string", keep_default_na=False, na_values=[""])
     except (OSError, ValueError, pd.errors.ParserError) as error:
         raise TableError(f"is no readable CSV file ({_first_line(error)})") from None
-    _require(columns, list(frame.columns))
-    return typed(frame, columns, table)
+    lacking = _lacking(columns, list(frame.columns), table, alone)
+    frame, lost = typed(frame, columns, table)
+    return frame, lacking + lost
 
 
-def _require(columns: Columns, held: list[str]) -> None:
+def _lacking(columns: Columns, held: list[str], table: str, alone: bool) -> list[str]:
+    """What is to be said of the columns that are not there. Raises ``TableError``."""
     missing = [c.name for c in columns if c.name not in held and c.name not in _TOLD_BY_THE_PLAN]
-    if missing:
+    if not missing:
+        return []
+    if not alone or not _IN_EVERY_TABLE.isdisjoint(missing):
         raise TableError(f"lacks {len(missing)} column(s) of the schema, e.g. {missing[0]}")
+    return [f"{table} table: of an earlier version, without {', '.join(missing)}"]
 
 
 def _require_plain(field: pa.Field) -> None:

@@ -11,7 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis import load
-from tests.analysis.studies import change, edit_trials, name, named, row, same, truncate
+from tests.analysis.studies import (
+    change,
+    edit_trials,
+    name,
+    named,
+    row,
+    same,
+    truncate,
+    without_trials,
+)
 
 
 def nested(path: Path) -> None:
@@ -52,6 +61,30 @@ def test_a_truncated_epochs_table_is_named_and_rebuilt(folder: Path) -> None:
     study = load.read_study(folder)
     assert named(study, "epochs.parquet", "truncated")
     same(study, whole)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_tables_of_an_earlier_version_that_stand_alone_are_read(folder: Path, kind: str) -> None:
+    """A published study is its tables; the next version's columns do not make it unreadable."""
+    whole = load.read_study(folder)
+    other = {"parquet": "csv", "csv": "parquet"}[kind]
+    for path in [*without_trials(folder).glob(f"*.{other}")]:
+        path.unlink()
+    path = folder / f"trials.{kind}"
+    if kind == "csv":
+        pd.read_csv(path, dtype=str).drop(columns="initial_error").to_csv(path, index=False)
+    else:
+        edit_trials(lambda t: t.drop(columns="initial_error"))(path)
+    study = load.read_study(folder)
+    assert named(study, "trials table", "earlier version", "initial_error"), study.problems
+    assert study.trials["initial_error"].isna().all()
+    same(study, whole, but=("initial_error",))
+
+
+@pytest.mark.parametrize("column", ["trial_id", "status"])
+def test_a_table_without_what_every_version_has_is_no_table(folder: Path, column: str) -> None:
+    edit_trials(lambda t: t.drop(columns=column))(without_trials(folder) / "trials.parquet")
+    assert named(load.read_study(folder), "trials.parquet", "lacks 1 column(s)", column)
 
 
 @pytest.mark.parametrize(
