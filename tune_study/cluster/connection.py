@@ -99,7 +99,7 @@ def _join(address: str) -> None:
 
 def _look_at_nodes(address: str, context: RunContext, resources: Mapping[str, float]) -> int:
     """How many trials fit on the nodes at a time. Raises ``UserError`` for one that differs."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = nodes_for(resources)
     fits = sum(_fit(node["Resources"], resources) for node in nodes)
     if not fits:
         raise UserError(
@@ -112,7 +112,6 @@ def _look_at_nodes(address: str, context: RunContext, resources: Mapping[str, fl
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(context.device, context.code)
         for node in nodes
-        if _fit(node["Resources"], resources)
     }
     ours = provenance.what_computes(context.device)
     for name, answer in asked.items():
@@ -131,6 +130,12 @@ def _look_at_nodes(address: str, context: RunContext, resources: Mapping[str, fl
                 f"--address {address}: on {name}, {difference}; a study wants the same on all nodes"
             )
     return fits
+
+
+def nodes_for(resources: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The living nodes that have room for a trial."""
+    living = [node for node in ray.nodes() if node["Alive"]]
+    return [node for node in living if _fit(node["Resources"], resources)]
 
 
 def _what_is_there(device: str, code: Code | None) -> dict[str, Any] | str:

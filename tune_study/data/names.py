@@ -6,7 +6,14 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from tune_study.folder.remote import is_uri
+
 FOLDER = "folder:"
+
+
+def is_bucket(dataset: str) -> bool:
+    """Whether the folder lies behind a URI: ``folder:s3://bucket/images``."""
+    return dataset.startswith(FOLDER) and is_uri(dataset.removeprefix(FOLDER))
 
 
 class Names:
@@ -22,14 +29,19 @@ class Names:
     def of(self, dataset: str) -> str:
         """The name of ``dataset``: that of the same folder, else the shortest writing of it."""
         if (place := place_of(dataset)) is None:
-            return dataset
+            return dataset.rstrip("/") if is_bucket(dataset) else dataset
         return self._of.setdefault(_resolved(place), f"{FOLDER}{_written_short(place)}")
 
 
 def place_of(dataset: str) -> Path | None:
-    """The folder that ``folder:PATH`` names, ``~`` being the home; ``None`` for other data sets."""
+    """The folder that ``folder:PATH`` names, ``~`` being the home.
+
+    ``None`` for other data sets, and for a URI, which is a name already.
+    """
     path = dataset.removeprefix(FOLDER)
-    return None if path in (dataset, "") else Path(os.path.expanduser(path))
+    if path in (dataset, "") or is_bucket(dataset):
+        return None
+    return Path(os.path.expanduser(path))
 
 
 def _written_short(place: Path) -> Path:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from tune_study.data import cache
+from tune_study.data.buckets import folder_of
 from tune_study.data.decoding import Unreadable, rgb
 from tune_study.data.folders import Found, find
 from tune_study.data.mapped import Mapped
-from tune_study.data.names import FOLDER
+from tune_study.data.names import FOLDER, is_bucket
 from tune_study.data.place import Place, Preprocessing
 from tune_study.errors import UserError, first_line
 
@@ -107,7 +108,8 @@ def read_source(dataset: str, place: Place, how: Preprocessing | None = None) ->
     """
     if dataset.startswith(FOLDER):
         assert how is not None
-        return _class_folders(Path(dataset.removeprefix(FOLDER)), place, how)
+        with folder_of(dataset, place) as root:
+            return _class_folders(root, place, how)
     if dataset == "digits":
         train, test, class_names = _digits()
     else:
@@ -128,10 +130,12 @@ def count(dataset: str, place: Place, how: Preprocessing | None) -> Counted:
         labels = {part: torch.arange(size) % classes for part, size in CIFAR_IMAGES.items()}
         return Counted(labels, classes)
     assert how is not None
-    found = find(Path(dataset.removeprefix(FOLDER)))
-    broken = cache.look_through(found, how) if len(found.paths) <= LOOKED_THROUGH else {}
-    cache.refuse_broken(found, broken, place)
-    labels = {part: labels for part, (_, labels) in _used(found, broken).items()}
+    with folder_of(dataset, place, names_only=True) as root:
+        found, broken = find(root), {}
+        if len(found.paths) <= LOOKED_THROUGH and not is_bucket(dataset):
+            broken = cache.look_through(found, how)
+        cache.refuse_broken(found, broken, place)
+        labels = {part: labels for part, (_, labels) in _used(found, broken).items()}
     return Counted(labels, len(found.class_names), found, tuple(cache.named(found, broken)))
 
 

@@ -17,6 +17,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from tune_study.cluster import connection
 from tune_study.cluster.callbacks import Pull, Push
 from tune_study.cluster.deaths import Deaths, RayWatch, own_raylet
+from tune_study.cluster.filling import fill
 from tune_study.cluster.inputs import ship
 from tune_study.cluster.stop import EpochStopper, Gate, Stop, graceful_signals
 from tune_study.cluster.trainable import run_trial
@@ -76,6 +77,8 @@ def run(
             run_trial, context=context.model_dump(mode="json"), inputs=inputs
         )
         with graceful_signals(progress.say), RayWatch(on_dead_ray, others):
+            if inputs:
+                fill(inputs, context.place, slots.resources, address, progress.say)
             if search:
                 search.begin(progress, store)
             waiting = list(trials)
