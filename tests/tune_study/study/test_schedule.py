@@ -140,7 +140,7 @@ def run(tmp_path, monkeypatch):
         schedule.connection,
         "connect",
         lambda address, context, **options: (
-            calls.append((address, options)) or Slots({"CPU": 1}, 2)
+            calls.append((address, options)) or Slots({"CPU": 1}, 2, told="where they run")
         ),
     )
     monkeypatch.setattr(schedule.ray, "shutdown", lambda: calls.append("shutdown"))
@@ -193,7 +193,7 @@ def test_a_stop_runs_nothing_again(run):
     assert run([["b"]], stop=True)[0] == [["a", "b"]]
 
 
-def test_on_a_cluster_inputs_are_shipped_and_its_raylet_is_watched(run):
+def test_on_a_cluster_inputs_are_shipped_and_its_raylet_is_watched(run, capsys):
     options = {"max_concurrent": 3, "gpus_per_trial": 0.5, "dashboard": True}
     _, callbacks, _, calls = run([[]], on_cluster=True, address="auto", **options)
     assert len(callbacks[0]) == 2
@@ -202,3 +202,4 @@ def test_on_a_cluster_inputs_are_shipped_and_its_raylet_is_watched(run):
     assert calls[2]["inputs"] == "inputs"
     filled = ("inputs", Place(), {"CPU": 1}, "auto")
     assert calls[3:] == [(print, ["r"]), filled, "shutdown"]
+    assert capsys.readouterr().out == "where they run\n"
