@@ -70,7 +70,8 @@ def print_plan(
     total = 0.0
     for trial in trials:
         row = _row(trial, checked, context)
-        total += row.train_time_s if trial.trial_id in to_run else 0
+        known = trial.trial_id in to_run and not math.isnan(row.train_time_s)
+        total += row.train_time_s if known else 0
         table.add_row(
             trial.trial_id,
             *([beside[trial.trial_id]] if any(beside.values()) else []),
@@ -179,7 +180,7 @@ def say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: C
     """Of the first trial whose warm-up is as long as its training."""
     for trial in trials:
         training = trial.training
-        if trial.trial_id in checked.data:
+        if trial.trial_id in checked.data and checked.data[trial.trial_id].is_known:
             images = checked.data[trial.trial_id].train
             per_epoch = math.ceil(images / trial.images_per_step)
             steps = per_epoch * training.num_train_epochs
