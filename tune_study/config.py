@@ -380,8 +380,11 @@ class TrialConfig(_Record):
                 values[record][name] = list(patterns.items())
         canonical = json.dumps(values, sort_keys=True)
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
-        kind, colon, path = self.dataset.partition(":")
-        dataset = f"{kind}_{Path(path).name}" if colon else kind
+        dataset = self.dataset
+        if dataset.startswith("hf:"):
+            dataset = "hf_" + Path(dataset.removeprefix("hf:")).name
+        elif ":" in dataset:  # folder:leaves is folder_folder_leaves, as it always was
+            dataset = "folder_" + Path(dataset).name
         words = (
             _slug(self.model),
             _slug(dataset),

@@ -395,6 +395,8 @@ def test_a_folder_of_images_is_named_by_its_last_part():
     trial = parse_trial({**GOOD, "dataset": "folder:/a/flowers"})
     assert trial.trial_id.split("-")[1] == "folder_flowers"
     for name, part in (
+        ("folder:flowers", "folder_folder_flowers"),  # ids stay as they began
+        ("hf:flowers", "hf_flowers"),
         ("hf:owner/flowers", "hf_flowers"),
         ("hf:owner/flowers@small", "hf_flowers_small"),
         ("hf:./a/flowers", "hf_flowers"),
