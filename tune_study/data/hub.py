@@ -8,6 +8,8 @@ library is not asked, nor is the network.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +36,9 @@ SPLITS = {**PARTS, "dev": "val"}
 
 
 class _Recorded(BaseModel):
+    """Fields of ``Rows``; ``labels`` as text. One that was changed by other hands is none."""
+
+    digest: str = ""
     reader: int
     stamp: str
     class_names: list[str]
@@ -43,6 +48,10 @@ class _Recorded(BaseModel):
     arrow: dict[str, list[str]]
     outside: list[str]
     unused: list[str]
+
+    def with_digest(self) -> _Recorded:
+        values = json.dumps(self.model_dump(exclude={"digest"}))
+        return self.model_copy(update={"digest": hashlib.sha256(values.encode()).hexdigest()})
 
 
 class Rows(NamedTuple):
@@ -125,7 +134,7 @@ def find(dataset: str, wanted: Columns, place: Place, *, dry: bool = False) -> R
     stamp, newest = rows.stamp()
     if not dry and cache.settled(newest, began):
         with cache.writable(place):
-            write_json(record, _record(rows, stamp).model_dump(mode="json"))
+            write_json(record, _record(rows, stamp).with_digest().model_dump())
     return rows
 
 
@@ -147,15 +156,12 @@ def _record(rows: Rows, stamp: str) -> _Recorded:
 def _known(record: Path, dataset: str, wanted: Columns) -> Rows | None:
     """What the record tells, unless something was touched since."""
     known = cache.recorded(_Recorded, record)
-    if known is None or known.reader != READER or set(known.splits) != set(known.labels):
+    if known is None or known != known.with_digest() or known.reader != READER:
         return None
-    try:
-        parts = {
-            part: _rows_of(known.splits[part], np.array(labels.split(), dtype=np.int64))
-            for part, labels in known.labels.items()
-        }
-    except ValueError:  # no numbers: found out anew
-        return None
+    parts = {
+        part: _rows_of(known.splits[part], np.array(labels.split(), dtype=np.int64))
+        for part, labels in known.labels.items()
+    }
     rows = Rows(
         dataset, wanted, known.columns, known.class_names, known.splits, parts,
         known.arrow, known.outside, known.unused,

@@ -199,7 +199,9 @@ def _of_arrow(files: Sequence[str], column: str) -> Iterator[Any]:
         with pa.OSFile(file) as source:
             for batch in pa.ipc.open_stream(source):
                 if column in batch.schema.names:
-                    yield from (value.as_py() for value in batch.column(column))
+                    values = batch.column(column)
+                    values.validate(full=True)  # a damaged one could lead anywhere in memory
+                    yield from (value.as_py() for value in values)
                 else:  # as a test split without labels
                     yield from [None] * len(batch)
 

@@ -109,7 +109,7 @@ FORMS = ["imagefolder", "parquet", "saved", "arrow"]
 
 
 @pytest.mark.parametrize("kind", FORMS)
-def test_every_form_is_the_same_as_the_folder_of_its_images(kind, images, tmp_path, place):
+def test_every_form_is_the_same_as_the_folder_of_its_images(kind, images, tmp_path, place, settled):
     root = as_folder(kind, images, tmp_path / "d")
     before = outline(f"hf:{root}", place, DataConfig(), HOW)
     assert not place.cache_dir.exists()  # a dry look writes nothing
