@@ -70,8 +70,7 @@ def print_plan(
     total = 0.0
     for trial in trials:
         row = _row(trial, checked, context)
-        known = trial.trial_id in to_run and not math.isnan(row.train_time_s)
-        total += row.train_time_s if known else 0
+        total += row.train_time_s if trial.trial_id in to_run else 0
         table.add_row(
             trial.trial_id,
             *([beside[trial.trial_id]] if any(beside.values()) else []),
@@ -91,7 +90,8 @@ def print_plan(
     console.print(
         f"{distinct} Base weights are exact; the peak of a "
         "training step is within about 2 % on a CPU (docs/memory.md), and the time of all epochs "
-        f"on this machine within a factor of about 2: {duration(total)} in all."
+        "on this machine within a factor of about 2: "
+        f"{'unknown' if math.isnan(total) else duration(total)} in all."
     )
 
 
