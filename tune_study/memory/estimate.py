@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tune_study.config import LoraSpec, QuantizationConfig, TrialConfig
-from tune_study.data.names import FOLDER
+from tune_study.data.names import DECODED
 from tune_study.data.splits import Outline
 from tune_study.errors import UserError
 from tune_study.machine.device import free_bytes, matmul_rate
@@ -49,6 +49,7 @@ class Estimate(NamedTuple):
     peak_train_bytes: float
     """NaN for a model whose step cannot be predicted."""
     train_time_s: float
+    """NaN for images that are not known."""
 
 
 def estimate(config: TrialConfig, data: Outline, device: torch.device) -> Estimate:
@@ -65,7 +66,8 @@ def estimate(config: TrialConfig, data: Outline, device: torch.device) -> Estima
     work = forward * images * config.training.num_train_epochs * _times_plain(config.lora)
     rate = matmul_rate(config.training.compute_dtype, str(device)) * EFFICIENCY
     peak = math.nan if expected.peak_train_bytes is None else expected.peak_train_bytes
-    return Estimate(expected.weights_bytes, peak, work / rate)
+    time_s = work / rate if data.is_known else math.nan
+    return Estimate(expected.weights_bytes, peak, time_s)
 
 
 def refuse_what_cannot_fit(config: TrialConfig, num_classes: int, device: torch.device) -> None:
@@ -118,7 +120,7 @@ def need_of(planned: Sequence[tuple[TrialConfig, Outline]], device: torch.device
 
 
 def _image_bytes(trial: TrialConfig, data: Outline) -> int:
-    own = trial.dataset.startswith(FOLDER)
+    own = trial.dataset.startswith(DECODED)
     side = preprocessing(trial).image_size if own else BUILT_IN_SIDE
     return (data.train + data.val + data.test) * 3 * side**2
 
