@@ -208,6 +208,15 @@ class DataConfig(_Record):
     augment: Literal["auto", "flip-crop", "crop", "none"] = "auto"
     """``auto`` is ``flip-crop`` for CIFAR, else ``crop``: of digits, and of images that are not
     known, a mirror image may be of another class."""
+    image_column: str | None = Field(default=None, min_length=1, max_length=200)
+    """Of a data set of the hub's kind; ``None`` is its only one of images."""
+    label_column: str | None = Field(default=None, min_length=1, max_length=200)
+    """The same of labels; ``None`` is the only one of classes, or the one called so."""
+
+    @property
+    def columns(self) -> tuple[str | None, str | None]:
+        """Of images and of labels, as they are named."""
+        return self.image_column, self.label_column
 
 
 class TrainingConfig(_Record):
@@ -238,6 +247,7 @@ _ON_THE_HUB = re.compile(
     r"((?P<owner>[^/:\s]+)/)?(?P<name>[^/:\s]+)/?"
 )
 _JOINED_LATER = {
+    "data": ("image_column", "label_column"),
     "training": ("gradient_checkpointing", "gradient_noise_scale"),
     "lora": (
         "exclude_modules",
@@ -281,8 +291,10 @@ class TrialConfig(_Record):
     @field_validator("dataset")
     @classmethod
     def _known_dataset(cls, value: str) -> str:
-        if value not in BUILT_IN_DATASETS and not value.startswith("folder:"):
-            raise ValueError(f"choose one of {', '.join(BUILT_IN_DATASETS)} or folder:PATH")
+        if value not in BUILT_IN_DATASETS and not value.startswith(("folder:", "hf:")):
+            raise ValueError(
+                f"choose one of {', '.join(BUILT_IN_DATASETS)}, folder:PATH, hf:NAME or hf:./PATH"
+            )
         return value
 
     @model_validator(mode="before")
@@ -305,6 +317,24 @@ class TrialConfig(_Record):
                 "lora.bias; leave either out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _has_columns(self) -> TrialConfig:
+        for name in ("image_column", "label_column"):
+            value = getattr(self.data, name)
+            if value is not None and not self.dataset.startswith("hf:"):
+                raise ValueError(
+                    f"data.{name} = {value}: {self.dataset} has no columns; leave it out, or name "
+                    "a data set with hf:"
+                )
+        return self
+
+    @property
+    def data_name(self) -> str:
+        """What its images and labels go by in study.json: one table may have several columns."""
+        named = {"image": self.data.image_column, "label": self.data.label_column}
+        words = [f"data.{name}_column={value}" for name, value in named.items() if value]
+        return f"{self.dataset} ({', '.join(words)})" if words else self.dataset
 
     @property
     def treatment(self) -> str:
@@ -350,7 +380,11 @@ class TrialConfig(_Record):
                 values[record][name] = list(patterns.items())
         canonical = json.dumps(values, sort_keys=True)
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:8]
-        dataset = "folder_" + Path(self.dataset).name if ":" in self.dataset else self.dataset
+        dataset = self.dataset
+        if dataset.startswith("hf:"):
+            dataset = "hf_" + Path(dataset.removeprefix("hf:")).name
+        elif ":" in dataset:  # folder:leaves is folder_folder_leaves, as it always was
+            dataset = "folder_" + Path(dataset).name
         words = (
             _slug(self.model),
             _slug(dataset),
@@ -362,7 +396,11 @@ class TrialConfig(_Record):
         return "-".join(words)
 
 
-_DEFAULTS: dict[str, _Record] = {"lora": LoraSpec(), "training": TrainingConfig()}
+_DEFAULTS: dict[str, _Record] = {
+    "data": DataConfig(),
+    "lora": LoraSpec(),
+    "training": TrainingConfig(),
+}
 _ORDERED = (
     ("quantization", "overrides"),
     ("lora", "rank_pattern"),

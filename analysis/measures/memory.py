@@ -34,6 +34,7 @@ _MOVES_NO_MEMORY = (
     "data.val_size",
     "data.test_size",
     "data.augment",
+    "data.image_column",
     "training.num_train_epochs",
     "training.per_device_train_batch_size",
     "training.gradient_accumulation_steps",

@@ -7,7 +7,10 @@ import struct
 import warnings
 from functools import cache as cached
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +19,7 @@ from PIL import Image
 from tests.fuzz.hostile import damaged, files_like, fuzz, in_place_of, outcome
 from tests.tune_study.data.pictures import HOW, class_folders
 from tune_study.config import DataConfig
-from tune_study.data import cache, decoding, sources
+from tune_study.data import cache, decoding, hub, sources
 from tune_study.data.decoding import Unreadable
 from tune_study.data.folders import LEFTOVERS, PARTS, find
 from tune_study.data.place import Place
@@ -147,6 +150,59 @@ def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, kind):
     else:
         with pytest.raises(UserError, match=r"1 of 6 images cannot be read: a/000\.png"):
             load(f"folder:{root}", place, DataConfig(), HOW)
+
+
+@cached
+def table_of(kind):
+    """The bytes of a table of images, as the hub's library writes it."""
+    image = made("PNG", "RGB", (7, 5), 1, None)
+    values = {
+        "image": [{"bytes": image, "path": f"{n}.png"} for n in range(20)],
+        "label": [n % 2 for n in range(20)],
+    }
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    table = datasets.Dataset.from_dict(values, features).data.table
+    file = io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(table, file)
+    else:
+        with pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "saved"])
+@fuzz(100)
+@given(st.data())
+def test_a_table_is_a_data_set_or_refused(tmp_path, kind, data):
+    root = tmp_path / "d"
+    if not root.exists() and kind == "saved":
+        datasets.Dataset.from_dict({"label": [0, 1]}).save_to_disk(root)
+    root.mkdir(exist_ok=True)
+    name = "data-00000-of-00001.arrow" if kind == "saved" else f"train.{kind}"
+    (root / name).write_bytes(data.draw(damaged(table_of(kind))))
+    sources.read_source.cache_clear()
+    place = Place(cache_dir=tmp_path / "cache", leave_out_broken=True)
+    outcome(lambda: load(f"hf:{root}", place, DataConfig(), HOW), UserError)
+
+
+@fuzz(60)
+@given(st.data())
+def test_whatever_is_recorded_of_a_table_it_is_found_right(tmp_path, data):
+    root, place = tmp_path / "d", Place(cache_dir=tmp_path / "cache")
+    if not root.exists():
+        root.mkdir()
+        (root / "train.parquet").write_bytes(table_of("parquet"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "SETTLES_NS", -(10**15))
+        right = hub.find(f"hf:{root}", sources.ANY, place)
+        (record,) = (tmp_path / "cache" / "images").glob("*.rows.json")
+        record.write_bytes(data.draw(files_like(json.loads(record.read_text()))))
+        found = hub.find(f"hf:{root}", sources.ANY, place)
+    assert found.class_names == right.class_names == ["a", "b"]
+    assert found.parts["train"].labels.tolist() == right.parts["train"].labels.tolist()
 
 
 @fuzz(60)

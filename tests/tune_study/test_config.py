@@ -55,10 +55,13 @@ def test_every_field_changes_the_id(name):
         "lora.init_lora_weights": "pissa",
         "lora.bias": "all",
         "lora.lora_bias": True,
+        "data.image_column": "photo",
+        "data.label_column": "kind",
     }
+    good = {**GOOD, "dataset": "hf:x"} if "column" in name else GOOD
     value = other.get(name, 77 if "rate" not in name and "decay" not in name else 0.077)
-    changed = parse_trial(assign(GOOD, name, value))
-    assert changed.trial_id != parse_trial(GOOD).trial_id
+    changed = parse_trial(assign(good, name, value))
+    assert changed.trial_id != parse_trial(good).trial_id
 
 
 def test_id_is_the_same_for_the_same_configuration_written_otherwise():
@@ -86,6 +89,11 @@ def test_id_is_a_plain_file_name_whatever_the_names_are(name):
         ({"lora": {"r": 0}}, ["lora.r", "0", "greater than or equal to 1"]),
         ({"quantization": "nf5"}, ["quantization.mode", "nf5", "int8", "nf4-dq", "fp4-dq"]),
         ({"dataset": "mnist"}, ["dataset", "mnist", "cifar10", "folder:PATH"]),
+        (
+            {"data": {"label_column": "kind"}},
+            ["data.label_column = kind: cifar10 has no columns", "name a data set with hf:"],
+        ),
+        ({"data": {"image_column": ""}, "dataset": "hf:x"}, ["data.image_column", "1 character"]),
         ({"lora": {"target_modules": "("}}, ["lora.target_modules", "regular expression"]),
         ({"training": {"learning_rate": float("nan")}}, ["training.learning_rate", "nan"]),
         ({"training": {"num_epochs": 3}}, ["training.num_epochs", "training.num_train_epochs"]),
@@ -194,6 +202,9 @@ def test_set_reads_yaml_values():
         ('dataset="folder:quoted #2"', "folder:quoted #2"),
         ("dataset='folder:é: x'", "folder:é: x"),
         ("dataset=folder:a=b", "folder:a=b"),
+        ("dataset=hf:./a b@x", "hf:./a b@x"),
+        ("data.label_column=yes", "yes"),
+        ("data.label_column=7", "7"),
         ("model=yes", "yes"),
         ("model=123", "123"),
         ("lora.target_modules=[ab].*", "[ab].*"),
@@ -327,6 +338,8 @@ def test_defaults():
             "test_size": None,
             "image_size": None,
             "augment": "auto",
+            "image_column": None,
+            "label_column": None,
         },
         "training": {
             "num_train_epochs": 15,
@@ -381,6 +394,14 @@ def test_a_models_name_in_an_id(name, part):
 def test_a_folder_of_images_is_named_by_its_last_part():
     trial = parse_trial({**GOOD, "dataset": "folder:/a/flowers"})
     assert trial.trial_id.split("-")[1] == "folder_flowers"
+    for name, part in (
+        ("folder:flowers", "folder_folder_flowers"),  # ids stay as they began
+        ("hf:flowers", "hf_flowers"),
+        ("hf:owner/flowers", "hf_flowers"),
+        ("hf:owner/flowers@small", "hf_flowers_small"),
+        ("hf:./a/flowers", "hf_flowers"),
+    ):
+        assert parse_trial({**GOOD, "dataset": name}).trial_id.split("-")[1] == part
     told = dict(trial.configuration)
     assert (told["model"], told["dataset"]) == ("deit_tiny_patch16_224", "folder:/a/flowers")
 
@@ -425,3 +446,11 @@ def test_what_a_sentence_repeats_of_the_user_is_cut():
     assert 200 <= len(str(refused.value)) < 300
     with pytest.raises(UserError, match="a int that is too long to print"):
         parse_trial({**GOOD, "seed": 10**5000})
+
+
+def test_a_tables_columns_tell_its_images_and_labels_apart():
+    trial = parse_trial({**GOOD, "dataset": "hf:x"})
+    assert trial.data_name == "hf:x"
+    named = parse_trial({**GOOD, "dataset": "hf:x", "data": {"label_column": "kind"}})
+    assert named.data_name == "hf:x (data.label_column=kind)"
+    assert named.data.columns == (None, "kind")

@@ -1,7 +1,8 @@
 """Data and weights on their way to the nodes of a cluster: once per node, by Ray's object store.
 
-A folder's images go piece by piece into each node's own cache, and through no machine's memory.
-The nodes need no file of the driver's. What the project ships itself is on every node already.
+Images of a folder or table go piece by piece into each node's own cache, and through no machine's
+memory. The nodes need no file of the driver's, no network and no library that reads it. What the
+project ships itself is on every node already.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tune_study.config import TrialConfig
 from tune_study.data import cache
 from tune_study.data.mapped import Mapped
-from tune_study.data.place import Place
+from tune_study.data.place import Columns, Place
 from tune_study.data.sources import Source, Split, key_of, provide, source_of
 from tune_study.folder.files import write_whole
 from tune_study.model.build import preprocessing
@@ -39,7 +40,7 @@ class Inputs(NamedTuple):
 
 
 class Distant(NamedTuple):
-    """A folder's images as the driver has them: a file of its cache, which is fetched piecewise."""
+    """Images of a folder or table: a file of the driver's cache, which is fetched piecewise."""
 
     reader: Any
     """The actor that reads the file, where it lies."""
@@ -70,9 +71,9 @@ def ship(trials: Sequence[TrialConfig], context: RunContext) -> Inputs:
         return Inputs({}, {})
     sources: dict[str, ray.ObjectRef | Distant] = {}
     for trial in trials:
-        how = preprocessing(trial)
-        if (key := key_of(trial.dataset, how)) not in sources:
-            source = source_of(trial.dataset, context.place, how)
+        how, columns = preprocessing(trial), Columns(*trial.data.columns)
+        if (key := key_of(trial.dataset, how, columns)) not in sources:
+            source = source_of(trial.dataset, context.place, how, columns)
             distant = isinstance(source.train.images, Mapped)
             sources[key] = _distant(source) if distant else ray.put(_plain(source))
     weights = {}
@@ -111,13 +112,14 @@ def _reader(path: Path) -> Any:
 def receive(inputs: Inputs, config: TrialConfig, context: RunContext, folder: Path) -> RunContext:
     """``context`` as this node has it.
 
-    Images are in memory, those of a folder in the node's cache, fetched once; weights are in a file
-    below ``folder``.
+    Images are in memory, those of a folder or table in the node's cache, fetched once; weights are
+    in a file below ``folder``.
     """
     how = preprocessing(config)
-    if (given := inputs.data.get(key_of(config.dataset, how))) is not None:
+    columns = Columns(*config.data.columns)
+    if (given := inputs.data.get(key_of(config.dataset, how, columns))) is not None:
         source = _fetched(given, context.place) if isinstance(given, Distant) else _source(given)
-        provide(config.dataset, how, source)
+        provide(config.dataset, how, source, columns)
     if config.model not in inputs.weights:
         return context.model_copy(update={"weights": None})
     suffix, reference = inputs.weights[config.model]

@@ -1,8 +1,8 @@
-"""A folder's images, decoded once into one file: whole or not there, for whoever comes later.
+"""Images, decoded once into one file: whole or not there, for whoever comes later.
 
 ``CACHE/images/KEY-SIDE-INTERPOLATION.pixels`` holds uint8 [N, 3, SIDE, SIDE]. The JSON file of that
 name says what could not be read, and is written last. The key is a checksum of all files. Which
-files a folder had when they were last read, and when they were touched, stands beside.
+files a data set had when they were last read, and when they were touched, stands beside.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import shutil
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,8 +29,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tune_study.data import decoding
-from tune_study.data.decoding import Unreadable
-from tune_study.data.folders import ERRORS, Found, stamp
+from tune_study.data.decoding import File, Unreadable
+from tune_study.data.folders import ERRORS
+from tune_study.data.listed import Listed
 from tune_study.data.place import Place, Preprocessing
 from tune_study.errors import UserError
 from tune_study.folder.files import read_json, write_bytes, write_json, write_whole
@@ -47,12 +49,14 @@ NAMED = 100
 """Broken files that a sentence names; a file names the rest, too."""
 AT_ONCE = 32
 """Images that a thread takes at a time."""
+AT_ONCE_BYTES = 8 * 2**20
+"""Of image files in memory: a thread then takes fewer."""
 SETTLES_NS = 2_000_000_000
 """What was written so shortly before it was read may change again under the same time."""
 
 
 class _Files(BaseModel):
-    """A folder's files as they were read."""
+    """The files of a data set as they were read."""
 
     reader: int
     stamp: str
@@ -71,7 +75,7 @@ Shape = tuple[int, int, int, int]
 
 
 class Contents(NamedTuple):
-    """What the files of a folder are."""
+    """What the files of a data set are."""
 
     digests: list[str]
     key: str
@@ -90,28 +94,36 @@ class Pixels(NamedTuple):
     contents: Contents
 
 
-def contents(found: Found, place: Place) -> Contents:
+def contents(found: Listed, place: Place) -> Contents:
     """Reads all files, unless none was touched since they were read. Raises ``UserError``."""
-    with _writable(place) as folder:
-        name = hashlib.sha256(os.fsencode(os.path.realpath(found.root))).hexdigest()[:DIGITS]
-        record = folder / f"{name}.files.json"
-        began, (touched, newest) = time.time_ns(), stamp(found)
+    with writable(place) as folder:
+        record = folder / f"{record_name(found.key)}.files.json"
+        began, (touched, newest) = time.time_ns(), found.stamp()
         if (known := _known(record, touched, len(found.paths))) is not None:
             return known
         digests, sides = [""] * len(found.paths), [1] * len(found.paths)
 
-        def look(at: int, path: str) -> None:
-            digests[at], sides[at] = _digest(path), _side(path)
+        def look(at: int, file: File, _: str) -> None:
+            digests[at], sides[at] = _digest(file), _side(file)
 
-        _each(found, f"looking at the files of {found.root}", look)
-        if newest < began - SETTLES_NS and stamp(found)[0] == touched:
+        _each(found, f"looking at the files of {found.dataset}", look)
+        if settled(newest, began) and found.stamp()[0] == touched:
             values = {"reader": READER, "stamp": touched, "side": max(sides)}
             write_json(record, {**values, "digests": "".join(digests)})
         return Contents(digests, _key(digests), max(sides))
 
 
+def record_name(key: bytes) -> str:
+    return hashlib.sha256(key).hexdigest()[:DIGITS]
+
+
+def settled(newest: int, began: int) -> bool:
+    """Whether what was touched last at ``newest`` can be told from what is touched from now on."""
+    return newest < began - SETTLES_NS
+
+
 def _known(record: Path, touched: str, count: int) -> Contents | None:
-    known = _record(_Files, record)
+    known = recorded(_Files, record)
     if known is None or (known.reader, known.stamp) != (READER, touched):
         return None
     digests = [known.digests[at : at + DIGITS] for at in range(0, DIGITS * count, DIGITS)]
@@ -121,7 +133,7 @@ def _known(record: Path, touched: str, count: int) -> Contents | None:
 Known = TypeVar("Known", bound=BaseModel)
 
 
-def _record(kind: type[Known], path: Path) -> Known | None:
+def recorded(kind: type[Known], path: Path) -> Known | None:
     """``None`` where there is no whole one: what it tells is found out anew."""
     try:
         return kind.model_validate(read_json(path))
@@ -133,24 +145,26 @@ def _key(digests: list[str]) -> str:
     return hashlib.sha256(f"{READER} {''.join(digests)}".encode()).hexdigest()[:DIGITS]
 
 
-def _digest(path: str) -> str:
+def _digest(file: File) -> str:
     try:
-        if not os.path.isfile(path):  # reading a pipe would wait for a writer
+        if isinstance(file, bytes):
+            return hashlib.sha256(file).hexdigest()[:DIGITS]
+        if isinstance(file, Unreadable) or not os.path.isfile(file):  # a pipe waits for a writer
             return "0" * DIGITS
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()[:DIGITS]
     except OSError:  # told as broken, with its reason, when it is decoded
         return "0" * DIGITS
 
 
-def _side(path: str) -> int:
+def _side(file: File) -> int:
     try:
-        return decoding.shorter_side(Path(path))
+        return decoding.shorter_side(file)
     except Unreadable:
         return 1
 
 
-def identity(found: Found, contents: Contents, left_out: dict[int, str]) -> str:
+def identity(found: Listed, contents: Contents, left_out: dict[int, str]) -> str:
     """A checksum of the images that are used: of each one's part, class and file, in order."""
     digest = hashlib.sha256()
     at = 0
@@ -163,7 +177,7 @@ def identity(found: Found, contents: Contents, left_out: dict[int, str]) -> str:
     return digest.hexdigest()
 
 
-def pixels(found: Found, how: Preprocessing, place: Place) -> Pixels:
+def pixels(found: Listed, how: Preprocessing, place: Place) -> Pixels:
     """The images as ``how`` wants them, decoded now unless they were before.
 
     Smaller ones are not enlarged: that is done batch by batch. Raises ``UserError`` where the cache
@@ -185,7 +199,7 @@ def filled(
     ``fill`` returns what ``Pixels.broken`` is. One process fills, others wait. Raises
     ``UserError`` where the cache cannot be written, or has no room.
     """
-    with _writable(place) as folder:
+    with writable(place) as folder:
         path = folder / name
         if (broken := whole(path, shape)) is None:
             with _alone(path):
@@ -196,7 +210,7 @@ def filled(
 
 def whole(path: Path, shape: Shape) -> dict[int, str] | None:
     """What could not be read of a file that is whole; ``None`` where there is none."""
-    record = _record(_Pixels, path.with_suffix(".json"))
+    record = recorded(_Pixels, path.with_suffix(".json"))
     if record is None or not path.is_file() or path.stat().st_size != math.prod(shape):
         return None
     return record.broken if record.shape == shape else None
@@ -222,7 +236,7 @@ def _fill(path: Path, shape: Shape, fill: Callable[[Path], dict[int, str]]) -> d
     return broken
 
 
-def _decode(found: Found, side: int, interpolation: str, file_path: Path) -> dict[int, str]:
+def _decode(found: Listed, side: int, interpolation: str, file_path: Path) -> dict[int, str]:
     """Every image into its place of the file; the others' places stay zeros."""
     one_writer = threading.Lock()
     with file_path.open("wb") as file:
@@ -236,79 +250,100 @@ def _decode(found: Found, side: int, interpolation: str, file_path: Path) -> dic
         return _decoded(found, "decoding", side, interpolation, keep)
 
 
-def look_through(found: Found, how: Preprocessing) -> dict[int, str]:
+def look_through(found: Listed, how: Preprocessing) -> dict[int, str]:
     """Why an image cannot be read, by its place: all are decoded, and nothing is kept."""
     return _decoded(found, "looking through", how.image_size, how.interpolation, lambda *_: None)
 
 
 def _decoded(
-    found: Found, doing: str, side: int, interpolation: str, keep: Callable[[int, np.ndarray], None]
+    found: Listed,
+    doing: str,
+    side: int,
+    interpolation: str,
+    keep: Callable[[int, np.ndarray], None],
 ) -> dict[int, str]:
     """``keep(place, square)`` of every image; why one cannot be read, by its place, in order."""
     broken: dict[int, str] = {}
 
-    def decode(at: int, path: str) -> None:
+    def decode(at: int, file: File, name: str) -> None:
         try:
-            square = decoding.square(Path(path), side, interpolation)
+            square = decoding.square(file, side, interpolation)
         except Unreadable as error:
-            broken[at] = str(error)
+            broken[at] = f"{name}: {error}" if name else str(error)
         else:
             keep(at, square)
 
-    _each(found, f"{doing} the images of {found.root}", decode)
+    _each(found, f"{doing} the images of {found.dataset}", decode)
     return dict(sorted(broken.items()))
 
 
-def refuse_broken(found: Found, broken: dict[int, str], place: Place) -> None:
+def refuse_broken(found: Listed, broken: dict[int, str], place: Place) -> None:
     """Raises ``UserError`` that names every broken file, unless they are to be left out."""
     if not broken or (place.leave_out_broken and len(broken) < len(found.paths)):
         return
     words = named(found, broken)
     listed = ", ".join(words[:NAMED])
     if len(words) > NAMED:
-        with _writable(place) as folder:
+        with writable(place) as folder:
             every = folder / "broken.txt"
             write_bytes(every, os.fsencode("\n".join(words) + "\n"))
         listed += f" and {len(words) - NAMED} more, all in {every}"
     raise UserError(
-        f"dataset folder:{found.root}: {len(broken)} of {len(found.paths)} images cannot be read: "
+        f"dataset {found.dataset}: {len(broken)} of {len(found.paths)} images cannot be read: "
         f"{listed}; replace the files by whole ones"
         + ("" if place.leave_out_broken else ", or leave them out with --leave-out-broken")
     )
 
 
-def named(found: Found, broken: dict[int, str]) -> list[str]:
+def named(found: Listed, broken: dict[int, str]) -> list[str]:
     """``a/1.png (it is no image)`` of each."""
     paths = found.paths
     return [f"{found.shown(paths[at])} ({reason})" for at, reason in broken.items()]
 
 
-def _each(found: Found, title: str, do: Callable[[int, str], None]) -> None:
-    """``do(place, path)`` for every image, on all cores, with a bar where a terminal shows it."""
-    paths = found.paths
+def _each(found: Listed, title: str, do: Callable[[int, File, str], None]) -> None:
+    """``do(place, file, name)`` for every image, on all cores, with a bar in a terminal."""
+    count = len(found.paths)
     console = Console(stderr=True)
-    if len(paths) >= MANY and not console.is_terminal:
-        print(f"{title}: {len(paths):,}", file=sys.stderr, flush=True)
+    if count >= MANY and not console.is_terminal:
+        print(f"{title}: {count:,}", file=sys.stderr, flush=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-    bar.disable = not console.is_terminal or len(paths) < MANY
-    pool = ThreadPoolExecutor(cores(), "images")
+    bar.disable = not console.is_terminal or count < MANY
+    pool, running = ThreadPoolExecutor(cores(), "images"), deque[Future[int]]()
     with bar, decoding.bounded():
-        task = bar.add_task(title, total=len(paths))
+        task = bar.add_task(title, total=count)
 
-        def some(start: int) -> None:
-            for at in range(start, min(start + AT_ONCE, len(paths))):
-                do(at, paths[at])
+        def some(start: int, files: list[tuple[File, str]]) -> int:
+            for at, (file, name) in enumerate(files, start):
+                do(at, file, name)
+            return len(files)
 
         try:
-            for _ in pool.map(some, range(0, len(paths), AT_ONCE)):
-                bar.advance(task, AT_ONCE)
+            for start, files in _some(found.files()):
+                running.append(pool.submit(some, start, files))
+                if len(running) > 2 * cores():  # what is read ahead stays small
+                    bar.advance(task, running.popleft().result())
+            for done in running:
+                bar.advance(task, done.result())
         finally:
             pool.shutdown(cancel_futures=True)
 
 
+def _some(files: Iterator[tuple[File, str]]) -> Iterator[tuple[int, list[tuple[File, str]]]]:
+    """(place of the first, files), ``AT_ONCE`` or few megabytes at a time."""
+    start, held, size = 0, [], 0
+    for file, name in files:
+        held.append((file, name))
+        size += len(file) if isinstance(file, bytes) else 0
+        if len(held) == AT_ONCE or size >= AT_ONCE_BYTES:
+            yield start, held
+            start, held, size = start + len(held), [], 0
+    yield start, held
+
+
 @contextmanager
-def _writable(place: Place) -> Iterator[Path]:
+def writable(place: Place) -> Iterator[Path]:
     """The folder of the cached images. A disk that says no becomes a ``UserError``."""
     folder = place.cache() / "images"
     try:

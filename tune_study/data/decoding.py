@@ -7,6 +7,7 @@ first frame of an animation. Values of more than 8 bits are scaled, never cut of
 from __future__ import annotations
 
 import io
+import os
 import stat
 import struct
 import threading
@@ -35,6 +36,10 @@ _one_large = threading.Lock()
 
 class Unreadable(Exception):
     """A file that is no whole image, in a few words."""
+
+
+File = str | Path | bytes | Unreadable
+"""An image file: where it lies, what it holds, or why there is none."""
 
 
 @cache
@@ -67,18 +72,18 @@ def bounded() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def shorter_side(path: Path) -> int:
+def shorter_side(file: File) -> int:
     """Pixels of the shorter side, from the file's head. Raises ``Unreadable``."""
-    with _opened(path) as image:
+    with _opened(file) as image:
         return min(image.size)
 
 
-def square(path: Path, side: int, interpolation: str) -> np.ndarray:
+def square(file: File, side: int, interpolation: str) -> np.ndarray:
     """uint8 [3, side, side]: what torchvision's ``Resize(side)`` and ``CenterCrop(side)`` make.
 
     ``interpolation`` is "bilinear" or "bicubic". Raises ``Unreadable``.
     """
-    image = _opened(path)
+    image = _opened(file)
     if image.width * image.height <= LARGE_PIXELS:
         return _square(image, side, interpolation)
     with _one_large:
@@ -93,15 +98,22 @@ def rgb(data: bytes) -> np.ndarray:
         raise Unreadable(_reason(error)) from error
 
 
-def _opened(path: Path) -> Image.Image:
+def _opened(file: File) -> Image.Image:
     """Its head is read. Raises ``Unreadable``."""
+    if isinstance(file, Unreadable):
+        raise file
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for a writer
+        if isinstance(file, bytes):
+            whole: io.BytesIO | str | Path = io.BytesIO(file)
+        elif stat.S_ISREG(os.stat(file).st_mode):
+            whole = file
+        else:  # reading a pipe would wait for a writer
             raise Unreadable("it is not a file")
         try:
-            image = Image.open(path, formats=formats())
+            image = Image.open(whole, formats=formats())
         except ValueError:  # Pillow's limits of texts; without them the image itself may be whole
-            image = Image.open(io.BytesIO(_without_texts(path)), formats=formats())
+            data = file if isinstance(file, bytes) else Path(file).read_bytes()
+            image = Image.open(io.BytesIO(_without_texts(data)), formats=formats())
     except Unreadable:
         raise
     except Exception as error:
@@ -125,12 +137,11 @@ def _reason(error: Exception) -> str:
 TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
-def _without_texts(path: Path) -> bytes:
+def _without_texts(data: bytes) -> bytes:
     """A PNG's bytes without the parts that Pillow unpacks into memory.
 
     Raises ``ValueError`` for another file.
     """
-    data = path.read_bytes()
     if not data.startswith(PngImagePlugin._MAGIC):
         raise ValueError("it is no image")
     kept, at = [data[:8]], 8

@@ -6,13 +6,14 @@ import hashlib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from tune_study.data.decoding import suffixes
+from tune_study.data.listed import Images
 from tune_study.errors import UserError
 
 PARTS = {
@@ -36,14 +37,6 @@ ERRORS = "surrogateescape"
 """Names that are no text are what Python makes of their bytes."""
 
 
-class Images(NamedTuple):
-    """The image files of one part, in the order of the classes, then of their folders and names."""
-
-    paths: list[str]
-    labels: np.ndarray
-    """int64 [N], places in ``class_names``."""
-
-
 class Found(NamedTuple):
     """What lies in a folder."""
 
@@ -59,12 +52,31 @@ class Found(NamedTuple):
     """Images passed over because they lie in no class folder."""
 
     @property
+    def dataset(self) -> str:
+        return f"folder:{self.root}"
+
+    @property
     def paths(self) -> list[str]:
         return [path for part in self.parts.values() for path in part.paths]
+
+    @property
+    def key(self) -> bytes:
+        """What a record of this folder goes by."""
+        return os.fsencode(os.path.realpath(self.root))
 
     def shown(self, path: str) -> str:
         """``path`` as it is told to the user."""
         return os.path.relpath(path, self.root)
+
+    def told(self) -> list[str]:
+        over = passed_over(self)
+        return [f"passed over: {over}"] if over else []
+
+    def stamp(self) -> tuple[str, int]:
+        return stamp(self)
+
+    def files(self) -> Iterator[tuple[str, str]]:
+        return ((path, "") for path in self.paths)
 
 
 class _Seen:
@@ -232,19 +244,29 @@ def passed_over(found: Found) -> str:
 
 
 def stamp(found: Found) -> tuple[str, int]:
-    """(a digest of every file's place, size and times; the latest of these times).
+    """(a digest of every file's place, size and times; the latest of these times)."""
+    classes = "\0".join(found.class_names).encode("utf-8", ERRORS)
+    images = [
+        (path, f"{part} {label}")
+        for part, some in found.parts.items()
+        for path, label in zip(some.paths, some.labels.tolist(), strict=True)
+    ]
+    return touched(images, classes)
+
+
+def touched(files: Iterable[tuple[str, str]], begun: bytes = b"") -> tuple[str, int]:
+    """(a digest of every file's place, size and times and of what is said of it; the latest time).
 
     Times are in ns since 1970. ``ctime`` is the system's own: it changes with the content, whatever
     a program sets.
     """
-    digest, newest = hashlib.sha256("\0".join(found.class_names).encode("utf-8", ERRORS)), 0
-    for part, images in found.parts.items():
-        for path, label in zip(images.paths, images.labels.tolist(), strict=True):
-            try:
-                status = os.stat(path)
-                times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-            except OSError:  # a link to nothing: told as broken, with its reason
-                times = (0, 0, 0)
-            newest = max(newest, *times[1:])
-            digest.update(os.fsencode(path) + f"\0{part} {label} {times}\n".encode())
+    digest, newest = hashlib.sha256(begun), 0
+    for path, said in files:
+        try:
+            status = os.stat(path)
+            times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        except OSError:  # a link to nothing: told as broken, with its reason
+            times = (0, 0, 0)
+        newest = max(newest, *times[1:])
+        digest.update(os.fsencode(path) + f"\0{said} {times}\n".encode())
     return digest.hexdigest(), newest

@@ -5,8 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 FOLDER = "folder:"
+HUB = "hf:"
+DECODED = (FOLDER, HUB)
+"""How data sets begin whose images are decoded into the cache."""
+
+
+class Hub(NamedTuple):
+    """What ``hf:`` names: a folder, or a repository of the Hugging Face hub."""
+
+    folder: Path | None
+    repository: str
+    """As it is written, without the configuration; of a folder, too."""
+    configuration: str | None
 
 
 class Names:
@@ -14,28 +27,58 @@ class Names:
 
     def __init__(self, known: Iterable[str] = (), places: Mapping[str, Path] | None = None) -> None:
         """``known`` are the study's own names; ``places`` says where some of them lie."""
-        self._of: dict[Path, str] = {}
+        self._of: dict[tuple[Path, str, str], str] = {}
         for name in known:
             if (place := (places or {}).get(name) or place_of(name)) is not None:
-                self._of.setdefault(_resolved(place), name)
+                self._of.setdefault(_key(name, place), name)
 
     def of(self, dataset: str) -> str:
         """The name of ``dataset``: that of the same folder, else the shortest writing of it."""
         if (place := place_of(dataset)) is None:
             return dataset
-        return self._of.setdefault(_resolved(place), f"{FOLDER}{_written_short(place)}")
+        return self._of.setdefault(_key(dataset, place), _written_short(dataset, place))
 
 
 def place_of(dataset: str) -> Path | None:
-    """The folder that ``folder:PATH`` names, ``~`` being the home; ``None`` for other data sets."""
+    """The folder that ``folder:PATH`` or ``hf:./PATH`` names, ``~`` being the home.
+
+    ``None`` for other data sets.
+    """
+    if dataset.startswith(HUB):
+        return hub_of(dataset).folder
     path = dataset.removeprefix(FOLDER)
     return None if path in (dataset, "") else Path(os.path.expanduser(path))
 
 
-def _written_short(place: Path) -> Path:
+def hub_of(dataset: str) -> Hub:
+    """``hf:NAME``, ``hf:NAME@CONFIGURATION``, or a path that begins with ``.``, ``/`` or ``~``.
+
+    An ``@`` belongs to the path where there is such a folder.
+    """
+    text = dataset.removeprefix(HUB)
+    is_path = text.startswith((".", "/", "~"))
+    name, at, configuration = text.rpartition("@")
+    if not at or (is_path and Path(os.path.expanduser(text)).is_dir()):
+        name, configuration = text, ""
+    folder = Path(os.path.expanduser(name)) if is_path else None
+    return Hub(folder, name, configuration or None)
+
+
+def _key(dataset: str, place: Path) -> tuple[Path, str, str]:
+    if dataset.startswith(HUB):
+        return _resolved(place), HUB, hub_of(dataset).configuration or ""
+    return _resolved(place), FOLDER, ""
+
+
+def _written_short(dataset: str, place: Path) -> str:
     """Without ``a/../``, unless a link makes that another folder."""
     short = Path(os.path.normpath(place))
-    return short if _resolved(short) == _resolved(place) else place
+    path = str(short if _resolved(short) == _resolved(place) else place)
+    if not dataset.startswith(HUB):
+        return FOLDER + path
+    configuration = hub_of(dataset).configuration
+    begun = path if path.startswith((".", "/")) else f"./{path}"  # else it is a name of the hub's
+    return HUB + begun + (f"@{configuration}" if configuration else "")
 
 
 def _resolved(place: Path) -> Path:

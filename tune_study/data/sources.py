@@ -1,4 +1,4 @@
-"""Images as uint8: digits and CIFAR in a tensor, class folders in a mapped file."""
+"""Images as uint8: digits and CIFAR in a tensor, folders and tables in a mapped file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tune_study.data import cache
+from tune_study.data import cache, hub
 from tune_study.data.decoding import Unreadable, rgb
-from tune_study.data.folders import Found, find
+from tune_study.data.folders import find
+from tune_study.data.listed import Listed
 from tune_study.data.mapped import Mapped
-from tune_study.data.names import FOLDER
-from tune_study.data.place import Place, Preprocessing
+from tune_study.data.names import DECODED, FOLDER, HUB
+from tune_study.data.place import Columns, Place, Preprocessing
 from tune_study.errors import UserError, first_line
 
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -52,10 +53,10 @@ class Source(NamedTuple):
     class_names: list[str]
     sha256: str
     val: Split | None = None
-    found: Found | None = None
-    """Of a folder."""
+    found: Listed | None = None
+    """Of a folder or a table."""
     left_out: tuple[str, ...] = ()
-    """Files of a folder that cannot be read, with the reason."""
+    """Images of it that cannot be read, with the reason."""
 
     @property
     def parts(self) -> dict[str, Split]:
@@ -70,44 +71,55 @@ class Counted(NamedTuple):
     labels: dict[str, Tensor]
     """By part, as ``Source.parts``."""
     classes: int
-    found: Found | None = None
+    found: Listed | None = None
     left_out: tuple[str, ...] = ()
 
 
 _provided: dict[str, Source] = {}
 
 
-def key_of(dataset: str, how: Preprocessing | None) -> str:
-    """Names what is read: of a folder its images at one side, of another data set all."""
-    if not dataset.startswith(FOLDER):
+ANY = Columns()
+
+
+def key_of(dataset: str, how: Preprocessing | None, columns: Columns = ANY) -> str:
+    """Names what is read: of a folder or table its images at one side, of another data set all."""
+    if not dataset.startswith(DECODED):
         return dataset
     assert how is not None
-    return f"{dataset} {how.image_size} {how.interpolation}"
+    return f"{dataset} {how.image_size} {how.interpolation} {columns}"
 
 
-def provide(dataset: str, how: Preprocessing | None, source: Source) -> None:
+def provide(
+    dataset: str, how: Preprocessing | None, source: Source, columns: Columns = ANY
+) -> None:
     """From now on this process takes the data set from ``source``: it came from another node."""
-    _provided[key_of(dataset, how)] = source
+    _provided[key_of(dataset, how, columns)] = source
 
 
-def source_of(dataset: str, place: Place, how: Preprocessing | None = None) -> Source:
+def source_of(
+    dataset: str, place: Place, how: Preprocessing | None = None, columns: Columns = ANY
+) -> Source:
     """What was provided, else what ``read_source`` finds. Raises ``UserError`` as ``load``."""
-    if given := _provided.get(key_of(dataset, how)):
+    if given := _provided.get(key_of(dataset, how, columns)):
         return given
-    wanted = (how,) if dataset.startswith(FOLDER) else ()  # other data sets are kept once
+    wanted = (how, columns) if dataset.startswith(DECODED) else ()  # others are kept once
     return read_source(dataset, place, *wanted)
 
 
 @functools.lru_cache(maxsize=4)
-def read_source(dataset: str, place: Place, how: Preprocessing | None = None) -> Source:
+def read_source(
+    dataset: str, place: Place, how: Preprocessing | None = None, columns: Columns = ANY
+) -> Source:
     """All images of ``dataset``. Kept for the next trial of the process; never changed.
 
-    Those of a folder as ``how`` wants them, the others as they come. Raises ``UserError`` as
-    ``load``.
+    Those of a folder or table as ``how`` wants them, the others as they come. Raises ``UserError``
+    as ``load``.
     """
-    if dataset.startswith(FOLDER):
+    if dataset.startswith(DECODED):
         assert how is not None
-        return _class_folders(Path(dataset.removeprefix(FOLDER)), place, how)
+        found = _listed(dataset, place, columns)
+        assert found is not None
+        return _decoded(found, place, how)
     if dataset == "digits":
         train, test, class_names = _digits()
     else:
@@ -115,10 +127,19 @@ def read_source(dataset: str, place: Place, how: Preprocessing | None = None) ->
     return Source(train, test, class_names, _checksum(train, test))
 
 
-def count(dataset: str, place: Place, how: Preprocessing | None) -> Counted:
+def _listed(dataset: str, place: Place, columns: Columns, *, dry: bool = False) -> Listed | None:
+    if dataset.startswith(HUB):
+        return hub.find(dataset, columns, place, dry=dry)
+    return find(Path(dataset.removeprefix(FOLDER)))
+
+
+def count(
+    dataset: str, place: Place, how: Preprocessing | None, columns: Columns = ANY
+) -> Counted | None:
     """What can be told without a download, and without writing anything.
 
-    Raises ``UserError`` for a folder that is no data set, or not a large one with broken images.
+    ``None`` for a data set of the hub's that is not on this machine. Raises ``UserError`` for what
+    is no data set, or not a large one with broken images.
     """
     if dataset == "digits":
         source = read_source(dataset, place)
@@ -128,7 +149,8 @@ def count(dataset: str, place: Place, how: Preprocessing | None) -> Counted:
         labels = {part: torch.arange(size) % classes for part, size in CIFAR_IMAGES.items()}
         return Counted(labels, classes)
     assert how is not None
-    found = find(Path(dataset.removeprefix(FOLDER)))
+    if (found := _listed(dataset, place, columns, dry=True)) is None:
+        return None
     broken = cache.look_through(found, how) if len(found.paths) <= LOOKED_THROUGH else {}
     cache.refuse_broken(found, broken, place)
     labels = {part: labels for part, (_, labels) in _used(found, broken).items()}
@@ -275,9 +297,8 @@ def _parquet_class_names(path: Path, label_column: str) -> list[str] | None:
     return features[label_column].get("names")
 
 
-def _class_folders(root: Path, place: Place, how: Preprocessing) -> Source:
+def _decoded(found: Listed, place: Place, how: Preprocessing) -> Source:
     """Decoded into the cache where they are not yet."""
-    found = find(root)
     pixels = cache.pixels(found, how, place)
     broken = pixels.broken
     cache.refuse_broken(found, broken, place)
@@ -288,7 +309,7 @@ def _class_folders(root: Path, place: Place, how: Preprocessing) -> Source:
     return Source(
         parts["train"],
         parts.get("test"),
-        found.class_names,
+        list(found.class_names),
         cache.identity(found, pixels.contents, broken),
         parts.get("val"),
         found,
@@ -296,7 +317,7 @@ def _class_folders(root: Path, place: Place, how: Preprocessing) -> Source:
     )
 
 
-def _used(found: Found, broken: dict[int, str]) -> dict[str, tuple[Tensor, Tensor]]:
+def _used(found: Listed, broken: dict[int, str]) -> dict[str, tuple[Tensor, Tensor]]:
     """{part: (places among all images, labels)} of the images that can be read.
 
     Raises ``UserError`` where a class has none to train on.
@@ -310,7 +331,7 @@ def _used(found: Found, broken: dict[int, str]) -> dict[str, tuple[Tensor, Tenso
     if missing := set(range(len(found.class_names))) - set(used["train"][1].tolist()):
         name = found.class_names[min(missing)]
         raise UserError(
-            f"dataset folder:{found.root}: no training image of class {name} can be read; replace "
+            f"dataset {found.dataset}: no training image of class {name} can be read; replace "
             "the files by whole ones, or take the class away"
         )
     return used

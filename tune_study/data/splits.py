@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from tune_study.config import SPLIT_SEED, DataConfig
-from tune_study.data.folders import Found, passed_over
-from tune_study.data.place import Place, Preprocessing
+from tune_study.data.listed import Listed
+from tune_study.data.place import Columns, Place, Preprocessing
 from tune_study.data.sources import Split, count, source_of
 from tune_study.errors import UserError
 
@@ -23,9 +23,18 @@ class Outline(NamedTuple):
     val: int
     test: int
     told: str = ""
-    """Of a folder: what was found, passed over and split, in one line."""
+    """Of a folder or table: what was found, passed over and split, in one line."""
     left_out: tuple[str, ...] = ()
-    """Files of a folder that cannot be read, with the reason."""
+    """Images of it that cannot be read, with the reason."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything is: else it would have to be downloaded."""
+        return self.train > 0
+
+
+UNKNOWN = Outline(10, 0, 0, 0)
+"""A model needs some number of classes to be looked at."""
 
 
 class Dataset(NamedTuple):
@@ -54,10 +63,10 @@ def load(
     """The three splits of ``dataset``, the same for every trial with these ``sizes``.
 
     The images come from ``place.data_dir``, or from torchvision's download when it is ``None``;
-    those of a folder from the cache, at the side that ``how`` wants, which other data sets need
-    not be told. Raises ``UserError`` when they are missing, corrupt or fewer than asked for.
+    those of a folder or table from the cache, at the side that ``how`` wants, which other data sets
+    need not be told. Raises ``UserError`` when they are missing, corrupt or fewer than asked for.
     """
-    source = source_of(dataset, place, how)
+    source = source_of(dataset, place, how, Columns(*sizes.columns))
     rows = _rows({name: part.labels for name, part in source.parts.items()}, sizes, dataset)
     train, val, test = (
         source.parts[part].take(which) if len(which) < len(source.parts[part].labels)
@@ -73,9 +82,11 @@ def outline(
 ) -> Outline:
     """What ``load`` would have, without a download and without writing anything.
 
-    Raises ``UserError`` as far as it can be told so.
+    ``UNKNOWN`` for a data set of the hub's that is not on this machine. Raises ``UserError`` as far
+    as it can be told so.
     """
-    counted = count(dataset, place, how)
+    if (counted := count(dataset, place, how, Columns(*sizes.columns))) is None:
+        return UNKNOWN
     rows = _rows(counted.labels, sizes, dataset)
     train, val, test = (len(which) for _, which in rows)
     told = _told(dataset, rows, counted.found, counted.left_out)
@@ -104,8 +115,8 @@ def _rows(labels: Mapping[str, Tensor], sizes: DataConfig, dataset: str) -> Rows
     return [(source[part], places[part]) for part in ("train", "val", "test")]
 
 
-def _told(dataset: str, rows: Rows, found: Found | None, left_out: tuple[str, ...]) -> str:
-    """The line of a folder; nothing of another data set."""
+def _told(dataset: str, rows: Rows, found: Listed | None, left_out: tuple[str, ...]) -> str:
+    """The line of a folder or table; nothing of another data set."""
     if found is None:
         return ""
     uses = ("to train on", "for validation", "for the test")
@@ -115,9 +126,8 @@ def _told(dataset: str, rows: Rows, found: Found | None, left_out: tuple[str, ..
     lines = [
         f"{len(found.paths)} images of {len(found.class_names)} classes",
         ", ".join(words),
+        *found.told(),
     ]
-    if over := passed_over(found):
-        lines.append(f"passed over: {over}")
     if left_out:
         lines.append(f"left out, for they cannot be read: {len(left_out)}")
     return f"{dataset}: {'; '.join(lines)}"

@@ -240,7 +240,7 @@ def _values(field: str, keys: Iterable[Any]) -> dict[Any, str]:
 def words_of(field: str, value: Any, most: int | None = _LONGEST) -> str:
     """``learning rate 0.001``, ``r 8``, ``cifar10``: a setting as a name holds it."""
     text = _value(value)
-    if field == "dataset" and most is not None and text.startswith("folder:"):
+    if field == "dataset" and most is not None and text.startswith(("folder:", "hf:.", "hf:/")):
         text = text.rstrip("/").rpartition("/")[2].removeprefix("folder:") or text
     if most is not None and len(text) > most:
         text = f"{text[: most // 2]}…{text[-(most // 2 - 1) :]}"

@@ -74,6 +74,8 @@ SETTINGS: tuple[Column, ...] = (
     Column("data.test_size", "int", "images", "asked for; missing: all"),
     Column("data.image_size", "int", "px", "side; missing: the model's own"),
     Column("data.augment", "str", "", "augmentation of the training images"),
+    Column("data.image_column", "str", "", "of a data set with hf:; missing: the only one"),
+    Column("data.label_column", "str", "", "of a data set with hf:; missing: the only one"),
     Column("training.num_train_epochs", "int", "epochs", "epochs planned"),
     Column("training.per_device_train_batch_size", "int", "images", "micro-batch planned"),
     Column("training.gradient_accumulation_steps", "int", "", "micro-batches per step, planned"),

@@ -19,6 +19,7 @@ SETTINGS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # Tune waits for a tracker that does not answer: seconds, where MLflow would try for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",

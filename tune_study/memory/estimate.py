@@ -36,6 +36,7 @@ class Estimate(NamedTuple):
     peak_train_bytes: float
     """NaN for a model whose step cannot be predicted."""
     train_time_s: float
+    """NaN for images that are not known."""
 
 
 def estimate(config: TrialConfig, data: Outline, device: torch.device) -> Estimate:
@@ -52,7 +53,8 @@ def estimate(config: TrialConfig, data: Outline, device: torch.device) -> Estima
     work = forward * images * config.training.num_train_epochs * _times_plain(config.lora)
     rate = matmul_rate(config.training.compute_dtype, str(device)) * EFFICIENCY
     peak = math.nan if expected.peak_train_bytes is None else expected.peak_train_bytes
-    return Estimate(expected.weights_bytes, peak, work / rate)
+    time_s = work / rate if data.is_known else math.nan
+    return Estimate(expected.weights_bytes, peak, time_s)
 
 
 def refuse_what_cannot_fit(config: TrialConfig, num_classes: int, device: torch.device) -> None:

@@ -90,7 +90,8 @@ def print_plan(
     console.print(
         f"{distinct} Base weights are exact; the peak of a "
         "training step is within about 2 % on a CPU (docs/memory.md), and the time of all epochs "
-        f"on this machine within a factor of about 2: {duration(total)} in all."
+        "on this machine within a factor of about 2: "
+        f"{'unknown' if math.isnan(total) else duration(total)} in all."
     )
 
 
@@ -179,7 +180,7 @@ def say_long_warm_up(console: Console, trials: Sequence[TrialConfig], checked: C
     """Of the first trial whose warm-up is as long as its training."""
     for trial in trials:
         training = trial.training
-        if trial.trial_id in checked.data:
+        if trial.trial_id in checked.data and checked.data[trial.trial_id].is_known:
             images = checked.data[trial.trial_id].train
             per_epoch = math.ceil(images / trial.images_per_step)
             steps = per_epoch * training.num_train_epochs

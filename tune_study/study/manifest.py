@@ -162,7 +162,7 @@ def _refuse_other_data(
     for trial in trials:
         results = read_results(folder, trial.trial_id)
         then = mapping(results, "train", "model_metrics").get("data_sha256")
-        now = checksums["data"].get(trial.dataset, {})
+        now = checksums["data"].get(trial.data_name, {})
         if then is not None and now and then != now["sha256"]:
             raise UserError(
                 f"--name {folder.name}: its trials saw another {trial.dataset} (sha256 "

@@ -10,7 +10,7 @@ import timm
 import torch
 
 from tune_study.config import TrialConfig
-from tune_study.data.names import FOLDER
+from tune_study.data.names import DECODED
 from tune_study.data.place import Preprocessing
 from tune_study.data.sources import CIFAR_CLASSES
 from tune_study.data.splits import Outline, load, outline
@@ -43,7 +43,7 @@ class Checked(NamedTuple):
 
     @property
     def told(self) -> list[str]:
-        """Of every folder of images one line: what was found, passed over and split."""
+        """Of every folder or table of images one line: what was found, passed over and split."""
         return list(dict.fromkeys(seen.told for seen in self.data.values() if seen.told))
 
 
@@ -78,7 +78,7 @@ def check(
         if key not in seen:
             seen[key], found = _look_at_images(trial, how, context, dry=dry)
             sha256["data"].update(found)
-            if not found and not trial.dataset.startswith(FOLDER):
+            if not found and not (seen[key].is_known and trial.dataset.startswith(DECODED)):
                 not_here["images"][trial.dataset] = None
         data[trial.trial_id] = seen[key]
         classes = seen[key].classes
@@ -114,14 +114,14 @@ def _look_at_images(
 ) -> tuple[Outline, dict[str, dict[str, Any]]]:
     """(how much there is, what study.json keeps of it: nothing where it was not all read)."""
     downloaded = trial.dataset in CIFAR_CLASSES and context.data_dir is None
-    if dry and (downloaded or trial.dataset.startswith(FOLDER)):
+    if dry and (downloaded or trial.dataset.startswith(DECODED)):
         return outline(trial.dataset, context.place, trial.data, how), {}
     images = load(trial.dataset, context.place, trial.data, how)
     seen = images.outline
     kept: dict[str, Any] = {"sha256": images.sha256}
     if seen.told:
         kept |= {"images": seen.told, "left_out": list(seen.left_out)}
-    return seen, {trial.dataset: kept}
+    return seen, {trial.data_name: kept}
 
 
 def _check_model(trial: TrialConfig, num_classes: int, context: RunContext) -> None:

@@ -18,6 +18,7 @@ from search_spaces.lookup import code_of
 from tune_study.cluster.connection import check_options
 from tune_study.cluster.stop import Stop
 from tune_study.config import TrialConfig
+from tune_study.data.splits import UNKNOWN
 from tune_study.errors import UserError
 from tune_study.folder.lock import lock
 from tune_study.folder.remote import masked
@@ -176,6 +177,12 @@ def _dry_run(command: Command, checked: Checked, choices: Mapping[str, Any]) -> 
         notes = [*notes, auto_batch.NOT_YET]
     if missing := [f"the {k} of {' and '.join(n)}" for k, n in checked.not_here.items() if n]:
         notes = [*notes, f"a dry run downloads nothing, and did not look at {'; '.join(missing)}"]
+    if any(not seen.is_known for seen in checked.data.values()):
+        notes = [
+            *notes,
+            "the classes of images that are not here are not known: bytes are those of a head for "
+            f"{UNKNOWN.classes}, ids are exact",
+        ]
     print_plan(command.console, trials, checked, context, extension, notes, plan)
     return 0
 

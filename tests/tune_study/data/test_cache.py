@@ -231,4 +231,4 @@ def test_many_images_are_worth_a_line(root, place, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(cache, "MANY", 7)
     cache.contents(find(root), place)
-    assert capsys.readouterr().err == f"looking at the files of {root}: 7\n"
+    assert capsys.readouterr().err == f"looking at the files of folder:{root}: 7\n"

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tune_study.data.names import Names, place_of
+from tune_study.data.names import Hub, Names, hub_of, place_of
 
 
 @pytest.fixture
@@ -49,3 +49,25 @@ def test_a_study_knows_where_its_folder_lies_when_a_command_is_typed_elsewhere(h
     names = Names(["folder:d"], {"folder:d": here / "d"})
     assert names.of("folder:../d") == "folder:d"
     assert place_of("folder:d") == Path("d")
+
+
+@pytest.mark.parametrize("written", ["./d", "./d/", "other/../d", "~/d", "{here}/d"])
+def test_a_folder_in_the_formats_of_the_hub_has_one_name_too(here, written):
+    written = written.format(here=here)
+    written = written if written.startswith((".", "~", "/")) else f"./{written}"
+    assert Names(["hf:./d"]).of(f"hf:{written}") == "hf:./d"
+    assert Names(["hf:./d@x"]).of(f"hf:{written}@x") == "hf:./d@x"
+    assert Names(["hf:./d@x", "folder:d"]).of(f"hf:{written}").startswith("hf:")
+    assert Names(["hf:./d@x"]).of(f"hf:{written}@y").endswith("d@y")
+    assert place_of(f"hf:{written}@x").resolve() == here / "d"
+
+
+def test_names_of_the_hub_stay_and_no_folder_becomes_one(here):
+    for name in ("hf:d", "hf:owner/d", "hf:owner/d@x", "hf:", "hf:./nowhere"):
+        assert Names(["folder:d"]).of(name) == name
+    assert Names().of("hf:././d") == "hf:./d"
+    assert place_of("hf:owner/d") is None
+    assert hub_of("hf:owner/d@x") == Hub(None, "owner/d", "x")
+    (here / "a@b").mkdir()
+    assert hub_of("hf:./a@b") == Hub(Path("a@b"), "./a@b", None)
+    assert hub_of("hf:./a@b@c") == Hub(Path("a@b"), "./a@b", "c")

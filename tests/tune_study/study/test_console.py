@@ -2,12 +2,12 @@
 
 import io
 import math
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from tune_study.config import parse_trial
+from tune_study.data.splits import Outline
 from tune_study.memory.estimate import Estimate
 from tune_study.study import console
 from tune_study.study.manifest import cell_of
@@ -132,7 +132,7 @@ def test_a_warm_up_as_long_as_the_training_never_ends(warmup, said_at):
     training = {"num_train_epochs": 3, "warmup_steps": warmup}
     training |= {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
     trials = [parse_trial({**VALUES, "seed": seed, "training": training}) for seed in (1, 2)]
-    images = SimpleNamespace(train=25)
+    images = Outline(10, 25, 1, 1)
     said = output()
     console.say_long_warm_up(said, trials, Checked({trials[1].trial_id: images}, {}))
     text = said.file.getvalue()

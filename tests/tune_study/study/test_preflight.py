@@ -1,5 +1,6 @@
 import hashlib
 import io
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from search_spaces.own_code import Code
 from tests.tune_study.data.pictures import class_folders
+from tune_study.data.splits import UNKNOWN
 from tune_study.errors import UserError
+from tune_study.memory.estimate import estimate
 from tune_study.study import preflight
 from tune_study.study.console import say_what_was_adapted
 from tune_study.trial.context import RunContext
@@ -183,3 +186,17 @@ def test_what_was_found_in_a_folder_is_told_and_kept(tiny, tmp_path):
     assert len(kept["sha256"]) == 64
     dry = preflight.check(trials, where, dry=True)
     assert (dry.told, dry.checksums["data"], dry.not_here["images"]) == ([told], {}, [])
+
+
+def test_a_dry_look_plans_for_a_data_set_that_is_not_here(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "library")
+    where = context(tmp_path, cache_dir=tmp_path / "cache")
+    trial = tiny("nf4", dataset="hf:nobody/nothing")
+    checked = preflight.check([trial], where, dry=True)
+    assert checked.data[trial.trial_id] == UNKNOWN
+    assert checked.not_here["images"] == ["hf:nobody/nothing"]
+    assert checked.told == []
+    expected = estimate(trial, UNKNOWN, torch.device("cpu"))
+    assert math.isnan(expected.train_time_s)
+    assert expected.weights_bytes > 0
+    assert not (tmp_path / "cache").exists()
