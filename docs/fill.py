@@ -44,6 +44,7 @@ MORE = {
     "--storage": "cluster.md#a-study-in-a-bucket",
     "--address": "cluster.md#on-a-cluster",
     "--batch": "memory.md#the-micro-batch",
+    "--gpus-per-trial": "cluster.md#gpus",
     "--search": "search.md",
     "--scheduler": "search.md#pruning",
     "--space": "search.md#a-space-of-your-own",

@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from benchmarks import peers
+from benchmarks import cluster_scaling, peers
 from benchmarks.__main__ import line
 from benchmarks.scaling import PHASES, Cost, growth, table
 from benchmarks.timing import Comparison, alternate, compare
@@ -53,6 +53,30 @@ def test_growth_is_per_ten_times_the_trials_and_bold_when_faster_than_linear():
     rows = table({size: dict.fromkeys(PHASES, cost) for size, cost in sizes.items()}).splitlines()
     assert rows[2] == "| plan | 144 | 1.00 |  |  |  |  | 1 |  |"
     assert rows[3] == "| plan | 1,440 | 11.00 | **11.0** |  |  |  | 2 | 2.0 |"
+
+
+def test_slots_are_busy_while_trials_run_in_them():
+    started, ended = {"a": 10.0, "b": 11.0, "c": 20.0}, {"a": 19.0, "b": 29.0, "c": 30.0}
+    seen = cluster_scaling.Seen(started, ended, 42.5, 300_000_000, 310_000_000)
+    text, busy = cluster_scaling.table(seen, slots=2, epoch_s=4.0)
+    assert busy == (9 + 18 + 10) / (2 * 20)
+    rows = dict(line.strip("| ").rsplit(" | ", 1) for line in text.splitlines()[2:])
+    assert list(rows.values()) == [
+        *("3", "2", "20.0", "92.5%", "60.0%", "10.0", "12.5", "300", "310"),
+    ]
+
+
+def test_a_study_is_watched_line_by_line_to_its_end(tmp_path):
+    output = tmp_path / "output.txt"
+    program = "a: started\na: epoch 1/2\na: completed, 0.9\nb: started\nb: failed, 1\n"
+    command = ["sh", "-c", f"printf '{program}' > {output}"]
+    output.touch()
+    seen = cluster_scaling.watch(subprocess.Popen(command), output, 1)
+    assert (list(seen.started), list(seen.ended)) == (["a", "b"], ["a"])
+    assert seen.done >= seen.ended["a"]
+    output.write_text("")
+    with pytest.raises(SystemExit, match="did not complete:\na: started"):
+        cluster_scaling.watch(subprocess.Popen(command), output, 2)
 
 
 def test_a_verdict_can_be_written_as_json():

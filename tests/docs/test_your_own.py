@@ -15,6 +15,7 @@ import typer.main
 from PIL import Image
 
 from tune_study import merge, run
+from tune_study.data.folders import find
 from tune_study.study import schedule
 from tune_study.trial import execution, simulate
 
@@ -55,13 +56,21 @@ def folder(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     (model,) = (block for block in blocks if "register_model" in block)
     blocks.remove(model)
-    grid, client = blocks
+    grid, draw, client = blocks
+    (tmp_path / "draw.py").write_text(draw)
     (tmp_path / "my_grid.py").write_text(grid)
     (tmp_path / "my_model.py").write_text(model)
     (tmp_path / "use_adapter.py").write_text(client)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
+
+
+def test_the_images_that_code_makes_are_a_data_set(folder):
+    runpy.run_path("draw.py")
+    found = find(Path("drawn"))
+    assert found.class_names == ["class_0", "class_1"]
+    assert len(found.paths) == 40
 
 
 def without_ray(waiting, context, progress, **options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ray
@@ -13,9 +13,12 @@ from ray.tune.execution import class_cache
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from search_spaces.own_code import Code, run_where_trials_run
-from tune_study.cluster import local
+from tune_study.cluster import local, placement
+from tune_study.cluster.placement import Room
 from tune_study.errors import UserError, first_line
-from tune_study.machine import provenance
+from tune_study.machine import gpus, provenance
+from tune_study.machine.gpus import Card, Need
+from tune_study.machine.provenance import cores
 from tune_study.trial.context import RunContext
 
 AWS_SECRETS = (
@@ -25,6 +28,7 @@ AWS_SECRETS = (
     "AWS_SESSION_TOKEN",
 )
 """What Tune hands to its workers by way of a log file (seen with Ray 2.60)."""
+HERE = "this machine"
 PATIENCE_S = 600
 """For a node's first answer: its worker imports torch, on a machine that may be busy."""
 
@@ -34,6 +38,8 @@ class Slots(NamedTuple):
 
     resources: dict[str, float]
     at_a_time: int
+    told: str = ""
+    """Of a cluster, and where ``auto`` has counted: how many trials run at a time, and where."""
     limit: int | None = None
     """For Tune, where fewer than fit are wanted and no resource says so. Tune then creates trials
     one by one, and starts a worker for each: 20 s that a reused one does not take."""
@@ -62,29 +68,70 @@ def connect(
     context: RunContext,
     *,
     max_concurrent: int | None,
-    gpus_per_trial: float | None,
+    gpus_per_trial: float | Need | None,
     dashboard: bool = False,
 ) -> Slots:
-    """Starts a Ray of our own, or joins the one at ``address``. Raises ``UserError``."""
+    """Starts a Ray of our own, or joins the one at ``address``. Raises ``UserError``.
+
+    ``gpus_per_trial`` is a share, or what trials take of a GPU: then as many share one as fit.
+    """
     # Ray would write them into a log that everyone may read; local workers inherit them anyway.
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(AWS_SECRETS)
     # What a trial died of stands in its error.json, and we say so: no traceback beside it.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    gpus = 1 if context.device == "cuda" and gpus_per_trial is None else gpus_per_trial or 0
+    if gpus_per_trial is None:
+        gpus_per_trial = 1 if context.device == "cuda" else 0
     if address == "local":
-        count = max_concurrent or 1
-        local.start(count, dashboard=dashboard)
+        resources, room = _here(context, gpus_per_trial, max_concurrent)
+        local.start(room.trials, dashboard=dashboard)
         # Workers inherit all of it; asked for again, it would take another worker than the one that
         # Ray has started by now.
         class_cache.ENV_VARS_TO_PROPAGATE.clear()
         class_cache.DEFAULT_ENV_VARS.clear()
-        return Slots({"CPU": 0, "GPU": gpus, local.TRIAL_SLOT: 1}, count)
-    resources: dict[str, float] = {"CPU": context.num_threads, "GPU": gpus}
+        told = placement.told([room], room.trials) if room.card else ""
+        return Slots(resources, room.trials, told)
     _join(address)
-    fits = _look_at_nodes(address, context, resources)
-    if max_concurrent is None or max_concurrent >= fits:
-        return Slots(resources, fits)
-    return Slots(resources, max_concurrent, limit=max_concurrent)
+    resources, rooms = _there(address, context, gpus_per_trial)
+    fits = sum(room.trials for room in rooms)
+    at_a_time = min(fits, max_concurrent or fits)
+    limit = at_a_time if at_a_time < fits else None
+    return Slots(resources, at_a_time, placement.told(rooms, at_a_time), limit)
+
+
+def _here(
+    context: RunContext, gpu: float | Need, most: int | None
+) -> tuple[dict[str, float], Room]:
+    """What a trial takes of a Ray of our own, and how many run at a time."""
+    count, card = most or 1, None
+    if isinstance(gpu, Need):
+        card = gpus.smallest(context.device)
+        assert card is not None  # auto is for CUDA alone
+        gpu = placement.share_of_all(gpu, {HERE: card})
+        there = {"GPU": gpus.count(), "CPU": cores()}
+        fits = placement.fit(there, {"GPU": gpu, "CPU": context.num_threads})
+        count = max(1, min(fits, most or fits))
+    return {"CPU": 0, "GPU": gpu, local.TRIAL_SLOT: 1}, Room(HERE, card, count)
+
+
+def _there(
+    address: str, context: RunContext, gpu: float | Need
+) -> tuple[dict[str, float], list[Room]]:
+    """What a trial takes of the cluster, and its nodes that have room for one."""
+    resources = {"CPU": context.num_threads, "GPU": 1 if isinstance(gpu, Need) else gpu}
+    nodes = nodes_for(resources)
+    if not nodes:
+        raise UserError(
+            f"--address {address}: no node has {resources['CPU']:g} CPUs and {resources['GPU']:g} "
+            "GPUs for a trial; see --cpus-per-trial and --gpus-per-trial"
+        )
+    cards = _look_at_nodes(address, context, nodes)
+    if isinstance(gpu, Need):
+        known = {name: card for name, card in cards.items() if card is not None}
+        resources["GPU"] = placement.share_of_all(gpu, known)
+    return resources, [
+        Room(name, cards[name], placement.fit(node["Resources"], resources))
+        for name, node in ((name_of(node), node) for node in nodes)
+    ]
 
 
 def _join(address: str) -> None:
@@ -97,24 +144,18 @@ def _join(address: str) -> None:
         ) from None
 
 
-def _look_at_nodes(address: str, context: RunContext, resources: Mapping[str, float]) -> int:
-    """How many trials fit on the nodes at a time. Raises ``UserError`` for one that differs."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    fits = sum(_fit(node["Resources"], resources) for node in nodes)
-    if not fits:
-        raise UserError(
-            f"--address {address}: no node has {resources['CPU']:g} CPUs and {resources['GPU']:g} "
-            "GPUs for a trial; see --cpus-per-trial and --gpus-per-trial"
-        )
+def _look_at_nodes(
+    address: str, context: RunContext, nodes: Sequence[Mapping[str, Any]]
+) -> dict[str, Card | None]:
+    """The card of every node, by its name. Raises ``UserError`` for a node that differs."""
     look = ray.remote(num_cpus=0)(_what_is_there)
     asked = {
         name_of(node): look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(context.device, context.code)
         for node in nodes
-        if _fit(node["Resources"], resources)
     }
-    ours = provenance.what_computes(context.device)
+    ours, cards = provenance.what_computes(context.device), {}
     for name, answer in asked.items():
         try:
             theirs = ray.get(answer, timeout=PATIENCE_S)
@@ -126,29 +167,32 @@ def _look_at_nodes(address: str, context: RunContext, resources: Mapping[str, fl
             ) from None
         if isinstance(theirs, str):
             raise UserError(f"--address {address}: on {name}, {theirs}")
-        if difference := first_difference(ours, theirs):
+        computes, cards[name] = theirs
+        if difference := first_difference(ours, computes):
             raise UserError(
                 f"--address {address}: on {name}, {difference}; a study wants the same on all nodes"
             )
-    return fits
+    return cards
 
 
-def _what_is_there(device: str, code: Code | None) -> dict[str, Any] | str:
-    """``what_computes`` on a node, or why the user's own file does not run there."""
+def nodes_for(resources: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The living nodes that have room for a trial."""
+    living = [node for node in ray.nodes() if node["Alive"]]
+    return [node for node in living if placement.fit(node["Resources"], resources)]
+
+
+def _what_is_there(device: str, code: Code | None) -> tuple[dict[str, Any], Card | None] | str:
+    """(``what_computes``, the GPU) of a node, or why the user's own file does not run there."""
     try:
         run_where_trials_run(code)
     except UserError as error:
         return str(error)
-    return provenance.what_computes(device)
+    return provenance.what_computes(device), gpus.smallest(device)
 
 
 def name_of(node: Mapping[str, Any]) -> str:
     """In words. Nodes are told apart by their id: those of one machine share the address."""
     return f"node {node['NodeID'][:8]} ({node['NodeManagerAddress']})"
-
-
-def _fit(there: Mapping[str, float], resources: Mapping[str, float]) -> int:
-    return int(min(there.get(k, 0) / v for k, v in resources.items() if v))
 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ class Deaths(Callback):
         self._say = say
         self._count: Counter[str] = Counter()
         self._details: dict[str, str] = {}
+        """Why a node could not begin a trial; "" of one whose worker died."""
         self._kills = out_of_memory_kills()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -58,7 +60,11 @@ class Deaths(Callback):
             Stop.request("storage")
             return
         self._count[trial_id] += 1
-        self._details[trial_id] = detail
+        told = re.search(r"^\S*\bUserError: (.+)", _in_full(trial), re.MULTILINE)
+        self._details[trial_id] = told[1] if told else ""
+        if told:
+            self._say(f"{trial_id}: its node could not begin it ({told[1]})")
+            return
         kills = out_of_memory_kills()
         killed_for_memory, self._kills = kills > self._kills, kills
         cause = "the system killed it for lack of memory" if killed_for_memory else "it was killed"
@@ -78,12 +84,15 @@ class Deaths(Callback):
         """Trials whose worker died in the last fit; one that dies too often becomes an error."""
         again = []
         for trial in trials:
-            if self._details.pop(trial.trial_id, None) is None:
+            told = self._details.pop(trial.trial_id, None)
+            if told is None:
                 continue
-            if self._count[trial.trial_id] <= RETRIES:
+            if (count := self._count[trial.trial_id]) <= RETRIES:
                 again.append(trial)
-            else:
-                _give_up(trial, self._study_dir / trial.trial_id, self._count[trial.trial_id])
+                continue
+            killed = f"its worker process was killed {count} times in one run"
+            kind = "UserError" if told else "WorkerDied"
+            _give_up(trial, self._study_dir / trial.trial_id, kind, told or killed)
         return again
 
 
@@ -93,8 +102,8 @@ def _in_full(trial: Any) -> str:
     return path.read_text(errors="replace") if path.is_file() else ""
 
 
-def _give_up(trial: TrialConfig, folder: Path, deaths: int) -> None:
-    sentence = f"WorkerDied: its worker process was killed {deaths} times in one run"
+def _give_up(trial: TrialConfig, folder: Path, kind: str, why: str) -> None:
+    sentence = f"{kind}: {why}"
     results = read_results(folder.parent, folder.name) or {
         "trial_id": trial.trial_id,
         "simulated": False,
@@ -103,7 +112,7 @@ def _give_up(trial: TrialConfig, folder: Path, deaths: int) -> None:
         "meta": {},
     }
     epochs = results["train"].get("epochs") or []
-    write_failure(folder, trial, "WorkerDied", sentence, len(epochs))
+    write_failure(folder, trial, kind, sentence, len(epochs))
     write_json(folder / "results.json", {**results, "status": "error", "error": sentence})
 
 

@@ -1,14 +1,17 @@
 """Data and weights on their way to the nodes of a cluster: once per node, by Ray's object store.
 
-Images of a folder or table go piece by piece into each node's own cache, and through no machine's
-memory. The nodes need no file of the driver's, no network and no library that reads it. What the
-project ships itself is on every node already.
+The images of a folder or table are in each node's own cache before the first trial, and go whole
+through no machine's memory: a node that sees the same files of a folder, on a shared disk or behind
+a URI, decodes them itself, and any other fetches what the driver has decoded, piece by piece. The
+nodes need no file of the driver's, no network and no library that reads it. What the project ships
+itself is on every node already.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +21,12 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_study.config import TrialConfig
-from tune_study.data import cache
+from tune_study.data import cache, folders
+from tune_study.data.buckets import folder_of
+from tune_study.data.folders import Found
 from tune_study.data.mapped import Mapped
-from tune_study.data.place import Columns, Place
+from tune_study.data.names import FOLDER, is_bucket
+from tune_study.data.place import Columns, Place, Preprocessing
 from tune_study.data.sources import Source, Split, key_of, provide, source_of
 from tune_study.folder.files import write_whole
 from tune_study.model.build import preprocessing
@@ -52,6 +58,11 @@ class Distant(NamedTuple):
     sha256: str
     broken: dict[int, str]
     """As ``cache.Pixels``."""
+    dataset: str
+    """Its name, from wherever it is read."""
+    interpolation: str
+    files: Any
+    """A reference to the driver's ``Found`` and the sizes of its files; ``None`` of no folder."""
 
 
 class _Reader:
@@ -75,7 +86,8 @@ def ship(trials: Sequence[TrialConfig], context: RunContext) -> Inputs:
         if (key := key_of(trial.dataset, how, columns)) not in sources:
             source = source_of(trial.dataset, context.place, how, columns)
             distant = isinstance(source.train.images, Mapped)
-            sources[key] = _distant(source) if distant else ray.put(_plain(source))
+            given = _distant(source, trial.dataset, how) if distant else ray.put(_plain(source))
+            sources[key] = given
     weights = {}
     for model in dict.fromkeys(trial.model for trial in trials if trial.pretrained):
         path = weights_file(model, context.weights) if context.weights else hub_weights(model)
@@ -90,16 +102,28 @@ def _plain(source: Source) -> list[Any]:
     return [*splits, source.class_names, source.sha256]
 
 
-def _distant(source: Source) -> Distant:
+def _distant(source: Source, dataset: str, how: Preprocessing) -> Distant:
     parts = {}
     for name, part in source.parts.items():
         assert isinstance(part.images, Mapped)
         path, shape = part.images.path, part.images.whole
         parts[name] = part.images.rows.numpy(), part.labels.numpy()
-    broken = cache.whole(path, shape)
+    broken, found = cache.whole(path, shape), source.found
     assert broken is not None
+    files = None
+    if isinstance(found, Found):
+        files = ray.put((folders.at(found, found.root.absolute()), folders.sizes(found)))
     return Distant(
-        _reader(path), path.name, shape, parts, source.class_names, source.sha256, broken
+        _reader(path),
+        path.name,
+        shape,
+        parts,
+        source.class_names,
+        source.sha256,
+        broken,
+        dataset,
+        how.interpolation,
+        files,
     )
 
 
@@ -130,14 +154,43 @@ def receive(inputs: Inputs, config: TrialConfig, context: RunContext, folder: Pa
     return context.model_copy(update={"weights": path})
 
 
-def _fetched(distant: Distant, place: Place) -> Source:
-    def fetch(temporary: Path) -> dict[int, str]:
+def into_cache(distant: Distant, place: Place) -> tuple[Path, cache.Shape]:
+    """The node's own file of the images, made now unless it is there.
+
+    Raises ``UserError`` where it has no room, or a URI does not answer.
+    """
+
+    def fill(temporary: Path) -> dict[int, str]:
+        with _same_files(distant, place) as found:
+            if found is not None:
+                side = distant.shape[-1]
+                return cache.decode(found, side, distant.interpolation, temporary)
         with temporary.open("wb") as file:
             for number in range(-(-np.prod(distant.shape, dtype=int) // PIECE_BYTES)):
                 ray.get(distant.reader.piece.remote(number)).tofile(file)
         return distant.broken
 
-    path, shape, _ = cache.filled(place, distant.name, distant.shape, fetch)
+    return cache.filled(place, distant.name, distant.shape, fill)[:2]
+
+
+@contextmanager
+def _same_files(distant: Distant, place: Place) -> Iterator[Found | None]:
+    """The driver's files, as this node sees them; ``None`` where it sees none, or others."""
+    drivers, sizes = ray.get(distant.files) if distant.files is not None else (None, [])
+    if drivers is None or not (is_bucket(distant.dataset) or drivers.root.is_dir()):
+        yield None
+        return
+    there = distant.dataset if is_bucket(distant.dataset) else f"{FOLDER}{drivers.root}"
+    with folder_of(there, place) as root:
+        found = folders.at(drivers, root)
+        same = folders.sizes(found) == sizes
+        # The name begins with the checksum of all that the driver has read.
+        same = same and distant.name.startswith(cache.contents(found, place).key)
+        yield found if same else None
+
+
+def _fetched(distant: Distant, place: Place) -> Source:
+    path, shape = into_cache(distant, place)
     images = Mapped(path, shape)
     parts = {
         name: Split(images.take(torch.tensor(rows)), torch.tensor(labels))

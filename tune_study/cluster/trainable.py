@@ -55,6 +55,7 @@ def at_work(
         folder = node_folder(context.study_dir.name)
         context = context.model_copy(update={"study_dir": folder})
         if inputs is not None:
+            run_where_trials_run(context.code)  # a model of the user's says which images it wants
             context = receive(inputs, trial, context, folder.parent / "weights")
         context.study_dir.mkdir(exist_ok=True)
     store = None

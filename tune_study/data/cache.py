@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -187,8 +187,8 @@ def pixels(found: Listed, how: Preprocessing, place: Place) -> Pixels:
     side = min(how.image_size, known.side)
     shape = (len(found.paths), 3, side, side)
     name = f"{known.key}-{side}-{how.interpolation}.pixels"
-    decode = partial(_decode, found, side, how.interpolation)
-    return Pixels(*filled(place, name, shape, decode), known)
+    fill = partial(decode, found, side, how.interpolation)
+    return Pixels(*filled(place, name, shape, fill), known)
 
 
 def filled(
@@ -202,7 +202,7 @@ def filled(
     with writable(place) as folder:
         path = folder / name
         if (broken := whole(path, shape)) is None:
-            with _alone(path):
+            with alone(path):
                 if (broken := whole(path, shape)) is None:  # no other process was first
                     broken = _fill(path, shape, fill)
     return path, shape, broken
@@ -217,13 +217,8 @@ def whole(path: Path, shape: Shape) -> dict[int, str] | None:
 
 
 def _fill(path: Path, shape: Shape, fill: Callable[[Path], dict[int, str]]) -> dict[int, str]:
-    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
-    if free < needed + LEFT_FREE_BYTES:
-        raise UserError(
-            f"--cache-dir: {shape[0]:,} images of {shape[-1]} px take {needed / 1e9:,.1f} GB of "
-            f"{path.parent}, and its disk has {free / 1e9:,.1f} GB free; make room (all that is "
-            "there can be deleted), or name a folder on another disk"
-        )
+    what = f"{shape[0]:,} images of {shape[-1]} px"
+    refuse_no_room(path.parent, math.prod(shape), what)
     for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
         left.unlink()
     broken: dict[int, str] = {}
@@ -236,7 +231,36 @@ def _fill(path: Path, shape: Shape, fill: Callable[[Path], dict[int, str]]) -> d
     return broken
 
 
-def _decode(found: Listed, side: int, interpolation: str, file_path: Path) -> dict[int, str]:
+def refuse_no_room(folder: Path, needed: int, what: str) -> None:
+    """Raises ``UserError`` where ``what``, of so many bytes, does not fit on the folder's disk."""
+    free = shutil.disk_usage(folder).free
+    if needed and free < needed + LEFT_FREE_BYTES:
+        raise UserError(
+            f"--cache-dir: {what} take {needed / 1e9:,.1f} GB of {folder}, and its disk has "
+            f"{free / 1e9:,.1f} GB free; make room (all that is there can be deleted), or name a "
+            "folder on another disk"
+        )
+
+
+def refuse_no_room_for(files: Sequence[tuple[str, Shape]], place: Place) -> None:
+    """Raises ``UserError`` unless all ``files`` (name, shape) that are not there yet have room."""
+    with writable(place) as folder:
+        missing = [shape for name, shape in files if whole(folder / name, shape) is None]
+        what = f"{sum(shape[0] for shape in missing):,} images"
+        refuse_no_room(folder, sum(math.prod(shape) for shape in missing), what)
+
+
+def written(name: str, shape: Shape, place: Place) -> int:
+    """Bytes of ``name`` that are in the cache by now, and those of one that is being made."""
+    with writable(place) as folder:
+        if whole(folder / name, shape) is not None:
+            return math.prod(shape)
+        # Blocks: a file that is being decoded has its whole length from the start.
+        parts = [path.stat().st_blocks * 512 for path in folder.glob(f".{name}.*.tmp")]
+        return min(math.prod(shape), max(parts, default=0))
+
+
+def decode(found: Listed, side: int, interpolation: str, file_path: Path) -> dict[int, str]:
     """Every image into its place of the file; the others' places stay zeros."""
     one_writer = threading.Lock()
     with file_path.open("wb") as file:
@@ -356,7 +380,7 @@ def writable(place: Place) -> Iterator[Path]:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
     lock: Any = FileLock(path.with_suffix(".lock"))
     try:
         lock.acquire(timeout=0)

@@ -270,3 +270,24 @@ def touched(files: Iterable[tuple[str, str]], begun: bytes = b"") -> tuple[str, 
         newest = max(newest, *times[1:])
         digest.update(os.fsencode(path) + f"\0{said} {times}\n".encode())
     return digest.hexdigest(), newest
+
+
+def at(found: Found, root: Path) -> Found:
+    """The same files below another folder."""
+    parts = {
+        part: images._replace(paths=[str(root / found.shown(path)) for path in images.paths])
+        for part, images in found.parts.items()
+    }
+    return found._replace(root=root, parts=parts)
+
+
+def sizes(found: Found) -> list[int]:
+    """Bytes of every file; -1 where there is none."""
+    return [_size(path) for path in found.paths]
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from tune_study.machine.device import free_bytes
+from tune_study.machine.gpus import SHARE_OF_DEVICE
 
-SHARE_OF_DEVICE = 0.25
-"""Of a device's free memory: images that take no more lie there, others come batch by batch."""
 RESIDENT_BYTES = 64 * 2**20
 """Pages of the file that were read stay with the system's cache, but not in this process."""
 

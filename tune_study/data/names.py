@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from tune_study.folder.remote import is_uri
+
 FOLDER = "folder:"
 HUB = "hf:"
 DECODED = (FOLDER, HUB)
@@ -22,6 +24,11 @@ class Hub(NamedTuple):
     configuration: str | None
 
 
+def is_bucket(dataset: str) -> bool:
+    """Whether the folder lies behind a URI: ``folder:s3://bucket/images``."""
+    return dataset.startswith(FOLDER) and is_uri(dataset.removeprefix(FOLDER))
+
+
 class Names:
     """What data sets are called. A folder that the study has under a name keeps it."""
 
@@ -35,19 +42,21 @@ class Names:
     def of(self, dataset: str) -> str:
         """The name of ``dataset``: that of the same folder, else the shortest writing of it."""
         if (place := place_of(dataset)) is None:
-            return dataset
+            return dataset.rstrip("/") if is_bucket(dataset) else dataset
         return self._of.setdefault(_key(dataset, place), _written_short(dataset, place))
 
 
 def place_of(dataset: str) -> Path | None:
     """The folder that ``folder:PATH`` or ``hf:./PATH`` names, ``~`` being the home.
 
-    ``None`` for other data sets.
+    ``None`` for other data sets, and for a URI, which is a name already.
     """
     if dataset.startswith(HUB):
         return hub_of(dataset).folder
     path = dataset.removeprefix(FOLDER)
-    return None if path in (dataset, "") else Path(os.path.expanduser(path))
+    if path in (dataset, "") or is_bucket(dataset):
+        return None
+    return Path(os.path.expanduser(path))
 
 
 def hub_of(dataset: str) -> Hub:

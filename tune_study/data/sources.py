@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from tune_study.data import cache, hub
+from tune_study.data.buckets import folder_of
 from tune_study.data.decoding import Unreadable, rgb
 from tune_study.data.folders import find
 from tune_study.data.listed import Listed
 from tune_study.data.mapped import Mapped
-from tune_study.data.names import DECODED, FOLDER, HUB
+from tune_study.data.names import DECODED, HUB, is_bucket
 from tune_study.data.place import Columns, Place, Preprocessing
 from tune_study.errors import UserError, first_line
 
@@ -117,9 +118,10 @@ def read_source(
     """
     if dataset.startswith(DECODED):
         assert how is not None
-        found = _listed(dataset, place, columns)
-        assert found is not None
-        return _decoded(found, place, how)
+        with folder_of(dataset, place) as root:
+            found = _listed(dataset, place, columns, root)
+            assert found is not None
+            return _decoded(found, place, how)
     if dataset == "digits":
         train, test, class_names = _digits()
     else:
@@ -127,10 +129,13 @@ def read_source(
     return Source(train, test, class_names, _checksum(train, test))
 
 
-def _listed(dataset: str, place: Place, columns: Columns, *, dry: bool = False) -> Listed | None:
+def _listed(
+    dataset: str, place: Place, columns: Columns, root: Path, *, dry: bool = False
+) -> Listed | None:
+    """``root`` is the folder, of one."""
     if dataset.startswith(HUB):
         return hub.find(dataset, columns, place, dry=dry)
-    return find(Path(dataset.removeprefix(FOLDER)))
+    return find(root)
 
 
 def count(
@@ -149,11 +154,14 @@ def count(
         labels = {part: torch.arange(size) % classes for part, size in CIFAR_IMAGES.items()}
         return Counted(labels, classes)
     assert how is not None
-    if (found := _listed(dataset, place, columns, dry=True)) is None:
-        return None
-    broken = cache.look_through(found, how) if len(found.paths) <= LOOKED_THROUGH else {}
-    cache.refuse_broken(found, broken, place)
-    labels = {part: labels for part, (_, labels) in _used(found, broken).items()}
+    with folder_of(dataset, place, names_only=True) as root:
+        if (found := _listed(dataset, place, columns, root, dry=True)) is None:
+            return None
+        broken: dict[int, str] = {}
+        if len(found.paths) <= LOOKED_THROUGH and not is_bucket(dataset):
+            broken = cache.look_through(found, how)
+        cache.refuse_broken(found, broken, place)
+        labels = {part: labels for part, (_, labels) in _used(found, broken).items()}
     return Counted(labels, len(found.class_names), found, tuple(cache.named(found, broken)))
 
 

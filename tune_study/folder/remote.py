@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from tune_study.folder.files import write_whole
 
 if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
+    from pyarrow.fs import FileInfo, FileSystem
 
 T = TypeVar("T")
 WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -103,13 +103,29 @@ def _patiently(remote: Remote, what: str, attempt: Callable[[], T]) -> T:
 
 def listing(remote: Remote, folder: str = "") -> dict[str, int]:
     """{name below ``folder``: size in bytes} of all files; empty when there is no such folder."""
+    return {name: info.size for name, info in _listed(remote, folder).items()}
+
+
+def _listed(remote: Remote, folder: str) -> dict[str, FileInfo]:
     from pyarrow import fs
 
     base = remote.path(folder) if folder else remote.root
     selector = fs.FileSelector(base, allow_not_found=True, recursive=True)
     found = _patiently(remote, "listing", lambda: remote.filesystem.get_file_info(selector))
+    return {info.path[len(base) + 1 :]: info for info in found if info.type == fs.FileType.File}
+
+
+class Dated(NamedTuple):
+    """A file's size in bytes, and when it was written, in ns since 1970."""
+
+    size: int
+    mtime_ns: int
+
+
+def dated(remote: Remote) -> dict[str, Dated]:
+    """As ``listing``."""
     return {
-        info.path[len(base) + 1 :]: info.size for info in found if info.type == fs.FileType.File
+        name: Dated(info.size, info.mtime_ns or 0) for name, info in _listed(remote, "").items()
     }
 
 

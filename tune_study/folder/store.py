@@ -12,6 +12,8 @@ earlier state, or a checkpoint that is passed over.
 from __future__ import annotations
 
 import json
+import os
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -41,9 +43,9 @@ class Store:
 
     def __init__(self, where: Remote, folder: Path) -> None:
         self.remote, self.folder = where, folder
-        self._known: dict[str, tuple[int, int]] = {}
-        """What is there: (size, local modification time in ns) by name; zeros of what was not
-        seen here."""
+        self._known: defaultdict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
+        """What is there: (size, local modification time in ns) by part and name; zeros of what was
+        not seen here. By part, since a trial of very many is to cost what one of few does."""
         self._listed: set[str] = set()
 
     def push(self, *parts: str) -> None:
@@ -54,25 +56,34 @@ class Store:
         for part in parts:
             here = self._here(part)
             self._list(part)
-            changed = [name for name in here if self._known.get(name) != here[name]]
+            known = self._within(part)
+            changed = [name for name in here if known.get(name) != here[name]]
             for name in sorted(changed, key=_order):
                 try:
                     content = (self.folder / name).read_bytes()
                 except FileNotFoundError:
                     continue  # it was removed meanwhile
                 remote.write(self.remote, name, content)
-                self._known[name] = here[name]
-            gone = [name for name in self._known if _within(name, part) and name not in here]
+                self._known[_part_of(name)][name] = here[name]
+            gone = [name for name in known if name not in here]
             remote.delete(self.remote, gone)
             for name in gone:
-                del self._known[name]
+                del self._known[_part_of(name)][name]
+
+    def _within(self, part: str) -> dict[str, tuple[int, int]]:
+        """What is known of ``part``, by name."""
+        if part != _OF_TRIALS:
+            return dict(self._known[part])
+        parts = [known for name, known in self._known.items() if _is_within(name, part)]
+        return {name: stat for known in parts for name, stat in known.items()}
 
     def _here(self, part: str) -> dict[str, tuple[int, int]]:
         if part:
             found = remote.local_files(self.folder / part)
             return {f"{part}/{name}": stat for name, stat in found.items()}
-        files = [path for path in self.folder.iterdir() if path.is_file()]
-        stats = {path.name: path.stat() for path in files if remote.travels(path.name)}
+        with os.scandir(self.folder) as entries:  # which knows folders by their entry alone
+            files = [entry for entry in entries if remote.travels(entry.name) and entry.is_file()]
+        stats = {entry.name: entry.stat() for entry in files}
         return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
     def _list(self, part: str) -> None:
@@ -81,8 +92,9 @@ class Store:
         found = remote.listing(self.remote, part)
         prefix = f"{part}/" if part else ""
         for name in found:
-            if remote.travels(prefix + name) and _within(prefix + name, part):
-                self._known.setdefault(prefix + name, (0, 0))
+            whole = prefix + name
+            if remote.travels(whole) and (part or "/" not in name):
+                self._known[_part_of(whole)].setdefault(whole, (0, 0))
         self._listed.add(part)
 
     def pull(self, part: str) -> None:
@@ -109,7 +121,7 @@ class Store:
                 remote.discard(entry)
         self._fetch([name for name in names if name.partition("/")[0] not in ended])
         for trial_id in ended:
-            self._known |= self._here(trial_id)
+            self._known[trial_id] |= self._here(trial_id)
         self._listed |= {"", "*"}
         return True
 
@@ -125,7 +137,8 @@ class Store:
         remote.fetch(self.remote, self.folder, names)
         for name in names:
             if (path := self.folder / name).is_file():
-                self._known[name] = (path.stat().st_size, path.stat().st_mtime_ns)
+                stat = path.stat()
+                self._known[_part_of(name)][name] = (stat.st_size, stat.st_mtime_ns)
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -133,8 +146,21 @@ def _order(name: str) -> tuple[int, str]:
     return (_WRITTEN_LAST.index(last) + 1 if last in _WRITTEN_LAST else 0, name)
 
 
-def _within(name: str, part: str) -> bool:
-    return name.startswith(f"{part}/") if part else "/" not in name
+_OF_TRIALS = "tensorboard"
+"""The folder of which each trial's own is a part, too."""
+
+
+def _part_of(name: str) -> str:
+    """A trial's folder, its folder in TensorBoard's, ``report``; "" of the study's own files."""
+    folder, _, rest = name.partition("/")
+    if not rest:
+        return ""
+    inner, deeper, _ = rest.partition("/")
+    return f"{folder}/{inner}" if folder == _OF_TRIALS and deeper else folder
+
+
+def _is_within(part: str, folder: str) -> bool:
+    return part == folder or part.startswith(f"{folder}/")
 
 
 def _refuse_other_study(store: Store, there: bytes) -> None:

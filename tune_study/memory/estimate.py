@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from tune_study.config import LoraSpec, QuantizationConfig, TrialConfig
+from tune_study.data.names import DECODED
 from tune_study.data.splits import Outline
 from tune_study.errors import UserError
 from tune_study.machine.device import free_bytes, matmul_rate
+from tune_study.machine.gpus import Need
 from tune_study.memory.predict import of_a_step, predict
+from tune_study.model.build import preprocessing
 from tune_study.model.layers import skeleton_of
 
 BACKWARD_SHARE = 1.0
@@ -27,6 +30,16 @@ DORA, LORA_BIAS = 2.4, 1.5
 ROOMY = 8
 """No mode's step takes as much as this many full-precision ones, whatever the depth: int8 keeps the
 inputs of a block's layers, 7 times its width, where gradient checkpointing keeps the width."""
+ALLOCATED = 1.2
+"""What torch's allocator takes of a GPU over what it gives out, and evaluation beside a step. Not
+measured: a step's predicted peak alone is 0.2 to 1.8 % below the measured one (docs/memory.md)."""
+PROCESS_BYTES = 2**30
+"""Of a GPU, beside all tensors: CUDA's own, kernels, the workspaces of products. Not measured."""
+BUILT_IN_SIDE = 32
+"""Pixels of CIFAR's images; digits are smaller."""
+
+Planned = tuple[TrialConfig, int]
+"""A trial and how many classes it has."""
 
 
 class Estimate(NamedTuple):
@@ -75,25 +88,55 @@ def refuse_what_cannot_fit(config: TrialConfig, num_classes: int, device: torch.
         )
 
 
-def refuse_any_that_cannot_fit(
-    planned: Iterable[tuple[TrialConfig, int]], device: torch.device
-) -> None:
+def refuse_any_that_cannot_fit(planned: Iterable[Planned], device: torch.device) -> None:
     """``refuse_what_cannot_fit`` for all (trial, classes) of a plan, with few predictions.
 
-    A higher rank or more classes never make a step smaller: where the most of both fits, so do
-    the other trials that differ in nothing else. Where ``ROOMY`` times that fits in full precision,
+    Where the highest rank and the most classes fit, so do the other trials that differ in nothing
+    else. Where ``ROOMY`` times that fits in full precision,
     no mode is looked at.
     """
-    groups = defaultdict(list)
-    for trial, classes in planned:
-        groups[_of_rank(trial, 1).model_dump_json()].append((trial, classes))
-    for group in groups.values():
-        largest = _of_rank(group[0][0], max(trial.lora.r for trial, _ in group))
-        most_classes = max(classes for _, classes in group)
+    for group in _by_step(planned):
+        largest, most_classes = _largest(group)
         full = largest.model_copy(update={"quantization": QuantizationConfig()})
         if _excess(full, most_classes, device, ROOMY) and _excess(largest, most_classes, device):
             for trial, classes in group:
                 refuse_what_cannot_fit(trial, classes, device)
+
+
+def need_of(planned: Sequence[tuple[TrialConfig, Outline]], device: torch.device) -> Need:
+    """The most that any trial of the plan takes, its comparison with full precision included."""
+    most = 0
+    for group in _by_step((trial, data.classes) for trial, data in planned):
+        config, classes = _largest(group)
+        expected = predict(config, classes, device)
+        full = config.model_copy(update={"quantization": QuantizationConfig()})
+        twin = predict(full, classes, device)
+        if expected.peak_train_bytes is None or twin.peak_train_bytes is None:
+            return Need(None, 0)
+        both = expected.ledger.at_rest_bytes + twin.peak_train_bytes
+        most = max(most, expected.peak_train_bytes if full == config else both)
+    images = max(_image_bytes(trial, data) for trial, data in planned)
+    return Need(int(most * ALLOCATED) + PROCESS_BYTES, images)
+
+
+def _image_bytes(trial: TrialConfig, data: Outline) -> int:
+    own = trial.dataset.startswith(DECODED)
+    side = preprocessing(trial).image_size if own else BUILT_IN_SIDE
+    return (data.train + data.val + data.test) * 3 * side**2
+
+
+def _by_step(planned: Iterable[Planned]) -> Iterable[Sequence[Planned]]:
+    """Trials that differ in nothing that a step's bytes depend on, but in rank and classes."""
+    groups = defaultdict(list)
+    for trial, classes in planned:
+        groups[_of_rank(trial, 1).model_dump_json()].append((trial, classes))
+    return groups.values()
+
+
+def _largest(group: Sequence[Planned]) -> Planned:
+    """A higher rank or more classes never make a step smaller."""
+    r = max(trial.lora.r for trial, _ in group)
+    return _of_rank(group[0][0], r), max(classes for _, classes in group)
 
 
 def _excess(

@@ -40,6 +40,17 @@ untrained = partial(Option, rich_help_panel="Without training")
 in_search = partial(Option, rich_help_panel="A search instead of a grid")
 
 
+def gpu_share(text: str) -> float | str:
+    """``auto``, or a share of a GPU. Raises ``UserError``."""
+    try:
+        share = math.nan if text == "auto" else float(text)
+    except ValueError:
+        share = -1
+    if share < 0:
+        raise UserError(f"--gpus-per-trial {text}: write a share of a GPU, such as 0.5, or auto")
+    return text if text == "auto" else share
+
+
 @dataclass(frozen=True)
 class Options:
     """The command line of ``tune_study.run``: its options, in the order of ``--help``."""
@@ -110,7 +121,7 @@ class Options:
         int | None, on_machine(min=1, max=1024, metavar="N", help="cores and threads of a trial")
     ] = None
     gpus_per_trial: Annotated[
-        float | None, on_machine(min=0, metavar="SHARE", help="of a GPU, such as 0.5")
+        Any, on_machine(parser=gpu_share, metavar="SHARE", help="of a GPU, such as 0.5, or auto")
     ] = None
     cache_dir: Annotated[
         Path | None,
@@ -182,7 +193,10 @@ def checked(given: Options) -> Options:
         refuse_unknown_function("--space", given.space, "search_spaces.optuna_spaces")
     one_of("--device", given.device, DEVICES)
     one_of("--keep-checkpoints", given.keep_checkpoints, get_args(Keep))
-    refuse_not_finite("--gpus-per-trial", given.gpus_per_trial)
+    if given.gpus_per_trial == "auto":
+        refuse_with_auto(given)
+    else:
+        refuse_not_finite("--gpus-per-trial", given.gpus_per_trial)
     refuse_not_finite("--max-hours", given.max_hours)
     refuse_not_finite("--seed-sd", given.seed_sd)
     refuse_not_finite("--epoch-s", given.epoch_s)
@@ -197,6 +211,20 @@ def checked(given: Options) -> Options:
     if given.simulate and given.validate_only:
         raise UserError("--simulate trains nothing: leave out --validate-only")
     return replace(given, data_dir=data, weights=weights, cache_dir=cache)
+
+
+def refuse_with_auto(given: Options) -> None:
+    """Raises ``UserError`` for what a share cannot be found with."""
+    others = {
+        "--simulate": given.simulate and "trains nothing",
+        "--search": given.search and "does not know its trials beforehand",
+        "--batch": given.batch and "wants a GPU to itself",
+    }
+    for option, why in others.items():
+        if why:
+            raise UserError(
+                f"--gpus-per-trial auto: {option} {why}; leave one of the two out, or name a share"
+            )
 
 
 def refuse_client(address: str, arguments: Sequence[str]) -> None:

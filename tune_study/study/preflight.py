@@ -10,7 +10,7 @@ import timm
 import torch
 
 from tune_study.config import TrialConfig
-from tune_study.data.names import DECODED
+from tune_study.data.names import DECODED, is_bucket
 from tune_study.data.place import Preprocessing
 from tune_study.data.sources import CIFAR_CLASSES
 from tune_study.data.splits import Outline, load, outline
@@ -78,7 +78,8 @@ def check(
         if key not in seen:
             seen[key], found = _look_at_images(trial, how, context, dry=dry)
             sha256["data"].update(found)
-            if not found and not (seen[key].is_known and trial.dataset.startswith(DECODED)):
+            known = seen[key].is_known and trial.dataset.startswith(DECODED)
+            if not found and (not known or is_bucket(trial.dataset)):
                 not_here["images"][trial.dataset] = None
         data[trial.trial_id] = seen[key]
         classes = seen[key].classes

@@ -17,6 +17,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from tune_study.cluster import connection
 from tune_study.cluster.callbacks import Pull, Push
 from tune_study.cluster.deaths import Deaths, RayWatch, own_raylet
+from tune_study.cluster.filling import fill
 from tune_study.cluster.inputs import ship
 from tune_study.cluster.stop import EpochStopper, Gate, Stop, graceful_signals
 from tune_study.cluster.trainable import run_trial
@@ -26,6 +27,7 @@ from tune_study.loggers.hparams import axes_of
 from tune_study.loggers.mode_curves import ModeCurves, write_study_run
 from tune_study.loggers.progress import Progress
 from tune_study.loggers.tensorboard import TensorBoardCallback
+from tune_study.machine.gpus import Need
 from tune_study.trial.context import RunContext
 
 if TYPE_CHECKING:  # Optuna and its SQLite are loaded for a search alone
@@ -46,7 +48,7 @@ def run(
     on_dead_ray: Callable[[str], None],
     address: str = "local",
     max_concurrent: int | None = None,
-    gpus_per_trial: float | None = None,
+    gpus_per_trial: float | Need | None = None,
     dashboard: bool = False,
     search: Search | None = None,
     store: Store | None = None,
@@ -66,6 +68,8 @@ def run(
         gpus_per_trial=gpus_per_trial,
         dashboard=dashboard,
     )
+    if slots.told:
+        progress.say(slots.told)
     deaths = Deaths(context.study_dir, progress.say)
     ours = [progress, deaths, *([trackers] if trackers else [])]
     others = own_raylet() if context.on_cluster else []
@@ -76,6 +80,8 @@ def run(
             run_trial, context=context.model_dump(mode="json"), inputs=inputs
         )
         with graceful_signals(progress.say), RayWatch(on_dead_ray, others):
+            if inputs:
+                fill(inputs, context.place, slots.resources, address, progress.say)
             if search:
                 search.begin(progress, store)
             waiting = list(trials)

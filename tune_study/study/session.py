@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 
 from analysis.load import Study, rebuild, write_tables
@@ -28,7 +29,9 @@ from tune_study.loggers.progress import Progress
 from tune_study.loggers.trackers import Trackers
 from tune_study.machine import device
 from tune_study.machine.disk import disk_full, refuse_full_disk
+from tune_study.machine.gpus import Need
 from tune_study.machine.provenance import cores
+from tune_study.memory.estimate import need_of
 from tune_study.search import settings as spaces
 from tune_study.search.settings import Settings
 from tune_study.study import auto_batch, manifest, preflight, schedule, status
@@ -54,6 +57,10 @@ if TYPE_CHECKING:
     from tune_study.search.search import Search
 
 
+THREADS_BESIDE_GPU = 2
+"""Of a trial that shares a GPU: one feeds it, and one reads images."""
+
+
 @dataclass
 class Command:
     """What a command asks for, settled step by step."""
@@ -68,6 +75,8 @@ class Command:
     """Whether ``--batch auto`` chooses the micro-batch."""
     line: str
     """As it can be typed again."""
+    need: Need | None = None
+    """What trials take of a GPU, where ``--gpus-per-trial auto`` asks for it."""
 
     def settle_names(self) -> None:
         """A folder of images goes by the name that the study has for it."""
@@ -129,6 +138,10 @@ def _command(given: Options) -> Command:
     # Names of the user's may look like markup ([exp]) or like an emoji's (:cat:).
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
     line = masked(shlex.join(["python", "-m", "tune_study.run", *sys.argv[1:]]))
+    if given.gpus_per_trial == "auto" and context.device != "cuda":
+        raise UserError(
+            f"--gpus-per-trial auto: trials on {context.device} have no GPU to share; leave it out"
+        )
     return Command(given, console, context, settings, trials, auto, line)
 
 
@@ -162,6 +175,9 @@ def _look(command: Command) -> Checked:
     )
     for line in checked.told:
         command.say(line)
+    if command.given.works and command.given.gpus_per_trial == "auto":
+        planned = [(trial, checked.data[trial.trial_id]) for trial in command.trials]
+        command.need = need_of(planned, torch.device(context.device))
     say_what_was_adapted(command.console, checked)
     if context.simulation is None:
         say_what_is_passed_over(command.console, command.trials)
@@ -233,13 +249,19 @@ def _context(given: Options, grid_name: str, simulation: Simulation | None) -> R
         weights=given.weights,
         code=code_of(*named),
         device=device.choose_device(given.device),
-        num_threads=given.cpus_per_trial or max(1, cores() // (given.max_concurrent or 1)),
+        num_threads=given.cpus_per_trial or _threads(given),
         simulation=simulation,
         keep_checkpoints=given.keep_checkpoints,
         storage=place_of(given.storage, study_dir.name),
         on_cluster=given.address != "local",
         epoch_s=given.epoch_s or 0,
     )
+
+
+def _threads(given: Options) -> int:
+    if given.gpus_per_trial == "auto":  # how many share the cores is found out later
+        return THREADS_BESIDE_GPU
+    return max(1, cores() // (given.max_concurrent or 1))
 
 
 def _run(command: Command, store: Store | None, logged: Trackers | None) -> int:
@@ -327,7 +349,7 @@ def _train(
                 on_dead_ray=on_dead_ray,
                 address=given.address,
                 max_concurrent=given.max_concurrent,
-                gpus_per_trial=given.gpus_per_trial,
+                gpus_per_trial=command.need or given.gpus_per_trial,
                 dashboard=given.dashboard,
                 search=search,
                 store=store,

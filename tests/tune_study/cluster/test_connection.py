@@ -8,6 +8,7 @@ import ray
 from search_spaces.own_code import Code
 from tune_study.cluster import connection
 from tune_study.errors import UserError
+from tune_study.machine.gpus import Card, Need
 from tune_study.trial.context import RunContext
 
 
@@ -84,7 +85,7 @@ def node(name, alive=True, **resources):
 def cluster(monkeypatch, environment):
     """Nodes of 8, 5 and 1 CPUs, and a dead one; ``answers`` by name. Trials take 2 CPUs."""
     nodes = [node("a", CPU=8.0), node("b", CPU=5.0), node("c", CPU=1.0), node("d", False, CPU=64.0)]
-    asked, answers = [], {}
+    asked, answers, cards = [], {}, {}
 
     class Remote:
         def options(self, scheduling_strategy):
@@ -99,26 +100,28 @@ def cluster(monkeypatch, environment):
         answer = answers.get(reference[0], {"torch": "2.7"})
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return answer if isinstance(answer, str) else (answer, cards.get(reference[0]))
 
     monkeypatch.setattr(ray, "init", lambda **options: None)
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "remote", lambda **options: lambda function: Remote())
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(connection.provenance, "what_computes", lambda device: {"torch": "2.7"})
-    return SimpleNamespace(nodes=nodes, asked=asked, answers=answers)
+    return SimpleNamespace(nodes=nodes, asked=asked, answers=answers, cards=cards)
 
 
-def joined(tmp_path, most=None, cpus=2):
+def joined(tmp_path, most=None, cpus=2, gpus=None):
     context = RunContext(study_dir=tmp_path, num_threads=cpus, on_cluster=True)
-    return connection.connect("auto", context, max_concurrent=most, gpus_per_trial=None)
+    return connection.connect("auto", context, max_concurrent=most, gpus_per_trial=gpus)
 
 
 def test_trials_at_a_time_are_what_the_living_nodes_hold(tmp_path, cluster, environment):
-    assert joined(tmp_path) == connection.Slots({"CPU": 2, "GPU": 0}, 6, None)
+    told = "6 trials at a time: 4 on node aaaaaaaa (h), 2 on node bbbbbbbb (h)"
+    assert joined(tmp_path) == connection.Slots({"CPU": 2, "GPU": 0}, 6, told, None)
     assert cluster.asked == [("a" * 56, False), ("b" * 56, False)]  # the others run none
     assert joined(tmp_path, 6).limit is None
-    assert joined(tmp_path, 5)[1:] == (5, 5)
+    told = told.replace("6 trials at a time", "5 trials at a time, of 6 that have room")
+    assert joined(tmp_path, 5)[1:] == (5, told, 5)
     assert {"AWS_REGION"} == environment.ENV_VARS_TO_PROPAGATE
     assert environment.DEFAULT_ENV_VARS
     assert joined(tmp_path, cpus=8).at_a_time == 1
@@ -144,11 +147,38 @@ def test_a_node_without_what_the_users_own_file_imports_is_named(tmp_path, clust
         UserError, match=r"on node bbbbbbbb \(h\), my_model\.py runs for .*'not_on_this_node'\)"
     ):
         joined(tmp_path)
-    assert connection._what_is_there("cpu", None) == {"torch": "2.7"}
+    assert connection._what_is_there("cpu", None) == ({"torch": "2.7"}, None)
 
 
-def test_a_trial_takes_what_there_is_least_of():
-    assert connection._fit({"CPU": 8, "GPU": 1}, {"CPU": 2, "GPU": 0.5}) == 2
-    assert connection._fit({"CPU": 3, "GPU": 9}, {"CPU": 2, "GPU": 0.5}) == 1
-    assert connection._fit({"CPU": 8}, {"CPU": 2, "GPU": 0.5}) == 0
-    assert connection._fit({"CPU": 8}, {"CPU": 2, "GPU": 0}) == 4
+def test_the_smallest_card_of_a_cluster_decides_how_many_trials_share_one(tmp_path, cluster):
+    cluster.nodes[0]["Resources"]["GPU"] = 2.0
+    cluster.nodes[1]["Resources"]["GPU"] = 1.0
+    cluster.cards |= {"a": Card("L4", 24 * 10**9), "b": Card("H100", 80 * 10**9)}
+    need = Need(7 * 10**9, 10**9)
+    found = joined(tmp_path, cpus=1, gpus=need)
+    assert found.resources == {"CPU": 1, "GPU": 0.3333}
+    assert found.at_a_time == 6 + 3
+    assert found.told == (
+        "9 trials at a time: 6 on node aaaaaaaa (h) with L4, 3 on node bbbbbbbb (h) with H100"
+    )
+    assert joined(tmp_path, cpus=2, gpus=need).at_a_time == 4 + 2  # for want of CPUs
+    assert cluster.asked[:2] == [("a" * 56, False), ("b" * 56, False)]  # those without are not
+    with pytest.raises(
+        UserError, match=r"can take 30.0 GB of a GPU, and L4 of node aaaaaaaa \(h\)"
+    ):
+        joined(tmp_path, gpus=Need(30 * 10**9, 0))
+
+
+@pytest.mark.parametrize(("most", "at_a_time"), [(None, 6), (4, 4), (9, 6)])
+def test_on_this_machine_the_card_decides_too(tmp_path, monkeypatch, environment, most, at_a_time):
+    started = []
+    monkeypatch.setattr(connection.local, "start", lambda slots, dashboard: started.append(slots))
+    monkeypatch.setattr(connection.gpus, "smallest", lambda name: Card("L4", 24 * 10**9))
+    monkeypatch.setattr(connection.gpus, "count", lambda: 2)
+    monkeypatch.setattr(connection, "cores", lambda: 13)
+    context = RunContext(study_dir=tmp_path, device="cuda", num_threads=2)
+    need = Need(7 * 10**9, 10**9)
+    found = connection.connect("local", context, max_concurrent=most, gpus_per_trial=need)
+    assert found.resources == {"CPU": 0, "GPU": 0.3333, "trial_slot": 1}
+    assert started == [found.at_a_time] == [at_a_time]
+    assert found.told == f"{at_a_time} trials at a time: {at_a_time} on this machine with L4"

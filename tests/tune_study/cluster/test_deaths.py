@@ -76,6 +76,22 @@ def test_a_dead_worker_is_continued_twice_and_then_an_error(tiny, tmp_path):
     assert "killed 3 times" in results["error"]
 
 
+def test_a_node_that_cannot_begin_a_trial_says_why(tiny, tmp_path):
+    config, said = tiny("none"), []
+    (tmp_path / config.trial_id).mkdir()
+    raised = "Traceback\n  File x\ntune_study.errors.UserError: --cache-dir: no room\n"
+    (tmp_path / "error.txt").write_text(raised)
+    deaths = Deaths(tmp_path, said.append)
+    for again in ([config], [config], []):
+        failed(deaths, dead(config, error_file=str(tmp_path / "error.txt")))
+        assert deaths.to_continue([config]) == again
+    assert said == [f"{config.trial_id}: its node could not begin it (--cache-dir: no room)"] * 3
+    results = json.loads((tmp_path / config.trial_id / "results.json").read_text())
+    assert results["error"] == "UserError: --cache-dir: no room"
+    error = json.loads((tmp_path / config.trial_id / "error.json").read_text())
+    assert error["type"] == "UserError"
+
+
 def test_an_exception_is_told_apart_from_a_dead_worker(tiny, tmp_path):
     config, said = tiny("none"), []
     (tmp_path / config.trial_id).mkdir()

@@ -1,5 +1,6 @@
 """Data and weights on their way to a node."""
 
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.tune_study.data.pictures import class_folders
 from tune_study.cluster import inputs
 from tune_study.config import DataConfig
 from tune_study.data import sources, splits
+from tune_study.data.place import Place
 from tune_study.model.build import preprocessing
 from tune_study.trial.context import RunContext
 
@@ -92,14 +94,18 @@ def test_a_folders_images_go_to_the_nodes_cache_piece_by_piece(
     monkeypatch.setattr(inputs, "PIECE_BYTES", 60_000)
     shipped = inputs.ship([config, config, other], context)
     assert len(shipped.data) == 2  # one for each side
-    assert object_store == {}
+    assert len(object_store) == 2  # the names of the files: no image
+    assert max(len(pickle.dumps(value)) for value in object_store.values()) < 48 * 3_072
+    before_it = len(object_store)
     sources.read_source.cache_clear()
     root.rename(tmp_path / "gone")
 
     on_node = context.model_copy(update={"cache_dir": tmp_path / "nodes"})
     for _ in range(2):
         there = inputs.receive(shipped, config, on_node, tmp_path / "node")
-        assert len(object_store) == 3  # pieces of 48 images of 3,072 bytes; fetched once
+        assert (
+            len(object_store) - before_it == 3
+        )  # pieces of 48 images of 3,072 bytes; fetched once
     after = splits.load(config.dataset, there.place, config.data, how)
     assert after.sha256 == before.sha256
     assert after.class_names == ["cat", "dog"]
@@ -111,6 +117,31 @@ def test_a_folders_images_go_to_the_nodes_cache_piece_by_piece(
     assert (tmp_path / "nodes" / "images" / name).read_bytes() == (
         tmp_path / "drivers" / "images" / name
     ).read_bytes()
+
+
+@pytest.mark.parametrize("change", ["", "other bytes", "longer", "gone", "bucket"])
+def test_a_node_that_sees_the_same_files_decodes_them_itself(
+    object_store, tiny, tmp_path, monkeypatch, change
+):
+    root = class_folders(tmp_path / "images", side=40, cat=12, dog=12)
+    dataset = f"folder:{root.as_uri() if change == 'bucket' else root}"
+    config = tiny("nf4", dataset=dataset).model_copy(update={"data": DataConfig()})
+    context = RunContext(study_dir=tmp_path / "study", cache_dir=tmp_path / "drivers")
+    (given,) = inputs.ship([config], context).data.values()
+    image = root / "cat" / "000.png"
+    if change == "other bytes":
+        content = image.read_bytes()
+        image.write_bytes(content[:-20] + bytes(20))
+    elif change == "longer":
+        image.write_bytes(image.read_bytes() + b"x")
+    elif change == "gone":
+        root.rename(tmp_path / "gone")
+    before = len(object_store)
+    path, shape = inputs.into_cache(given, Place(cache_dir=tmp_path / "nodes"))
+    itself = change in ("", "bucket")
+    assert len(object_store) - before == (0 if itself else 1)
+    assert path.read_bytes() == (tmp_path / "drivers" / "images" / given.name).read_bytes()
+    assert shape == given.shape
 
 
 def test_the_projects_own_weights_are_on_every_node(object_store, tiny, tmp_path):

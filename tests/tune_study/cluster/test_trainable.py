@@ -9,6 +9,7 @@ import timm
 from search_spaces.own_code import Code
 from tests.tune_study.trial.test_execution import without_times
 from tune_study.cluster import trainable
+from tune_study.cluster.inputs import Inputs
 from tune_study.folder import remote
 from tune_study.folder.remote import RemoteError
 from tune_study.trial.context import RunContext, Simulation
@@ -123,3 +124,23 @@ def test_the_users_own_models_are_known_to_every_trial(config, tmp_path, monkeyp
     assert RunContext.model_validate(carried) == context
     trainable.run_trial({"trial": config.model_dump(mode="json")}, carried)
     assert ran == ([{"for_trials"}] if simulation else [])
+
+
+def test_on_a_node_the_users_own_models_are_known_before_the_inputs_come(
+    config, context, tmp_path, monkeypatch
+):
+    known = []
+
+    def receive(inputs, trial, context, folder):
+        known.append(timm.list_models("for_inputs"))
+        return context
+
+    monkeypatch.setattr(trainable, "node_folder", lambda study: tmp_path / "node" / study)
+    monkeypatch.setattr(trainable, "receive", receive)
+    (tmp_path / "node" / "study" / config.trial_id).mkdir(parents=True)
+    text = "from timm.models import register_model\n@register_model\ndef for_inputs(): ..."
+    code = Code("my_model.py", "grid", text, "sha of it", ("for_inputs",))
+    context = context.model_copy(update={"on_cluster": True, "code": code})
+    with trainable.at_work(config, context, Inputs({}, {}), lambda row: None):
+        pass
+    assert known == [["for_inputs"]]

@@ -10,7 +10,7 @@ from tune_study.folder import remote
 from tune_study.folder.remote import RemoteError, masked, open_remote
 from tune_study.folder.store import (
     StorageLost,
-    _within,
+    _part_of,
     held,
     kept,
     open_store,
@@ -83,6 +83,34 @@ def test_only_what_changed_is_written_and_what_vanished_is_deleted(study, place)
     same = there & before.keys()
     assert len(same) == 4
     assert all((place[1] / name).stat().st_mtime_ns == before[name] for name in same)
+
+
+def test_each_trials_events_go_alone_or_with_all_others(study, place):
+    def events():
+        return {n.partition("tensorboard/")[2] for n in names(place[1]) if "tensorboard" in n}
+
+    for name in ("a/events", "b/events", "events"):
+        put(study.folder, f"tensorboard/{name}", name)
+    study.push("tensorboard/a")
+    assert events() == {"a/events"}
+    study.push("tensorboard")
+    assert events() == {"a/events", "b/events", "events"}
+    (study.folder / "tensorboard/a/events").unlink()
+    study.push("tensorboard/b")
+    assert events() == {"a/events", "b/events", "events"}
+    study.push("tensorboard")
+    assert events() == {"b/events", "events"}
+    (study.folder / "tensorboard/b/events").unlink()
+    study.push("tensorboard/b")
+    assert events() == {"events"}
+
+
+def test_of_one_trial_no_other_is_looked_at(study):
+    put(study.folder, "tensorboard/a/events", "x")
+    study.push("tensorboard")
+    assert {name.partition("/")[0] for name in study._within("running")} == {"running"}
+    assert set(study._within("")) == {"study.json"}
+    assert set(study._within("tensorboard/a")) == {"tensorboard/a/events"}
 
 
 def test_another_process_knows_nothing_and_still_deletes_what_vanished(study, place):
@@ -291,17 +319,19 @@ def test_a_run_without_a_store_holds_none_and_one_with_it_has_pulled(study, plac
 
 
 @pytest.mark.parametrize(
-    ("name", "part", "expected"),
+    ("name", "part"),
     [
-        ("a/b", "a", True),
-        ("a/b/c", "a", True),
-        ("ab/c", "a", False),
-        ("a", "", True),
-        ("a/b", "", False),
+        ("study.json", ""),
+        ("a/b", "a"),
+        ("a/b/c", "a"),
+        ("report/figures/x.png", "report"),
+        ("tensorboard/a/events", "tensorboard/a"),
+        ("tensorboard/a/b/events", "tensorboard/a"),
+        ("tensorboard/events", "tensorboard"),
     ],
 )
-def test_what_lies_within_a_part(name, part, expected):
-    assert _within(name, part) is expected
+def test_what_a_file_is_a_part_of(name, part):
+    assert _part_of(name) == part
 
 
 def test_pushing_one_trial_leaves_the_others_there_alone(study, place):

@@ -8,10 +8,12 @@ from tune_study.data.place import Place
 from tune_study.data.splits import outline
 from tune_study.errors import UserError
 from tune_study.machine.device import free_bytes
+from tune_study.machine.gpus import Need
 from tune_study.memory import estimate as estimates
 from tune_study.memory.estimate import (
     Estimate,
     estimate,
+    need_of,
     refuse_any_that_cannot_fit,
     refuse_what_cannot_fit,
 )
@@ -64,6 +66,30 @@ def test_a_plan_is_refused_as_its_trials_would_be_with_few_predictions(tiny, mon
             continue
         with pytest.raises(UserError, match=too_large[0].trial_id):
             refuse_any_that_cannot_fit(planned, cpu)
+
+
+def test_the_need_is_that_of_the_largest_trial_with_its_full_precision_twin(tiny):
+    device = torch.device("cpu")  # another would have to be there
+    none, small, nf4 = (tiny(m, lora={"r": r}) for m, r in (("none", 4), ("nf4", 2), ("nf4", 8)))
+    data = outline("digits", Place(), none.data)
+    image_bytes = 80 * 3 * 32**2
+    alone = need_of([(none, data)], device)
+    peak = predict(none, 10, device).peak_train_bytes
+    assert alone == Need(int(1.2 * peak) + 2**30, image_bytes)
+    ours = predict(nf4, 10, device).ledger.at_rest_bytes
+    twin = predict(tiny("none", lora={"r": 8}), 10, device).peak_train_bytes
+    both = Need(int(1.2 * (ours + twin)) + 2**30, image_bytes)
+    for planned in ([nf4], [none, small, nf4], [nf4, none]):
+        assert need_of([(trial, data) for trial in planned], device) == both
+    of_a_folder = tiny("none", dataset="folder:d", data={"image_size": 48})
+    assert need_of([(of_a_folder, data)], device).image_bytes == 80 * 3 * 48**2
+
+
+def test_a_step_that_cannot_be_predicted_needs_what_there_is(tiny, monkeypatch):
+    unknown = predict(tiny("none"), 10, torch.device("cpu"))._replace(peak_train_bytes=None)
+    monkeypatch.setattr(estimates, "predict", lambda *given: unknown)
+    data = outline("digits", Place(), tiny("none").data)
+    assert need_of([(tiny("none"), data)], torch.device("cpu")) == Need(None, 0)
 
 
 def test_a_mode_that_takes_more_than_full_precision_is_refused_where_that_fits(tiny, monkeypatch):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -176,6 +177,30 @@ def test_numbers_must_be_finite(field: str, value: float) -> None:
     with pytest.raises(UserError, match=f"--{field.replace('_', '-')} .*finite"):
         options.checked(replace(Options(simulate=True), **{field: value}))
     options.checked(replace(Options(simulate=True), **{field: 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("0.5", 0.5), ("2", 2.0), ("0", 0.0), ("auto", "auto")]
+)
+def test_a_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch, text: str, share: Any) -> None:
+    assert typed(monkeypatch, "--gpus-per-trial", text).gpus_per_trial == share
+
+
+@pytest.mark.parametrize("text", ["half", "-0.5", "Auto", ""])
+def test_what_is_no_share_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    with pytest.raises(UserError, match=f"--gpus-per-trial {text}: write a share"):
+        run.app(["--gpus-per-trial", text])
+
+
+@pytest.mark.parametrize(
+    "other", [{"simulate": True}, {"search": "optuna"}, {"batch": "auto"}], ids=str
+)
+def test_a_share_is_found_for_trials_that_are_known(other: dict[str, Any]) -> None:
+    given = Options(gpus_per_trial="auto")
+    assert options.checked(given) == given
+    (option,) = other
+    with pytest.raises(UserError, match=f"--gpus-per-trial auto: --{option} .*name a share"):
+        options.checked(replace(given, **other))
 
 
 def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

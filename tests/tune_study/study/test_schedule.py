@@ -9,6 +9,7 @@ from ray import tune
 from search_spaces import grids
 from tune_study.cluster.connection import Slots
 from tune_study.cluster.stop import EpochStopper, Gate, Stop
+from tune_study.data.place import Place
 from tune_study.study import plan as plans
 from tune_study.study import schedule
 from tune_study.trial.context import RunContext
@@ -138,11 +139,14 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(
         schedule.connection,
         "connect",
-        lambda address, context, **options: calls.append((address, options)) or "slots",
+        lambda address, context, **options: (
+            calls.append((address, options)) or Slots({"CPU": 1}, 2, told="where they run")
+        ),
     )
     monkeypatch.setattr(schedule.ray, "shutdown", lambda: calls.append("shutdown"))
     monkeypatch.setattr(schedule, "own_raylet", lambda: calls.append("raylet") or ["r"])
     monkeypatch.setattr(schedule, "ship", lambda trials, context: "inputs")
+    monkeypatch.setattr(schedule, "fill", lambda *given: calls.append(given[:-1]))
     monkeypatch.setattr(schedule, "RayWatch", lambda *given: calls.append(given) or nullcontext())
     monkeypatch.setattr(schedule, "graceful_signals", lambda say: nullcontext())
     monkeypatch.setattr(schedule, "_callbacks", lambda context, search, ours, store: ours)
@@ -189,11 +193,13 @@ def test_a_stop_runs_nothing_again(run):
     assert run([["b"]], stop=True)[0] == [["a", "b"]]
 
 
-def test_on_a_cluster_inputs_are_shipped_and_its_raylet_is_watched(run):
+def test_on_a_cluster_inputs_are_shipped_and_its_raylet_is_watched(run, capsys):
     options = {"max_concurrent": 3, "gpus_per_trial": 0.5, "dashboard": True}
     _, callbacks, _, calls = run([[]], on_cluster=True, address="auto", **options)
     assert len(callbacks[0]) == 2
     assert calls[0] == ("auto", options)
     assert calls[1] == "raylet"
     assert calls[2]["inputs"] == "inputs"
-    assert calls[3:] == [(print, ["r"]), "shutdown"]
+    filled = ("inputs", Place(), {"CPU": 1}, "auto")
+    assert calls[3:] == [(print, ["r"]), filled, "shutdown"]
+    assert capsys.readouterr().out == "where they run\n"

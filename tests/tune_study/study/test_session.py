@@ -53,6 +53,37 @@ def test_where_a_study_runs_by_default(monkeypatch, tmp_path):
     assert context(monkeypatch, Simulation()).study_dir.name == "grid-simulated"
 
 
+def test_trials_that_share_a_gpu_do_not_each_take_all_cores(monkeypatch):
+    auto = {"gpus_per_trial": "auto"}
+    assert context(monkeypatch, **auto).num_threads == 2
+    assert context(monkeypatch, **auto, cpus_per_trial=3).num_threads == 3
+
+
+def test_a_share_of_a_gpu_is_refused_where_trials_have_none(monkeypatch):
+    monkeypatch.setattr(session, "trials_of", lambda given: (None, "grid", list(TRIALS)))
+    with pytest.raises(UserError, match="--gpus-per-trial auto: trials on cpu have no GPU"):
+        session._command(Options(device="cpu", gpus_per_trial="auto"))
+
+
+@pytest.mark.parametrize(
+    ("given", "need"),
+    [({}, (3, "cpu")), ({"dry_run": True}, None), ({"gpus_per_trial": 0.5}, None)],
+    ids=str,
+)
+def test_auto_asks_what_the_planned_trials_take(monkeypatch, tmp_path, given, need):
+    checked = Checked({t.trial_id: "outline" for t in TRIALS}, {"data": {}, "weights": {}})
+    monkeypatch.setattr(session.preflight, "check", lambda *asked, **options: checked)
+    monkeypatch.setattr(session, "with_compute_dtype", lambda console, trials, context: trials)
+    monkeypatch.setattr(session, "need_of", lambda planned, device: (len(planned), device.type))
+    monkeypatch.setattr(session, "say_what_is_passed_over", lambda *said: None)
+    monkeypatch.setattr(Checked, "told", [])
+    options = Options(**{"gpus_per_trial": "auto", **given})
+    where = RunContext(study_dir=tmp_path)
+    command = session.Command(options, Console(), where, None, list(TRIALS), False, "the command")
+    session._look(command)
+    assert command.need == need
+
+
 def test_where_a_study_runs_as_the_options_say(monkeypatch, tmp_path):
     store = (tmp_path / "store").as_uri()
     found = context(
