@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.special import stdtrit
 
 from analysis.load import StudyError, read_study, told
 from analysis.statistics.cells import units
@@ -78,8 +79,6 @@ def power_table(
     """
     _require_plan(n_configurations, modes, simulations)
     _require_sizes(effect, margin, configuration_sd, seed_sd, confidence)
-    from scipy.special import stdtrit
-
     rng = np.random.default_rng(0) if rng is None else rng
     means, errors = _standard_draws(n_configurations, simulations, rng)
     alpha, freedom = 1 - confidence, n_configurations - 1

@@ -66,13 +66,12 @@ def _forest(found: Findings) -> Drawn:
     band = f" Shaded: the margin of ±{float(margin.iloc[0]) * 100:g} pp." if len(margin) else ""
     alone = bool((table["n_configurations"] == 1).any() and (table["n_configurations"] < 2).all())
     if alone:
-        baseline = str(table["baseline"].iloc[0])
-        seeds = seed_intervals(found.study.trials, baseline=baseline).set_index("quantization")
+        seeds = seed_intervals(found.study.trials).set_index("quantization")
         table = table.assign(
             seed_low=table["quantization"].map(seeds["ci_low"]).astype("float64"),
             seed_high=table["quantization"].map(seeds["ci_high"]).astype("float64"),
         )
-        points = paired_differences(found.study.trials, baseline=baseline)
+        points = paired_differences(found.study.trials)
         rests = "Grey dots: the seeds of the one configuration."
         if seeds["ci_low"].notna().any():
             rests += " Dashed: the 95 % interval over them, which says nothing of other "

@@ -112,23 +112,14 @@ def _losses(curves: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def compare_convergence(
-    table: pd.DataFrame,
-    *,
-    baseline: str = "none",
-    confidence: float = 0.95,
-    rng: np.random.Generator | None = None,
-) -> pd.DataFrame:
+def compare_convergence(table: pd.DataFrame) -> pd.DataFrame:
     """Does quantization shift any measure of :func:`convergence_table`?
 
     The rows of ``comparison.compare_modes`` for every measure, one after another.
     ``p_holm`` is adjusted over the modes of one measure, not over the measures.
     """
-    rng = np.random.default_rng(0) if rng is None else rng
-    parts = [
-        compare_modes(table, metric=metric, baseline=baseline, confidence=confidence, rng=rng)
-        for metric in METRICS
-    ]
+    rng = np.random.default_rng(0)
+    parts = [compare_modes(table, metric=metric, rng=rng) for metric in METRICS]
     return pd.concat(parts, ignore_index=True)
 
 

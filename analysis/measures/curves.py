@@ -37,23 +37,19 @@ def _bands(rows: pd.DataFrame, value: str) -> pd.DataFrame:
     return table[table["n"] * 2 >= most].reset_index(drop=True)
 
 
-def curve_gaps(
-    epochs: pd.DataFrame,
-    trials: pd.DataFrame,
-    *,
-    metric: str = "val_accuracy",
-    baseline: str = "none",
-) -> pd.DataFrame:
-    """Like :func:`curve_bands`, but of each mode's difference to ``baseline`` at the same epoch.
+def curve_gaps(epochs: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
+    """Of the validation accuracy, like :func:`curve_bands`: each mode's difference to ``none``.
 
-    Paired on configuration and seed, so that what the pair shares (seed, data order) cancels.
+    Paired on configuration, seed and epoch, so that what the pair shares (data order) cancels.
     """
-    values = epochs.loc[:, ["trial_id", "epoch", metric]].astype({metric: "float64"})
     trials = named(trials)
     axes = trials.loc[:, ["trial_id", *PAIR, "quantization"]]
+    values = epochs.loc[:, ["trial_id", "epoch", "val_accuracy"]].astype(
+        {"val_accuracy": "float64"}
+    )
     joined = values.merge(axes, on="trial_id", how="inner")
-    keys = [*PAIR, "epoch"]
-    return _bands(matched(joined, units(trials), metric, baseline, keys), "difference")
+    pairs = matched(joined, units(trials), "val_accuracy", "none", [*PAIR, "epoch"])
+    return _bands(pairs, "difference")
 
 
 def layer_gradients(

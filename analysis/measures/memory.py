@@ -181,8 +181,8 @@ def why_no_peak(ledger: pd.DataFrame) -> str:
     return "; ".join(reasons) or "no trial recorded a peak"
 
 
-def peak_ratios(ledger: pd.DataFrame, trials: pd.DataFrame, baseline: str = "none") -> pd.DataFrame:
-    """Peak of each mode over that of ``baseline``, per machine, model and batch size.
+def peak_ratios(ledger: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
+    """Peak of each mode over that of ``none``, per machine, model and batch size.
 
     Over the matched pairs of ``trials``: the sum of the mode's peaks over that of the baseline's.
     Columns: the scope of ``ledger``, ``quantization, ratio, activation_share, peak_source, n``.
@@ -194,7 +194,7 @@ def peak_ratios(ledger: pd.DataFrame, trials: pd.DataFrame, baseline: str = "non
     if ledger.empty or measured.empty:
         return pd.DataFrame(columns=columns)
     keys = [*PAIR, *(name for name in scope if name != "model")]
-    pairs = matched(measured, units(trials), "peak_train_bytes", baseline, keys)
+    pairs = matched(measured, units(trials), "peak_train_bytes", "none", keys)
     sums = pairs.groupby([*scope, "quantization"], dropna=False)[["value", "base"]].sum()
     ratios = (sums["value"] / sums["base"]).rename("ratio").reset_index()
     table = ledger.merge(ratios, on=[*scope, "quantization"], how="inner")
