@@ -7,7 +7,7 @@ import pandas as pd
 from analysis.findings.findings import Findings
 from analysis.measures.memory import LEDGER, why_no_peak
 from analysis.text.layout import Cell, Section, Table, notes, size, table_of, text
-from analysis.text.wording import MISSING, listing, megabytes, number, percent, signed, span
+from analysis.text.wording import listing, megabytes, number, percent, signed, span
 
 
 def memory(found: Findings) -> Section:
@@ -68,7 +68,7 @@ def _ledger(table: pd.DataFrame) -> Table:
             "model": text("model"),
             **_setting(table),
             "mode": text("quantization"),
-            "batch": lambda r: MISSING if pd.isna(r["batch_size"]) else str(r["batch_size"]),
+            "batch": text("batch_size"),
             **{label: size(name) for name, label in LEDGER.items()},
             "measured peak": size("peak_train_bytes"),
             "measured by": text("peak_source"),
@@ -89,7 +89,7 @@ def _peaks(table: pd.DataFrame) -> Table:
         {
             "model": text("model"),
             **_setting(table),
-            "batch": lambda r: MISSING if pd.isna(r["batch_size"]) else str(r["batch_size"]),
+            "batch": text("batch_size"),
             "mode": text("quantization"),
             "change of the peak": lambda r: f"{signed((r['ratio'] - 1) * 100, 1)} %",
             "activations' share": lambda r: percent(r["activation_share"], 0),

@@ -33,6 +33,7 @@ from analysis.text.wording import (
     points,
     short,
     signed,
+    without_shared_ends,
 )
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _draw_difference(
 ) -> None:
     """A mode's difference, its interval and the values behind it."""
     mode = str(row["quantization"])
-    colour, marker, _, _ = style(mode)
+    colour, marker, _ = style(mode)
     values = own["difference"].to_numpy("float64") * 100
     offsets = np.linspace(-0.1, 0.1, len(own)) if len(own) > 1 else np.zeros(len(own))
     axis.plot(
@@ -155,10 +156,12 @@ def plot_pareto(
         for axis in axes[::2]:
             axis.set_ylabel("test accuracy, %")
         handles, names = legend_of_modes(modes_of(table["quantization"]))
-        for name in models if len(models) > 1 else []:
-            fill = _fill(models, name)
-            handles.append(Line2D([], [], color="black", marker="o", ls="", fillstyle=fill))
-            names.append(_brief(name, models))
+        if len(models) > 1:
+            names += map(short, without_shared_ends(models))
+            handles += [
+                Line2D([], [], color="black", marker="o", ls="", fillstyle=_fill(models, name))
+                for name in models
+            ]
         handles.append(Line2D([], [], color="#666666", lw=1.2))
         legend_below(figure, handles, [*names, "front"], handlelength=2)
     return Drawn(key, title, caption, figure, tips=tips)
@@ -175,19 +178,13 @@ def _draw_cells(
         front["cost"] / 1e6, front["score"] * 100, where="post", color="#666666", lw=1.2, zorder=1
     )
     for (mode, model), cells in group.groupby(["quantization", "model"], observed=True):
-        colour, marker, _, _ = style(str(mode))
+        colour, marker, _ = style(str(mode))
         gid = f"cells-{len(tips)}"
         axis.plot(
             cells["cost"] / 1e6, cells["score"] * 100, marker, color=colour, ms=6.5,
             fillstyle=_fill(models, str(model)), mec=colour, mew=1.2, ls="", alpha=0.9, gid=gid,
         )  # fmt: skip
         tips[gid] = [_cell_tip(row) for row in cells.to_dict("records")]
-
-
-def _brief(model: str, models: list[str]) -> str:
-    """``deit_tiny`` for ``deit_tiny_patch16_224``, where that still tells the models apart."""
-    brief = [name.partition("_patch")[0] for name in models]
-    return short(model.partition("_patch")[0] if len(set(brief)) == len(models) else model)
 
 
 def _fill(models: list[str], model: str) -> Any:
@@ -280,7 +277,7 @@ def plot_qlora(table: pd.DataFrame, *, title: str, caption: str) -> Drawn:
         figure, axes = new_figure(1.1 + 0.42 * len(shown))
         axis = axes[0, 0]
         for number, row in enumerate(shown.to_dict("records")):
-            colour, marker, _, _ = style(str(row["quantization"]))
+            colour, marker, _ = style(str(row["quantization"]))
             axis.plot(
                 [row["their_low"], row["their_high"]], [number + 0.16] * 2, color="#bdbdbd", lw=7,
                 solid_capstyle="butt", zorder=1,
@@ -320,7 +317,7 @@ def plot_seeds(table: pd.DataFrame, sds: pd.DataFrame, *, title: str, caption: s
         labels = []
         for number, row in enumerate(sds.to_dict("records")):
             mode = str(row["quantization"])
-            colour, marker, _, _ = style(mode)
+            colour, marker, _ = style(mode)
             own = table.loc[table["quantization"] == mode, "deviation"].to_numpy("float64") * 100
             # A fixed spiral instead of random jitter: the same study draws the same figure.
             offset = 0.26 * np.sin(np.arange(len(own)) * 2.399963)

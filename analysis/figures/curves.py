@@ -67,7 +67,7 @@ def _draw_mode(
     axis: Axes, mode: str, line: pd.DataFrame, scale: float, log: bool, band: bool
 ) -> None:
     """One mode's mean and its band; a logarithmic axis has no room for a band down to zero."""
-    colour, marker, dashes, _ = style(mode)
+    colour, marker, dashes = style(mode)
     x, mean = line["epoch"].to_numpy("float64"), line["mean"].to_numpy() * scale
     sd = line["sd"].fillna(0).to_numpy() * scale
     low = np.maximum(mean - sd, np.min(mean) * 0.3) if log else mean - sd
