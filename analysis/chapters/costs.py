@@ -6,6 +6,7 @@ import pandas as pd
 
 from analysis.findings.findings import Findings
 from analysis.measures.memory import LEDGER, why_no_peak
+from analysis.statistics.cells import machines_of
 from analysis.text.layout import Cell, Section, Table, notes, size, table_of, text
 from analysis.text.wording import listing, megabytes, number, percent, signed, span
 
@@ -23,20 +24,13 @@ def memory(found: Findings) -> Section:
     else:
         why = why_no_peak(found.ledger)
         paragraphs.append(f"The peak of a training step can't be compared: {why}.")
-    machines = _machines(found.study.trials)
+    machines = sorted(machines_of(found.study.trials))
     if len(machines) > 1:
         paragraphs.append(
             f"The trials ran on {len(machines)} machines ({listing(machines)}); memory and time "
             "are compared within each, never pooled."
         )
     return Section("memory", "Memory", paragraphs, tables, ("memory_ledger", "pareto_peak"))
-
-
-def _machines(trials: pd.DataFrame) -> list[str]:
-    if "machine" not in trials:
-        return []
-    ran = trials[trials["status"] != "pending"]
-    return sorted(str(name) for name in ran["machine"].dropna().unique())
 
 
 def _weights(table: pd.DataFrame) -> Table:
