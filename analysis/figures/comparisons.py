@@ -23,6 +23,7 @@ from analysis.figures.style import (
     settings,
     style,
 )
+from analysis.measures.memory import LEDGER
 from analysis.statistics.cells import modes_of
 from analysis.text.wording import (
     MISSING,
@@ -200,12 +201,14 @@ def _cell_tip(row: dict[Any, Any]) -> str:
     )
 
 
-def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[str, str]) -> Drawn:
+def plot_ledger(table: pd.DataFrame) -> Drawn:
     """Stacked parts of a training step per mode, the measured peak marked; a panel per model.
 
     ``table`` is ``memory.memory_ledger``. Parts nobody measured are left out of the bars.
     """
-    key = "memory_ledger"
+    key, title = "memory_ledger", "Where the memory of a training step goes"
+    caption = "Mean over trials. Parts that nobody measured are left out; the diamond is the "
+    caption += "measured peak, which includes temporary buffers."
     if table.empty:
         return Drawn(key, title, caption, None, "no trial recorded its memory")
     from matplotlib.lines import Line2D
@@ -213,7 +216,7 @@ def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[st
 
     scope = [name for name in ("machine", "model", "batch_size", "setting") if name in table]
     panels = panels_of(table, scope)
-    known = [name for name in parts if table[name].notna().any()]
+    known = [name for name in LEDGER if table[name].notna().any()]
     rows = sum(len(group) for _, group in panels)
     with settings():
         figure, axes = new_figure(
@@ -221,15 +224,15 @@ def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[st
             gridspec_kw={"height_ratios": [len(group) + 1.2 for _, group in panels]},
         )  # fmt: skip
         for axis, (scope_values, group) in zip(axes.flat, panels, strict=True):
-            _draw_bars(axis, group, list(parts))
+            _draw_bars(axis, group)
             axis.set_title(_scope_title(scope, scope_values), loc="left")
         axes[-1, 0].set_xlabel("MB of one training step")
         handles: list[Any] = [
             Patch(facecolor=_PARTS[i], hatch=_PART_HATCHES[i], edgecolor="white")
-            for i, name in enumerate(parts)
+            for i, name in enumerate(LEDGER)
             if name in known
         ]
-        labels = [parts[name] for name in known]
+        labels = [LEDGER[name] for name in known]
         if table["peak_train_bytes"].notna().any():
             handles.append(Line2D([], [], marker="d", color="black", ls="", ms=5))
             labels.append("measured peak")
@@ -237,10 +240,10 @@ def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[st
     return Drawn(key, title, caption, figure)
 
 
-def _draw_bars(axis: Axes, group: pd.DataFrame, parts: list[str]) -> None:
+def _draw_bars(axis: Axes, group: pd.DataFrame) -> None:
     """A bar of stacked parts per row of ``group``, and its measured peak."""
     left = np.zeros(len(group))
-    for number, name in enumerate(parts):
+    for number, name in enumerate(LEDGER):
         width = group[name].astype("float64").fillna(0).to_numpy() / 1e6
         axis.barh(
             range(len(group)), width, left=left, color=_PARTS[number], height=0.62,
@@ -263,9 +266,15 @@ def _scope_title(scope: Sequence[str], values: Sequence[str]) -> str:
     return f"{text}, {named['setting']}" if "setting" in named else text
 
 
-def plot_qlora(table: pd.DataFrame, *, title: str, caption: str) -> Drawn:
+def plot_qlora(table: pd.DataFrame, *, simulated: bool) -> Drawn:
     """Our score ratios with intervals against QLoRA's ranges; ``table`` is ``qlora_ratios``."""
-    key = "qlora_ratios"
+    key, title = "qlora_ratios", "Our ratios and QLoRA's"
+    caption = "Score with quantized base weights over the score without, ours with its 95 % "
+    caption += "interval over configurations, beside the range of the cells of QLoRA's tables 3 "
+    caption += "and 4 (language models)."
+    if simulated:
+        reason = "a simulated study is not compared with the literature"
+        return Drawn(key, title, caption, None, reason)
     shown = table[table["ratio"].notna() & (table["n_reference"] > 0)] if len(table) else table
     if shown.empty:
         return Drawn(
@@ -303,9 +312,13 @@ def plot_qlora(table: pd.DataFrame, *, title: str, caption: str) -> Drawn:
     return Drawn(key, title, caption, figure)
 
 
-def plot_seeds(table: pd.DataFrame, sds: pd.DataFrame, *, title: str, caption: str) -> Drawn:
+def plot_seeds(table: pd.DataFrame, sds: pd.DataFrame) -> Drawn:
     """Deviation of each trial from the mean of its cell, per mode, with the pooled deviation."""
-    key = "seed_spread"
+    key, title = "seed_spread", "How far the seed alone moves a result"
+    caption = (
+        "Each dot is a trial, set against the mean of its cell (same configuration and mode). "
+    )
+    caption += "The band is one standard deviation, pooled over the cells."
     if table.empty:
         return Drawn(key, title, caption, None, "no cell has two finished seeds")
     tips: dict[str, list[str]] = {}

@@ -26,12 +26,18 @@ _WIDTH = 0.5
 """Of the modes side by side at a level, levels being 1 apart."""
 
 
-def plot_axes(levels: pd.DataFrame, points: pd.DataFrame, *, title: str, caption: str) -> Drawn:
+def plot_axes(levels: pd.DataFrame, points: pd.DataFrame) -> Drawn:
     """A panel per axis: levels across, the difference per mode with its interval, over its sets.
 
     ``levels`` and ``points`` are those of ``dependence.axis_effects``, differences as fractions.
     """
-    key = "axes"
+    key, title = "axes", "The cost of each mode at every level"
+    caption = (
+        "Difference of test accuracy to the unquantized model at each level of each axis, with "
+        "the 95 % interval of the comparison of levels; a thin line is a matched set: "
+        "configurations that share every other setting. How far these lines are from parallel is "
+        "what a dependence must stand out from."
+    )
     shown = levels[levels["difference"].notna()]
     if shown.empty:
         reason = "no quantized mode has a finished pair with the unquantized baseline"

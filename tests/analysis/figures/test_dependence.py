@@ -17,7 +17,7 @@ def effects() -> AxisEffects:
 
 
 def drawn(effects: AxisEffects) -> style.Drawn:
-    return dependence.plot_axes(effects.levels, effects.points, title="t", caption="c")
+    return dependence.plot_axes(effects.levels, effects.points)
 
 
 def test_a_panel_per_axis_shows_levels_intervals_and_sets(effects: AxisEffects) -> None:

@@ -196,7 +196,7 @@ def test_an_empty_figure_is_no_file(tmp_path: Path) -> None:
 def test_matplotlib_keeps_its_settings(frames: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     before = dict(matplotlib.rcParams)
     spread = seed_spread(frames[0])
-    one = comparisons.plot_seeds(spread, pooled_sd(spread), title="t", caption="c")
+    one = comparisons.plot_seeds(spread, pooled_sd(spread))
     style.png(one, dpi=40)
     assert dict(matplotlib.rcParams) == before
 
