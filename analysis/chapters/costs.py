@@ -7,7 +7,7 @@ import pandas as pd
 from analysis.findings.findings import Findings
 from analysis.measures.memory import LEDGER, why_no_peak
 from analysis.statistics.cells import machines_of
-from analysis.text.layout import Cell, Section, Table, notes, size, table_of, text
+from analysis.text.layout import Cell, Section, Table, count, notes, size, table_of, text
 from analysis.text.wording import listing, megabytes, number, percent, signed, span
 
 
@@ -87,7 +87,7 @@ def _peaks(table: pd.DataFrame) -> Table:
             "mode": text("quantization"),
             "change of the peak": lambda r: f"{signed((r['ratio'] - 1) * 100, 1)} %",
             "activations' share": lambda r: percent(r["activation_share"], 0),
-            "trials": lambda r: number(r["n"], 0),
+            "trials": count("n"),
             "measured by": text("peak_source"),
         },
     )
@@ -108,8 +108,8 @@ def speed(found: Findings) -> Section:
             "mode": text("quantization"),
             "times the speed": lambda r: number(r["ratio"]),
             "interval": lambda r: span(r["ci_low"], r["ci_high"], 2),
-            "configurations": lambda r: number(r["n_configurations"], 0),
-            "pairs": lambda r: number(r["n_pairs"], 0),
+            "configurations": count("n_configurations"),
+            "pairs": count("n_pairs"),
         },
         note=notes(found.speed),
     )
