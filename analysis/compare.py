@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +19,12 @@ from analysis.chapters.trials import provenance
 from analysis.folder.configurations import FIELDS, SHORT
 from analysis.folder.places import near
 from analysis.load import Study, StudyError, read_study, told
-from analysis.statistics.cells import modes_of, named, varying
+from analysis.statistics.cells import machines_of, modes_of, named, varying
 from analysis.statistics.comparison import compare_modes
 from analysis.statistics.pairs import paired_differences
 from analysis.text.layout import clean
 from analysis.text.wording import between, known, listing, number, p_value, plural, points, signed
+from tune_study.folder import names
 from tune_study.folder.remote import masked
 
 METRICS = (
@@ -64,7 +65,7 @@ def compare(a: Study, b: Study) -> Comparison:
             "the two studies share no cell (model, data set, LoRA, what else varies, quantization "
             "and seed): compare studies that planned the same trials"
         )
-    hardware = _machines(a.trials) | _machines(b.trials)
+    hardware = {*machines_of(a.trials), *machines_of(b.trials)}
     notes = ["The studies are simulated."] if kinds[0] else []
     if len(hardware) > 1:
         notes.append(
@@ -111,11 +112,6 @@ def _named(cells: pd.DataFrame, keys: pd.Index) -> list[str]:
     return [str(name) for name in cells.loc[keys, "trial_id"]]
 
 
-def _machines(trials: pd.DataFrame) -> set[str]:
-    ran = trials[trials["status"] != "pending"]
-    return {str(name) for name in ran["machine"].dropna().unique()} if "machine" in ran else set()
-
-
 def _table(a: pd.DataFrame, b: pd.DataFrame, shared: pd.Index) -> pd.DataFrame:
     """Rows of ``compare_modes`` for every metric and mode, A being the baseline."""
     stacked = pd.concat(
@@ -160,49 +156,40 @@ def _row(own: pd.DataFrame, metric: str, mode: str) -> dict[Any, Any]:
     }
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:
-    ours, theirs = dict(provenance(a)), dict(provenance(b))
-    names = [*ours, *(name for name in theirs if name not in ours)]
-    return [
-        (name, ours.get(name, "not recorded"), theirs.get(name, "not recorded"))
-        for name in names
-        if ours.get(name) != theirs.get(name) and name != "created"
+def _unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, in A, in B) of what differs between two flat records."""
+    pairs = [
+        (name, str(a.get(name, "not recorded")), str(b.get(name, "not recorded")))
+        for name in dict.fromkeys([*a, *b])
     ]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str, str]]:
+    unlike = _unlike(dict(provenance(a)), dict(provenance(b)))
+    return [difference for difference in unlike if difference[0] != "created"]
 
 
 def _settings(
     studies: Sequence[Study], cells: Sequence[pd.DataFrame], shared: pd.Index
 ) -> list[tuple[str, str, str]]:
     """Settings of the planned configurations that differ in a shared cell, each pair once."""
-    plans = []
-    for study, own in zip(studies, cells, strict=True):
-        entries = {str(entry["trial_id"]): _flat(entry) for entry in study.manifest["plan"]}
-        ids = own.loc[shared, "trial_id"].items()
-        plans.append({key: entries.get(str(name), {}) for key, name in ids})
-    found: dict[tuple[str, str, str], None] = {}
-    for key, ours in plans[0].items():
-        theirs = plans[1][key]
-        for name in [*ours, *(name for name in theirs if name not in ours)]:
-            pair = (ours.get(name, "not recorded"), theirs.get(name, "not recorded"))
-            if pair[0] != pair[1] and name != "trial_id":
-                found[(f"setting: {name}", *pair)] = None
+    plans = [
+        {str(entry["trial_id"]): names.settings(entry) for entry in study.manifest["plan"]}
+        for study in studies
+    ]
+    ids = zip(*(own.loc[shared, "trial_id"].astype(str) for own in cells), strict=True)
+    found = dict.fromkeys(
+        (f"setting: {name}", in_a, in_b)
+        for one, other in ids
+        for name, in_a, in_b in _unlike(plans[0].get(one, {}), plans[1].get(other, {}))
+    )
     return list(found)[:50]
 
 
-def _flat(entry: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """``{"training": {"lr": 1}}`` -> ``{"training.lr": "1"}``."""
-    flat: dict[str, str] = {}
-    for name, value in entry.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = str(value)
-    return flat
-
-
-def in_words(found: Comparison, names: tuple[str, str]) -> str:
+def in_words(found: Comparison, places: tuple[str, str]) -> str:
     """The comparison as text for a terminal."""
-    lines = [f"A: {names[0]}", f"B: {names[1]}", *found.notes]
+    lines = [f"A: {places[0]}", f"B: {places[1]}", *found.notes]
     lines.append(f"{plural(found.n_pairs, 'cell')} in both.")
     for label, missing in (("A", found.only_a), ("B", found.only_b)):
         if missing:

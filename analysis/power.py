@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.special import stdtrit
 
 from analysis.load import StudyError, read_study, told
 from analysis.statistics.cells import units
@@ -78,8 +79,6 @@ def power_table(
     """
     _require_plan(n_configurations, modes, simulations)
     _require_sizes(effect, margin, configuration_sd, seed_sd, confidence)
-    from scipy.special import stdtrit
-
     rng = np.random.default_rng(0) if rng is None else rng
     means, errors = _standard_draws(n_configurations, simulations, rng)
     alpha, freedom = 1 - confidence, n_configurations - 1
@@ -141,7 +140,7 @@ def seeds_needed(table: pd.DataFrame, claim: str, power: float = 0.8) -> int | N
     return None if enough.empty else int(enough.min())
 
 
-def configurations_needed(claim: str, power: float, *, seeds: int, **model: float) -> int | None:
+def configurations_needed(claim: str, power: float, *, seeds: int, **model: Any) -> int | None:
     """The fewest configurations with that power at ``seeds`` seeds, up to 200, or ``None``.
 
     ``model`` goes to :func:`power_table`. 4,000 simulations: good to about one configuration in
@@ -149,7 +148,7 @@ def configurations_needed(claim: str, power: float, *, seeds: int, **model: floa
     """
 
     def suffices(n: int) -> bool:
-        table = power_table(n, seeds=(seeds,), simulations=4_000, **model)  # type: ignore[arg-type]
+        table = power_table(n, seeds=(seeds,), simulations=4_000, **model)
         return bool(table[claim].iloc[0] >= power)
 
     low, high = 1, MAX_CONFIGURATIONS
@@ -193,16 +192,14 @@ def spread_of(trials: pd.DataFrame, metric: str = "test_accuracy") -> Spread:
     return Spread(configuration_sd, float(np.sqrt(within / 2)), int(n.max()), source)
 
 
-def report(
-    table: pd.DataFrame, spread: Spread, power: float, effect: float, margin: float, modes: int
-) -> str:
-    """The table in words, and how many seeds each claim needs."""
+def report(table: pd.DataFrame, spread: Spread, power: float, model: dict[str, Any]) -> str:
+    """The table in words, and how many seeds each claim needs; ``model`` made the table."""
     lines = [
-        f"{spread.n_configurations} configurations, {modes} mode(s) against the baseline; "
+        f"{spread.n_configurations} configurations, {model['modes']} mode(s) against the baseline; "
         f"configuration sd {100 * spread.configuration_sd:.2f} pp, seed sd "
         f"{100 * spread.seed_sd:.2f} pp ({spread.source})",
-        f"effect {100 * effect:g} pp, margin {100 * margin:g} pp; power, by simulation "
-        f"(standard error up to {table['mc_error'].max():.3f}):",
+        f"effect {100 * model['effect']:g} pp, margin {100 * model['margin']:g} pp; power, by "
+        f"simulation (standard error up to {table['mc_error'].max():.3f}):",
         "",
         f"{'seeds':>5}  {'see it':>7}  {'see it, Holm':>12}  {'equivalent':>10}  "
         f"{'not inferior':>12}",
@@ -213,14 +210,10 @@ def report(
             f"{row['power_equivalent']:>10.2f}  {row['power_not_inferior']:>12.2f}"
         )
     lines += ["", f"for a power of {power:g}:"]
-    model = {
-        "effect": effect, "margin": margin, "modes": modes,
-        "configuration_sd": spread.configuration_sd, "seed_sd": spread.seed_sd,
-    }  # fmt: skip
     return "\n".join(lines + [_need(table, claim, power, model) for claim in CLAIMS])
 
 
-def _need(table: pd.DataFrame, claim: str, power: float, model: dict[str, float]) -> str:
+def _need(table: pd.DataFrame, claim: str, power: float, model: dict[str, Any]) -> str:
     seeds = seeds_needed(table, claim, power)
     if seeds is not None:
         return f"  to {CLAIMS[claim]}: {seeds} seed(s) per configuration"
@@ -260,16 +253,12 @@ def _spread(options: argparse.Namespace) -> Spread:
 def _told(options: argparse.Namespace) -> str:
     _require(0 < options.power < 1, "--power", options.power, "use e.g. 0.8")
     spread = _spread(options)
-    table = power_table(
-        spread.n_configurations,
-        effect=options.effect,
-        margin=options.margin,
-        configuration_sd=spread.configuration_sd,
-        seed_sd=spread.seed_sd,
-        modes=options.modes,
-        simulations=options.simulations,
-    )
-    return report(table, spread, options.power, options.effect, options.margin, options.modes)
+    model = {
+        "effect": options.effect, "margin": options.margin, "modes": options.modes,
+        "configuration_sd": spread.configuration_sd, "seed_sd": spread.seed_sd,
+    }  # fmt: skip
+    table = power_table(spread.n_configurations, simulations=options.simulations, **model)
+    return report(table, spread, options.power, model)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,8 +6,9 @@ import pandas as pd
 
 from analysis.findings.findings import Findings
 from analysis.measures.memory import LEDGER, why_no_peak
-from analysis.text.layout import Cell, Section, Table, notes, size, table_of, text
-from analysis.text.wording import MISSING, listing, megabytes, number, percent, signed, span
+from analysis.statistics.cells import machines_of
+from analysis.text.layout import Cell, Section, Table, count, notes, size, table_of, text
+from analysis.text.wording import listing, megabytes, number, percent, signed, span
 
 
 def memory(found: Findings) -> Section:
@@ -23,20 +24,13 @@ def memory(found: Findings) -> Section:
     else:
         why = why_no_peak(found.ledger)
         paragraphs.append(f"The peak of a training step can't be compared: {why}.")
-    machines = _machines(found.study.trials)
+    machines = sorted(machines_of(found.study.trials))
     if len(machines) > 1:
         paragraphs.append(
             f"The trials ran on {len(machines)} machines ({listing(machines)}); memory and time "
             "are compared within each, never pooled."
         )
     return Section("memory", "Memory", paragraphs, tables, ("memory_ledger", "pareto_peak"))
-
-
-def _machines(trials: pd.DataFrame) -> list[str]:
-    if "machine" not in trials:
-        return []
-    ran = trials[trials["status"] != "pending"]
-    return sorted(str(name) for name in ran["machine"].dropna().unique())
 
 
 def _weights(table: pd.DataFrame) -> Table:
@@ -68,7 +62,7 @@ def _ledger(table: pd.DataFrame) -> Table:
             "model": text("model"),
             **_setting(table),
             "mode": text("quantization"),
-            "batch": lambda r: MISSING if pd.isna(r["batch_size"]) else str(r["batch_size"]),
+            "batch": text("batch_size"),
             **{label: size(name) for name, label in LEDGER.items()},
             "measured peak": size("peak_train_bytes"),
             "measured by": text("peak_source"),
@@ -89,11 +83,11 @@ def _peaks(table: pd.DataFrame) -> Table:
         {
             "model": text("model"),
             **_setting(table),
-            "batch": lambda r: MISSING if pd.isna(r["batch_size"]) else str(r["batch_size"]),
+            "batch": text("batch_size"),
             "mode": text("quantization"),
             "change of the peak": lambda r: f"{signed((r['ratio'] - 1) * 100, 1)} %",
             "activations' share": lambda r: percent(r["activation_share"], 0),
-            "trials": lambda r: number(r["n"], 0),
+            "trials": count("n"),
             "measured by": text("peak_source"),
         },
     )
@@ -114,8 +108,8 @@ def speed(found: Findings) -> Section:
             "mode": text("quantization"),
             "times the speed": lambda r: number(r["ratio"]),
             "interval": lambda r: span(r["ci_low"], r["ci_high"], 2),
-            "configurations": lambda r: number(r["n_configurations"], 0),
-            "pairs": lambda r: number(r["n_pairs"], 0),
+            "configurations": count("n_configurations"),
+            "pairs": count("n_pairs"),
         },
         note=notes(found.speed),
     )

@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis.findings.findings import Findings
 from analysis.literature import claims as lit
-from analysis.text.layout import Section, Table, notes, table_of, text
+from analysis.text.layout import Section, Table, count, notes, table_of, text
 from analysis.text.wording import MISSING, known, number, percent, plural, points, significant, span
 
 
@@ -37,8 +37,8 @@ def _ours(table: pd.DataFrame) -> Table:
             "ratio of": lambda r: str(r["quantity"]).removesuffix(" ratio"),
             "ratio": lambda r: number(r["ratio"], 4),
             "interval": lambda r: span(r["ci_low"], r["ci_high"], 4),
-            "configurations": lambda r: number(r["n_configurations"], 0),
-            "pairs": lambda r: number(r["n_pairs"], 0),
+            "configurations": count("n_configurations"),
+            "pairs": count("n_pairs"),
         },
         note=notes(table),
     )
@@ -106,8 +106,8 @@ def _printed(row: dict[Any, Any]) -> str:
 def _ours_beside(row: dict[Any, Any]) -> str:
     loss = row["unit"] == "range of percentage points"
     value = points(row["our_value"]) if loss else percent(row["our_value"], 2)
-    count = plural(row["n_configurations"], "configuration")
-    return f"{value} ({row['our_model']}, {row['our_quantity']}, {count})"
+    sample = plural(row["n_configurations"], "configuration")
+    return f"{value} ({row['our_model']}, {row['our_quantity']}, {sample})"
 
 
 def _cited(row: dict[Any, Any], published: lit.Literature) -> str:

@@ -24,7 +24,7 @@ from analysis.figures.style import Drawn
 from analysis.findings import decisions, summary
 from analysis.findings.decisions import Decision, meaning
 from analysis.findings.findings import Findings
-from analysis.statistics.cells import modes_of
+from analysis.statistics.cells import machines_of, modes_of
 from analysis.text.layout import Section, Table, clean, cleaned
 from analysis.text.wording import (
     MISSING,
@@ -194,7 +194,7 @@ def _scope(trials: pd.DataFrame, progress: dict[str, Any]) -> str:
         for column in ("model", "dataset")
     )
     ran = trials[trials["status"] != "pending"]
-    machines = [clean(str(name)) for name in ran["machine"].dropna().unique()]
+    machines = [clean(name) for name in machines_of(trials)]
     batches = sorted({int(size) for size in ran["batch_size"].dropna()})
     where = f" on {listing(machines)}" if machines else ""
     batch = f", batch {listing([str(size) for size in batches])}" if batches else ""

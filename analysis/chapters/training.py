@@ -6,7 +6,7 @@ import pandas as pd
 
 from analysis.findings.findings import GRADIENT_METRICS, Findings
 from analysis.text.layout import Cell, Section, Table, count, notes, table_of, text
-from analysis.text.wording import between, number, p_value, percent, signed, significant, span
+from analysis.text.wording import between, p_value, percent, signed, significant, span
 
 
 def convergence(found: Findings) -> Section:
@@ -34,7 +34,7 @@ def _early_stopping(table: pd.DataFrame) -> Table:
             "ended well": count("n_trials"),
             "stopped early": count("n_stopped"),
             "share": lambda r: percent(r["share_stopped"], 0),
-            "epochs (median)": lambda r: number(r["epochs_median"], 0),
+            "epochs (median)": count("epochs_median"),
             "range": lambda r: span(r["epochs_min"], r["epochs_max"], 0),
         },
         note=notes(table),
@@ -53,7 +53,7 @@ def _comparison(key: str, caption: str, found: Findings) -> Table:
             "difference": lambda r: signed(r["mean_difference"], 3),
             "interval": lambda r: between(r["ci_low"], r["ci_high"], digits=3),
             "p Holm": lambda r: p_value(r["p_holm"]),
-            "configurations": lambda r: number(r["n_configurations"], 0),
+            "configurations": count("n_configurations"),
         },
         note="Many quantities are looked at here: one small p among them is no finding.",
     )

@@ -12,6 +12,7 @@ from analysis.statistics.cells import varying
 from analysis.text.layout import Cell, Section, Table, count, size, table_of, text
 from analysis.text.wording import MISSING, number, percent, plural, seconds, short
 from tune_study.folder import schema
+from tune_study.folder.files import mapping
 from tune_study.folder.names import field_in_words
 
 
@@ -38,9 +39,7 @@ def trials(found: Findings) -> Section:
                     "configuration": text("configuration"),
                     "mode": text("quantization"),
                     "status": text("status"),
-                    "epochs": lambda r: (
-                        MISSING if pd.isna(r["epochs_completed"]) else str(r["epochs_completed"])
-                    ),
+                    "epochs": text("epochs_completed"),
                     "reason": text("error"),
                 },
                 wide=(0, 1, 5),
@@ -115,34 +114,27 @@ def methods(found: Findings) -> Section:
 
 def provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """Command, time, commit, hardware and versions of a study.json, as far as it has them."""
-    recorded = manifest.get("provenance")
-    recorded = recorded if isinstance(recorded, dict) else {}
+    recorded = mapping(manifest, "provenance")
     rows = [
-        (name, str(manifest[key]))
-        for key, name in (("command", "command"), ("created", "created"), ("grid", "grid"))
-        if manifest.get(key)
+        (key, str(manifest[key])) for key in ("command", "created", "grid") if manifest.get(key)
     ]
     if recorded.get("commit"):
         rows.append(("commit", str(recorded["commit"])))
     for key in ("hardware", "versions"):
-        part = recorded.get(key)
-        if isinstance(part, dict):
-            rows += [(f"{key}: {name}", str(value)) for name, value in part.items() if value]
-    data = recorded.get("data")
-    if isinstance(data, dict):
-        for name, entry in data.items():
-            entry = entry if isinstance(entry, dict) else {}
-            if digest := entry.get("sha256"):
-                rows.append((f"data: {name}", f"sha256 {str(digest)[:16]}"))
-            if found := entry.get("images"):
-                rows.append((f"images: {name}", str(found)))
-            if isinstance(left_out := entry.get("left_out"), list) and left_out:
-                rows.append((f"left out: {name}", _listed(left_out)))
-    code = recorded.get("code")
-    if isinstance(code, dict):
-        for name, entry in code.items():
-            if isinstance(entry, dict) and entry.get("models"):
-                rows.append((f"code: {name}", f"sha256 {str(entry.get('sha256'))[:16]}"))
+        part = mapping(recorded, key)
+        rows += [(f"{key}: {name}", str(value)) for name, value in part.items() if value]
+    for name in mapping(recorded, "data"):
+        entry = mapping(recorded, "data", name)
+        if digest := entry.get("sha256"):
+            rows.append((f"data: {name}", f"sha256 {str(digest)[:16]}"))
+        if found := entry.get("images"):
+            rows.append((f"images: {name}", str(found)))
+        if isinstance(left_out := entry.get("left_out"), list) and left_out:
+            rows.append((f"left out: {name}", _listed(left_out)))
+    for name in mapping(recorded, "code"):
+        entry = mapping(recorded, "code", name)
+        if entry.get("models"):
+            rows.append((f"code: {name}", f"sha256 {str(entry.get('sha256'))[:16]}"))
     return rows
 
 

@@ -23,6 +23,7 @@ from analysis.figures.style import (
     settings,
     style,
 )
+from analysis.measures.memory import LEDGER
 from analysis.statistics.cells import modes_of
 from analysis.text.wording import (
     MISSING,
@@ -33,6 +34,7 @@ from analysis.text.wording import (
     points,
     short,
     signed,
+    without_shared_ends,
 )
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ def _draw_difference(
 ) -> None:
     """A mode's difference, its interval and the values behind it."""
     mode = str(row["quantization"])
-    colour, marker, _, _ = style(mode)
+    colour, marker, _ = style(mode)
     values = own["difference"].to_numpy("float64") * 100
     offsets = np.linspace(-0.1, 0.1, len(own)) if len(own) > 1 else np.zeros(len(own))
     axis.plot(
@@ -155,10 +157,12 @@ def plot_pareto(
         for axis in axes[::2]:
             axis.set_ylabel("test accuracy, %")
         handles, names = legend_of_modes(modes_of(table["quantization"]))
-        for name in models if len(models) > 1 else []:
-            fill = _fill(models, name)
-            handles.append(Line2D([], [], color="black", marker="o", ls="", fillstyle=fill))
-            names.append(_brief(name, models))
+        if len(models) > 1:
+            names += map(short, without_shared_ends(models))
+            handles += [
+                Line2D([], [], color="black", marker="o", ls="", fillstyle=_fill(models, name))
+                for name in models
+            ]
         handles.append(Line2D([], [], color="#666666", lw=1.2))
         legend_below(figure, handles, [*names, "front"], handlelength=2)
     return Drawn(key, title, caption, figure, tips=tips)
@@ -175,19 +179,13 @@ def _draw_cells(
         front["cost"] / 1e6, front["score"] * 100, where="post", color="#666666", lw=1.2, zorder=1
     )
     for (mode, model), cells in group.groupby(["quantization", "model"], observed=True):
-        colour, marker, _, _ = style(str(mode))
+        colour, marker, _ = style(str(mode))
         gid = f"cells-{len(tips)}"
         axis.plot(
             cells["cost"] / 1e6, cells["score"] * 100, marker, color=colour, ms=6.5,
             fillstyle=_fill(models, str(model)), mec=colour, mew=1.2, ls="", alpha=0.9, gid=gid,
         )  # fmt: skip
         tips[gid] = [_cell_tip(row) for row in cells.to_dict("records")]
-
-
-def _brief(model: str, models: list[str]) -> str:
-    """``deit_tiny`` for ``deit_tiny_patch16_224``, where that still tells the models apart."""
-    brief = [name.partition("_patch")[0] for name in models]
-    return short(model.partition("_patch")[0] if len(set(brief)) == len(models) else model)
 
 
 def _fill(models: list[str], model: str) -> Any:
@@ -203,12 +201,14 @@ def _cell_tip(row: dict[Any, Any]) -> str:
     )
 
 
-def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[str, str]) -> Drawn:
+def plot_ledger(table: pd.DataFrame) -> Drawn:
     """Stacked parts of a training step per mode, the measured peak marked; a panel per model.
 
     ``table`` is ``memory.memory_ledger``. Parts nobody measured are left out of the bars.
     """
-    key = "memory_ledger"
+    key, title = "memory_ledger", "Where the memory of a training step goes"
+    caption = "Mean over trials. Parts that nobody measured are left out; the diamond is the "
+    caption += "measured peak, which includes temporary buffers."
     if table.empty:
         return Drawn(key, title, caption, None, "no trial recorded its memory")
     from matplotlib.lines import Line2D
@@ -216,7 +216,7 @@ def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[st
 
     scope = [name for name in ("machine", "model", "batch_size", "setting") if name in table]
     panels = panels_of(table, scope)
-    known = [name for name in parts if table[name].notna().any()]
+    known = [name for name in LEDGER if table[name].notna().any()]
     rows = sum(len(group) for _, group in panels)
     with settings():
         figure, axes = new_figure(
@@ -224,15 +224,15 @@ def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[st
             gridspec_kw={"height_ratios": [len(group) + 1.2 for _, group in panels]},
         )  # fmt: skip
         for axis, (scope_values, group) in zip(axes.flat, panels, strict=True):
-            _draw_bars(axis, group, list(parts))
+            _draw_bars(axis, group)
             axis.set_title(_scope_title(scope, scope_values), loc="left")
         axes[-1, 0].set_xlabel("MB of one training step")
         handles: list[Any] = [
             Patch(facecolor=_PARTS[i], hatch=_PART_HATCHES[i], edgecolor="white")
-            for i, name in enumerate(parts)
+            for i, name in enumerate(LEDGER)
             if name in known
         ]
-        labels = [parts[name] for name in known]
+        labels = [LEDGER[name] for name in known]
         if table["peak_train_bytes"].notna().any():
             handles.append(Line2D([], [], marker="d", color="black", ls="", ms=5))
             labels.append("measured peak")
@@ -240,10 +240,10 @@ def plot_ledger(table: pd.DataFrame, *, title: str, caption: str, parts: dict[st
     return Drawn(key, title, caption, figure)
 
 
-def _draw_bars(axis: Axes, group: pd.DataFrame, parts: list[str]) -> None:
+def _draw_bars(axis: Axes, group: pd.DataFrame) -> None:
     """A bar of stacked parts per row of ``group``, and its measured peak."""
     left = np.zeros(len(group))
-    for number, name in enumerate(parts):
+    for number, name in enumerate(LEDGER):
         width = group[name].astype("float64").fillna(0).to_numpy() / 1e6
         axis.barh(
             range(len(group)), width, left=left, color=_PARTS[number], height=0.62,
@@ -266,9 +266,15 @@ def _scope_title(scope: Sequence[str], values: Sequence[str]) -> str:
     return f"{text}, {named['setting']}" if "setting" in named else text
 
 
-def plot_qlora(table: pd.DataFrame, *, title: str, caption: str) -> Drawn:
+def plot_qlora(table: pd.DataFrame, *, simulated: bool) -> Drawn:
     """Our score ratios with intervals against QLoRA's ranges; ``table`` is ``qlora_ratios``."""
-    key = "qlora_ratios"
+    key, title = "qlora_ratios", "Our ratios and QLoRA's"
+    caption = "Score with quantized base weights over the score without, ours with its 95 % "
+    caption += "interval over configurations, beside the range of the cells of QLoRA's tables 3 "
+    caption += "and 4 (language models)."
+    if simulated:
+        reason = "a simulated study is not compared with the literature"
+        return Drawn(key, title, caption, None, reason)
     shown = table[table["ratio"].notna() & (table["n_reference"] > 0)] if len(table) else table
     if shown.empty:
         return Drawn(
@@ -280,7 +286,7 @@ def plot_qlora(table: pd.DataFrame, *, title: str, caption: str) -> Drawn:
         figure, axes = new_figure(1.1 + 0.42 * len(shown))
         axis = axes[0, 0]
         for number, row in enumerate(shown.to_dict("records")):
-            colour, marker, _, _ = style(str(row["quantization"]))
+            colour, marker, _ = style(str(row["quantization"]))
             axis.plot(
                 [row["their_low"], row["their_high"]], [number + 0.16] * 2, color="#bdbdbd", lw=7,
                 solid_capstyle="butt", zorder=1,
@@ -306,9 +312,13 @@ def plot_qlora(table: pd.DataFrame, *, title: str, caption: str) -> Drawn:
     return Drawn(key, title, caption, figure)
 
 
-def plot_seeds(table: pd.DataFrame, sds: pd.DataFrame, *, title: str, caption: str) -> Drawn:
+def plot_seeds(table: pd.DataFrame, sds: pd.DataFrame) -> Drawn:
     """Deviation of each trial from the mean of its cell, per mode, with the pooled deviation."""
-    key = "seed_spread"
+    key, title = "seed_spread", "How far the seed alone moves a result"
+    caption = (
+        "Each dot is a trial, set against the mean of its cell (same configuration and mode). "
+    )
+    caption += "The band is one standard deviation, pooled over the cells."
     if table.empty:
         return Drawn(key, title, caption, None, "no cell has two finished seeds")
     tips: dict[str, list[str]] = {}
@@ -320,7 +330,7 @@ def plot_seeds(table: pd.DataFrame, sds: pd.DataFrame, *, title: str, caption: s
         labels = []
         for number, row in enumerate(sds.to_dict("records")):
             mode = str(row["quantization"])
-            colour, marker, _, _ = style(mode)
+            colour, marker, _ = style(mode)
             own = table.loc[table["quantization"] == mode, "deviation"].to_numpy("float64") * 100
             # A fixed spiral instead of random jitter: the same study draws the same figure.
             offset = 0.26 * np.sin(np.arange(len(own)) * 2.399963)

@@ -19,6 +19,7 @@ from analysis.figures.style import (
     style,
 )
 from analysis.statistics.cells import modes_of
+from analysis.text.layout import clean
 from analysis.text.wording import short
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _draw_mode(
     axis: Axes, mode: str, line: pd.DataFrame, scale: float, log: bool, band: bool
 ) -> None:
     """One mode's mean and its band; a logarithmic axis has no room for a band down to zero."""
-    colour, marker, dashes, _ = style(mode)
+    colour, marker, dashes = style(mode)
     x, mean = line["epoch"].to_numpy("float64"), line["mean"].to_numpy() * scale
     sd = line["sd"].fillna(0).to_numpy() * scale
     low = np.maximum(mean - sd, np.min(mean) * 0.3) if log else mean - sd
@@ -78,9 +79,13 @@ def _draw_mode(
     )
 
 
-def plot_layers(table: pd.DataFrame, *, title: str, caption: str) -> Drawn:
+def plot_layers(table: pd.DataFrame) -> Drawn:
     """Per-layer gradient norm over epochs; ``table`` is ``measures.curves.layer_gradients``."""
-    key = "gradient_layers"
+    key, title = "gradient_layers", "Gradient norm per layer"
+    caption = "Both LoRA matrices of a layer together, mean over trials, logarithmic; the first "
+    caption += "layer is on top."
+    if len(table):
+        caption += f" Model: {clean(str(table['model'].iloc[0]))}."
     positive = table[table["norm"].astype("float64") > 0] if len(table) else table
     if positive.empty:
         return Drawn(key, title, caption, None, "no gradients.json holds per-layer norms")

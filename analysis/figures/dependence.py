@@ -16,7 +16,7 @@ from analysis.figures.style import (
     style,
 )
 from analysis.statistics.cells import modes_of
-from analysis.text.wording import short
+from analysis.text.wording import short, without_shared_ends
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,12 +26,18 @@ _WIDTH = 0.5
 """Of the modes side by side at a level, levels being 1 apart."""
 
 
-def plot_axes(levels: pd.DataFrame, points: pd.DataFrame, *, title: str, caption: str) -> Drawn:
+def plot_axes(levels: pd.DataFrame, points: pd.DataFrame) -> Drawn:
     """A panel per axis: levels across, the difference per mode with its interval, over its sets.
 
     ``levels`` and ``points`` are those of ``dependence.axis_effects``, differences as fractions.
     """
-    key = "axes"
+    key, title = "axes", "The cost of each mode at every level"
+    caption = (
+        "Difference of test accuracy to the unquantized model at each level of each axis, with "
+        "the 95 % interval of the comparison of levels; a thin line is a matched set: "
+        "configurations that share every other setting. How far these lines are from parallel is "
+        "what a dependence must stand out from."
+    )
     shown = levels[levels["difference"].notna()]
     if shown.empty:
         reason = "no quantized mode has a finished pair with the unquantized baseline"
@@ -82,7 +88,7 @@ def _draw_sets(axis: Axes, points: pd.DataFrame, mode: str, aside: float) -> Non
 
 
 def _draw_levels(axis: Axes, levels: pd.DataFrame, mode: str, aside: float) -> None:
-    colour, marker, dashes, _ = style(mode)
+    colour, marker, dashes = style(mode)
     across = levels["place"].to_numpy("float64") + aside
     mean, low, high = (
         levels[name].to_numpy("float64") * 100 for name in ("difference", "ci_low", "ci_high")
@@ -96,18 +102,8 @@ def _draw_levels(axis: Axes, levels: pd.DataFrame, mode: str, aside: float) -> N
 
 def _name_levels(axis: Axes, names: list[str]) -> None:
     """The levels as ticks: without what long names share, slanted where they would meet."""
-    words = [short(name, 20) for name in told_apart(names)]
+    words = [short(name, 20) for name in without_shared_ends(names)]
     crowded = max(map(len, words)) * len(words) > 32
     slant: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
     axis.set_xticks(range(len(words)), words, **slant)
     axis.set_xlim(-0.5, len(words) - 0.5)
-
-
-def told_apart(names: list[str]) -> list[str]:
-    """``deit_tiny``, ``deit_small`` of names that end alike, from a ``_`` on."""
-    parts = [name.split("_") for name in names]
-    shortest = min(map(len, parts))
-    alike = 0
-    while alike < shortest - 1 and len({part[-1 - alike] for part in parts}) == 1:
-        alike += 1
-    return ["_".join(part[: len(part) - alike]) for part in parts]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import pandas as pd
+
 from analysis.figures import comparisons, curves, dependence, search
 from analysis.figures.style import Drawn, mark_simulated, styles_of
 from analysis.findings.findings import Findings
 from analysis.measures.curves import curve_bands, curve_gaps
-from analysis.measures.memory import LEDGER
 from analysis.measures.pareto import pareto_front
 from analysis.statistics.cells import modes_of
 from analysis.statistics.pairs import paired_differences, seed_intervals
 from analysis.text import wording
-from analysis.text.layout import clean
 from analysis.text.wording import plural, short
 
 KEYS = (
@@ -37,26 +37,17 @@ def draw_all(found: Findings) -> dict[str, Drawn]:
     """
     with styles_of(modes_of(found.study.trials["quantization"])):
         if found.search is not None:
-            drawn = [*search.draw(found.search), _ledger(found)]
+            drawn = search.draw(found.search)
         else:
-            drawn = [*_outcomes(found), *_axes(found), *_over_epochs(found), *_memory(found)]
-            drawn.append(_literature(found))
+            drawn = [_forest(found), comparisons.plot_seeds(found.seed_spread, found.seed_sds)]
+            if len(found.axes.tests):
+                drawn.append(dependence.plot_axes(found.axes.levels, found.axes.points))
+            drawn += [*_over_epochs(found), *_pareto(found.study.trials)]
+            drawn.append(comparisons.plot_qlora(found.qlora, simulated=found.simulated))
+        drawn.append(comparisons.plot_ledger(found.ledger))
     if found.simulated:
         drawn = [mark_simulated(figure) for figure in drawn]
     return {figure.key: figure for figure in drawn}
-
-
-def _outcomes(found: Findings) -> list[Drawn]:
-    return [
-        _forest(found),
-        comparisons.plot_seeds(
-            found.seed_spread,
-            found.seed_sds,
-            title="How far the seed alone moves a result",
-            caption="Each dot is a trial, set against the mean of its cell (same "
-            "configuration and mode). The band is one standard deviation, pooled over the cells.",
-        ),
-    ]
 
 
 def _forest(found: Findings) -> Drawn:
@@ -66,13 +57,12 @@ def _forest(found: Findings) -> Drawn:
     band = f" Shaded: the margin of ±{float(margin.iloc[0]) * 100:g} pp." if len(margin) else ""
     alone = bool((table["n_configurations"] == 1).any() and (table["n_configurations"] < 2).all())
     if alone:
-        baseline = str(table["baseline"].iloc[0])
-        seeds = seed_intervals(found.study.trials, baseline=baseline).set_index("quantization")
+        seeds = seed_intervals(found.study.trials).set_index("quantization")
         table = table.assign(
             seed_low=table["quantization"].map(seeds["ci_low"]).astype("float64"),
             seed_high=table["quantization"].map(seeds["ci_high"]).astype("float64"),
         )
-        points = paired_differences(found.study.trials, baseline=baseline)
+        points = paired_differences(found.study.trials)
         rests = "Grey dots: the seeds of the one configuration."
         if seeds["ci_low"].notna().any():
             rests += " Dashed: the 95 % interval over them, which says nothing of other "
@@ -95,27 +85,8 @@ def _forest(found: Findings) -> Drawn:
     )
 
 
-def _axes(found: Findings) -> list[Drawn]:
-    """None where no axis varies."""
-    if found.axes.tests.empty:
-        return []
-    return [
-        dependence.plot_axes(
-            found.axes.levels,
-            found.axes.points,
-            title="The cost of each mode at every level",
-            caption="Difference of test accuracy to the unquantized model at each level of each "
-            "axis, with the 95 % interval of the comparison of levels; a thin line is a matched "
-            "set: configurations that share every other setting. How far these lines are from "
-            "parallel is what a dependence must stand out from.",
-        )
-    ]
-
-
 def _over_epochs(found: Findings) -> list[Drawn]:
     trials, epochs = found.study.trials, found.study.epochs
-    layers = found.layers
-    model = f" Model: {clean(str(layers['model'].iloc[0]))}." if len(layers) else ""
     return [
         curves.plot_curves(
             curve_bands(epochs, trials),
@@ -148,17 +119,11 @@ def _over_epochs(found: Findings) -> list[Drawn]:
             log=True,
             empty="no trial recorded its gradient norms",
         ),
-        curves.plot_layers(
-            layers,
-            title="Gradient norm per layer",
-            caption="Both LoRA matrices of a layer together, mean over trials, logarithmic; the "
-            f"first layer is on top.{model}",
-        ),
+        curves.plot_layers(found.layers),
     ]
 
 
-def _memory(found: Findings) -> list[Drawn]:
-    trials = found.study.trials
+def _pareto(trials: pd.DataFrame) -> list[Drawn]:
     front = "Dark line: the cells that no other beats in both; differences smaller than the "
     front += "intervals above are noise."
     return [
@@ -179,25 +144,4 @@ def _memory(found: Findings) -> list[Drawn]:
             label="peak, MB",
             empty="no trial measured the peak of a training step on this machine",
         ),
-        _ledger(found),
     ]
-
-
-def _ledger(found: Findings) -> Drawn:
-    return comparisons.plot_ledger(
-        found.ledger,
-        title="Where the memory of a training step goes",
-        caption="Mean over trials. Parts that nobody measured are left out; the diamond is the "
-        "measured peak, which includes temporary buffers.",
-        parts=LEDGER,
-    )
-
-
-def _literature(found: Findings) -> Drawn:
-    title, caption = "Our ratios and QLoRA's", "Score with quantized base weights over the score "
-    caption += "without, ours with its 95 % interval over configurations, beside the range of the "
-    caption += "cells of QLoRA's tables 3 and 4 (language models)."
-    if found.simulated:
-        reason = "a simulated study is not compared with the literature"
-        return Drawn("qlora_ratios", title, caption, None, reason)
-    return comparisons.plot_qlora(found.qlora, title=title, caption=caption)

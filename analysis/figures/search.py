@@ -17,12 +17,10 @@ from analysis.figures.style import (
 )
 from analysis.measures.search import Searched
 from analysis.statistics.cells import modes_of
-from analysis.text.wording import name_of, parameter_of, suggestions, value_of
-from tune_study.folder import schema
+from analysis.text.wording import UNITS, name_of, parameter_of, suggestions, value_of
 
 KEYS = ("search_front", "search_progress", "search_importance")
 _SCALES = {"fraction": (100.0, "%"), "bytes": (1e-6, "MB")}
-_UNITS = {column.name: column.unit for column in schema.TRIALS}
 
 
 def draw(found: Searched) -> list[Drawn]:
@@ -32,7 +30,7 @@ def draw(found: Searched) -> list[Drawn]:
 
 def _scale(objective: str) -> tuple[float, str]:
     """Factor and axis label of an objective."""
-    factor, unit = _SCALES.get(_UNITS[objective], (1.0, _UNITS[objective]))
+    factor, unit = _SCALES.get(UNITS[objective], (1.0, UNITS[objective]))
     return factor, f"{name_of(objective)}, {unit}" if unit else name_of(objective)
 
 
@@ -58,7 +56,7 @@ def _front(found: Searched) -> Drawn:
         where = "post" if found.objectives[y] == "maximize" else "pre"
         axis.step(front[x] * x_scale, front[y] * y_scale, where=where, color="#888888", lw=1)
         for mode in modes:
-            colour, marker, _, _ = style(mode)
+            colour, marker, _ = style(mode)
             for on_front, alpha, size in ((False, 0.45, 5), (True, 1.0, 8)):
                 own = found.trials["quantization"] == mode
                 shown = found.trials[own & (found.trials["on_front"] == on_front)]

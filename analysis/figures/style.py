@@ -1,8 +1,8 @@
 """How every figure looks and is saved: styles of the modes, panels, legends, files.
 
-Colour-blind-safe (Okabe and Ito), and every mode has its own marker, line style and hatch, so that
-a grey print still tells them apart. Nothing here touches matplotlib's global state, and matplotlib
-is imported when a figure is made, not before.
+Colour-blind-safe (Okabe and Ito), and every mode has its own marker and line style, so that a grey
+print still tells them apart. Nothing here touches matplotlib's global state, and matplotlib is
+imported when a figure is made, not before.
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ NARROW = 4.2
 """Inches, of the figures on the first screen: larger text on a phone, and beside the table."""
 SCREEN_DPI, PRINT_DPI = 150, 300
 _STYLES = {
-    "none": ("#444444", "o", "-", ""),
-    "int8": ("#0072B2", "s", "--", "//"),
-    "nf4": ("#D55E00", "^", "-.", "xx"),
-    "nf4-dq": ("#009E73", "D", ":", ".."),
-    "fp4": ("#CC79A7", "v", (0, (5, 1, 1, 1, 1, 1)), "\\\\"),
-    "fp4-dq": ("#E69F00", "P", (0, (1, 3)), "++"),
+    "none": ("#444444", "o", "-"),
+    "int8": ("#0072B2", "s", "--"),
+    "nf4": ("#D55E00", "^", "-."),
+    "nf4-dq": ("#009E73", "D", ":"),
+    "fp4": ("#CC79A7", "v", (0, (5, 1, 1, 1, 1, 1))),
+    "fp4-dq": ("#E69F00", "P", (0, (1, 3))),
 }
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "8")
 _DASHES: tuple[Any, ...] = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), "-")
-_HATCHES = ("//", "xx", "..", "\\\\", "++", "oo")
 _OTHERS: ContextVar[tuple[str, ...]] = ContextVar("_OTHERS", default=())
 _MOST_PANELS = 6
 _RC: Any = {
@@ -92,8 +91,8 @@ def styles_of(treatments: Sequence[str]) -> Iterator[None]:
         _OTHERS.reset(token)
 
 
-def style(treatment: str) -> tuple[str, str, Any, str]:
-    """Colour, marker, line style and hatch of a treatment.
+def style(treatment: str) -> tuple[str, str, Any]:
+    """Colour, marker and line style of a treatment.
 
     A mode has those of every report. Settings within a mode get colours from dark to light in
     their order, and no two of a dozen the same marker and line.
@@ -106,9 +105,7 @@ def style(treatment: str) -> tuple[str, str, Any, str]:
     others = _OTHERS.get()
     place = others.index(treatment) if treatment in others else 0
     colour = to_hex(colormaps["plasma"](0.85 * place / max(len(others) - 1, 1)))
-    kinds = (_MARKERS, _DASHES, _HATCHES)
-    marker, dashes, hatch = (kind[place % len(kind)] for kind in kinds)
-    return colour, str(marker), dashes, str(hatch)
+    return colour, _MARKERS[place % len(_MARKERS)], _DASHES[place % len(_DASHES)]
 
 
 def called(treatment: str) -> str:
@@ -170,7 +167,7 @@ def legend_of_modes(
 
     handles = [
         Line2D([], [], color=colour, marker=mark, ls=dashes if lines else "", **options)
-        for colour, mark, dashes, _ in map(style, modes)
+        for colour, mark, dashes in map(style, modes)
     ]
     return handles, [called(mode) for mode in modes]
 

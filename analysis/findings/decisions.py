@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.special import betaincinv, stdtrit
 
 from analysis.measures import memory
 from analysis.statistics import planning
@@ -55,8 +57,6 @@ def decide(
     memory: pd.DataFrame,
     ledger: pd.DataFrame,
     speed: pd.DataFrame,
-    *,
-    baseline: str = "none",
 ) -> list[Decision]:
     """The lines of the table, first the tolerances, then memory, speed and stability.
 
@@ -65,28 +65,25 @@ def decide(
         memory, ledger, speed: ``memory.memory_ratios``, ``memory.memory_ledger`` and
             ``ratios.metric_ratios`` of images_per_s.
     """
-    lines = tolerances(trials, comparison, memory)
-    lines.append(smallest_weights(memory))
-    lines.append(lowest_peak(trials, ledger, baseline))
-    lines.append(fastest(speed, baseline))
-    lines.append(stability(trials))
-    return lines
+    return [
+        *tolerances(trials, comparison, memory),
+        smallest_weights(memory),
+        lowest_peak(trials, ledger),
+        fastest(speed),
+        stability(trials),
+    ]
 
 
 def tolerances(
     trials: pd.DataFrame, comparison: pd.DataFrame, memory: pd.DataFrame
 ) -> list[Decision]:
     """A line per tolerance; neighbours that say the same become one."""
-    lines: list[tuple[list[float], Decision]] = []
-    for loss in TOLERANCES:
-        line = tolerance(trials, comparison, memory, loss)
-        if lines and lines[-1][1]._replace(question=line.question) == line:
-            lines[-1][0].append(loss)
-        else:
-            lines.append(([loss], line))
+    lines = [tolerance(trials, comparison, memory, loss) for loss in TOLERANCES]
     merged = []
-    for losses, line in lines:
-        several = either([f"{loss * 100:g}" for loss in losses])
+    for line, alike in groupby(
+        zip(lines, TOLERANCES, strict=True), key=lambda pair: pair[0]._replace(question="")
+    ):
+        several = either([f"{loss * 100:g}" for _, loss in alike])
         merged.append(line._replace(question=f"{ACCEPT} {several} pp of accuracy"))
     return merged
 
@@ -136,8 +133,6 @@ def one_sided(row: dict[Any, Any]) -> tuple[float, float]:
 
     Recovered from the two-sided t-interval; NaN without one.
     """
-    from scipy.special import stdtrit
-
     freedom = max(int(row["n_configurations"]) - 1, 1)
     confidence = float(row["confidence"])
     half = (row["ci_high"] - row["ci_low"]) / 2
@@ -165,7 +160,7 @@ def _over_seeds(trials: pd.DataFrame, row: dict[Any, Any]) -> str:
     """The interval over the seeds of a lone configuration, which is not about any other."""
     if row["n_configurations"] != 1:
         return ", without an interval"
-    own = seed_intervals(trials, baseline=str(row["baseline"]))
+    own = seed_intervals(trials)
     own = own[own["quantization"] == row["quantization"]]
     low, high = float(own["ci_low"].iloc[0]), float(own["ci_high"].iloc[0])
     if not np.isfinite([low, high]).all():
@@ -197,7 +192,7 @@ def _sample(row: dict[Any, Any]) -> str:
 def _undecided(trials: pd.DataFrame, row: dict[Any, Any], loss: float) -> str:
     """``nf4 seems to lose less; about 4 more seeds would tell``, or what else it needs."""
     mode = row["quantization"]
-    more = planning.more_needed(trials, str(mode), loss, baseline=str(row.get("baseline", "none")))
+    more = planning.more_needed(trials, str(mode), loss)
     seems = f"{mode} seems to lose {'less' if row['mean_difference'] > -loss else 'more'}; about"
     if more.seeds is not None:
         return f"{seems} {plural(more.seeds, 'more seed')} per configuration would tell"
@@ -229,10 +224,10 @@ def _size_in_words(row: dict[Any, Any]) -> str:
     )
 
 
-def lowest_peak(trials: pd.DataFrame, ledger: pd.DataFrame, baseline: str = "none") -> Decision:
+def lowest_peak(trials: pd.DataFrame, ledger: pd.DataFrame) -> Decision:
     """Whether quantization lowers the peak of a training step, from the measured peaks."""
     question = "Training must need less memory"
-    shares = memory.peak_ratios(ledger, trials, baseline)
+    shares = memory.peak_ratios(ledger, trials)
     if shares.empty:
         return Decision(
             question, "Not measured on this machine", memory.why_no_peak(ledger), "", False
@@ -243,13 +238,13 @@ def lowest_peak(trials: pd.DataFrame, ledger: pd.DataFrame, baseline: str = "non
     saving = 1 - float(by_mode.min())
     activations = own["activation_share"].dropna()
     change = span_of(own["ratio"] - 1, 1, sign=True)
-    evidence = f"{mode}: peak of a training step {change} against {baseline}"
+    evidence = f"{mode}: peak of a training step {change} against none"
     if len(activations):
         evidence += f"; activations are {span_of(activations, 0)} of that peak"
     sources = ", ".join(sorted({str(source) for source in own["peak_source"] if source}))
     sample = f"{plural(own['n'].sum(), 'trial')}; measured by: {sources or 'not said'}"
     if saving <= 0:
-        answer, chosen = "Quantization does not lower the peak", baseline
+        answer, chosen = "Quantization does not lower the peak", "none"
     elif saving < SMALL_PEAK_SAVING:
         answer, chosen = "Use a smaller batch: quantization hardly lowers the peak", mode
     else:
@@ -257,7 +252,7 @@ def lowest_peak(trials: pd.DataFrame, ledger: pd.DataFrame, baseline: str = "non
     return Decision(question, answer, evidence, sample, True, chosen)
 
 
-def fastest(speed: pd.DataFrame, baseline: str = "none") -> Decision:
+def fastest(speed: pd.DataFrame) -> Decision:
     """The mode that trains the most images per second."""
     question = "Training must be fast"
     known = speed[speed["ratio"].notna()] if len(speed) else speed
@@ -271,9 +266,9 @@ def fastest(speed: pd.DataFrame, baseline: str = "none") -> Decision:
     ]
     best = max(known.to_dict("records"), key=lambda row: row["ratio"])
     sample = _sample(best)
-    evidence = f"images per second, as a multiple of {baseline}: {_few(texts, ', ')}"
+    evidence = f"images per second, as a multiple of none: {_few(texts, ', ')}"
     if (known["ci_high"] < 1).all():
-        return Decision(question, f"Use {baseline}", evidence, sample, True, baseline)
+        return Decision(question, "Use none", evidence, sample, True, "none")
     if best["ci_low"] > 1:
         mode = str(best["quantization"])
         return Decision(question, f"Use {mode}", evidence, sample, True, mode)
@@ -305,6 +300,4 @@ def stability(trials: pd.DataFrame) -> Decision:
 
 def diverged_bound(bad: int, of: int, confidence: float = 0.95) -> float:
     """One-sided exact (Clopper-Pearson) upper bound of a rate of ``bad`` in ``of`` trials."""
-    from scipy.special import betaincinv
-
     return 1.0 if bad >= of else float(betaincinv(bad + 1, of - bad, confidence))

@@ -77,7 +77,7 @@ class Findings(NamedTuple):
     """Of a search; its trials differ in more than mode and seed, so nothing is paired."""
 
 
-def compute(study: Study, *, baseline: str = "none") -> Findings:
+def compute(study: Study) -> Findings:
     """All tables of the report. Deterministic: resampling starts from a fixed generator."""
     if isinstance(study.manifest.get("search"), Mapping):
         study = _by_mode(study)
@@ -87,8 +87,8 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
     layers = quantized_parameters(study.path, trials)
     memory = memory_ratios(trials, layers)
     ledger = memory_ledger(trials)
-    speed = ratios.metric_ratios(paired, metric="images_per_s", baseline=baseline)
-    comparison = _compare(paired, "test_accuracy", baseline)
+    speed = ratios.metric_ratios(paired, metric="images_per_s")
+    comparison = _compare(paired, "test_accuracy")
     spread = seed_spread(paired)
     per_trial = convergence.convergence_table(epochs, paired)
     heat, problems = curves.layer_gradients(study.path, trials)
@@ -98,29 +98,29 @@ def compute(study: Study, *, baseline: str = "none") -> Findings:
         simulated=bool(study.manifest.get("simulated")),
         counts=counts(trials),
         comparison=comparison,
-        differences=configuration_differences(paired, baseline),
-        by_dataset=_by_dataset(paired, baseline),
+        differences=configuration_differences(paired),
+        by_dataset=_by_dataset(paired),
         cells=cells(trials),
         seed_spread=spread,
         seed_sds=pooled_sd(spread),
         friedman=friedman(paired),
-        leave_one_out=leave_one_out(paired, baseline=baseline),
-        axes=axis_effects(paired if asked is None else paired.iloc[:0], baseline=baseline),
+        leave_one_out=leave_one_out(paired),
+        axes=axis_effects(paired if asked is None else paired.iloc[:0]),
         memory=memory,
         ledger=ledger,
-        peaks=peak_ratios(ledger if asked is None else ledger[:0], trials, baseline),
+        peaks=peak_ratios(ledger if asked is None else ledger[:0], trials),
         speed=speed,
         convergence=per_trial,
-        convergence_comparison=convergence.compare_convergence(per_trial, baseline=baseline),
+        convergence_comparison=convergence.compare_convergence(per_trial),
         early_stopping=convergence.early_stopping(per_trial),
         gradients=means_per_mode(trials, GRADIENT_METRICS),
-        gradient_comparison=_comparisons(paired, GRADIENT_METRICS[:3], baseline),
+        gradient_comparison=_comparisons(paired, GRADIENT_METRICS[:3]),
         layers=heat,
-        ours=ratios.our_ratios(paired, baseline=baseline),
+        ours=ratios.our_ratios(paired),
         qlora=qlora.qlora_ratios(paired, published),
         vision=vision.vision_references(paired, published),
         literature=published,
-        decisions=decisions.decide(trials, comparison, memory, ledger, speed, baseline=baseline)
+        decisions=decisions.decide(trials, comparison, memory, ledger, speed)
         if asked is None
         else search_decisions.decide(asked),
         problems=[*study.problems, *problems],
@@ -134,14 +134,12 @@ def _by_mode(study: Study) -> Study:
     return study._replace(trials=study.trials.assign(quantization=mode))
 
 
-def _compare(trials: pd.DataFrame, metric: str, baseline: str) -> pd.DataFrame:
-    return compare_modes(trials, metric=metric, baseline=baseline, rng=np.random.default_rng(0))
+def _compare(trials: pd.DataFrame, metric: str) -> pd.DataFrame:
+    return compare_modes(trials, metric=metric, rng=np.random.default_rng(0))
 
 
-def _comparisons(trials: pd.DataFrame, metrics: tuple[str, ...], baseline: str) -> pd.DataFrame:
-    frames = [
-        _compare(trials, metric, baseline) for metric in metrics if trials[metric].notna().any()
-    ]
+def _comparisons(trials: pd.DataFrame, metrics: tuple[str, ...]) -> pd.DataFrame:
+    frames = [_compare(trials, metric) for metric in metrics if trials[metric].notna().any()]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
@@ -153,21 +151,21 @@ def counts(trials: pd.DataFrame) -> pd.DataFrame:
     return table.assign(planned=table.sum(axis=1)).rename_axis(columns=None)
 
 
-def configuration_differences(trials: pd.DataFrame, baseline: str) -> pd.DataFrame:
+def configuration_differences(trials: pd.DataFrame) -> pd.DataFrame:
     """Mean paired difference of the test accuracy per (configuration, mode), as a fraction."""
-    pairs = paired_differences(trials, metric="test_accuracy", baseline=baseline)
+    pairs = paired_differences(trials)
     grouped = pairs.groupby(["configuration", "quantization"])["difference"]
     table = grouped.agg(difference="mean", n="size").reset_index()
     return units(trials).merge(table, on="configuration")
 
 
-def _by_dataset(trials: pd.DataFrame, baseline: str) -> pd.DataFrame:
+def _by_dataset(trials: pd.DataFrame) -> pd.DataFrame:
     """``compare_modes`` within each data set; empty when there is only one."""
     names = sorted(str(name) for name in trials["dataset"].dropna().unique())
     if len(names) < 2:
         return pd.DataFrame()
     frames = [
-        _compare(trials[trials["dataset"] == name], "test_accuracy", baseline).assign(dataset=name)
+        _compare(trials[trials["dataset"] == name], "test_accuracy").assign(dataset=name)
         for name in names
     ]
     return pd.concat(frames, ignore_index=True)

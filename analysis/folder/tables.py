@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from tune_study.folder import schema
 from tune_study.folder.files import mapping, write_whole
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 Columns = tuple[schema.Column, ...]
 MACHINE = schema.Column("machine", "str", "", "hardware that ran the trial, in words")
@@ -134,7 +132,6 @@ def read_parquet(
     A table that stands ``alone`` may be of an earlier version, which had fewer columns. Where the
     trials' files are there, they tell more than it does, and it is refused.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
@@ -178,8 +175,6 @@ def _lacking(columns: Columns, held: list[str], table: str, alone: bool) -> list
 
 
 def _require_plain(field: pa.Field) -> None:
-    import pyarrow as pa
-
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     checks: tuple[Callable[[Any], bool], ...] = (
         pa.types.is_integer,
@@ -195,8 +190,6 @@ def _require_plain(field: pa.Field) -> None:
 
 def _pandas_dtype(kind: pa.DataType) -> Any:
     """Nullable types, so that an integer beside a missing value is not turned into a float."""
-    import pyarrow as pa
-
     if pa.types.is_signed_integer(kind):
         return pd.Int64Dtype()
     if pa.types.is_boolean(kind):

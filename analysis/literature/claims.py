@@ -1,13 +1,14 @@
 """Figures from the literature: ``literature.yaml``, validated and flattened to one claim per cell.
 
 A table of the YAML file stands as its paper prints it; :func:`load` turns each cell into a
-:class:`Claim` that knows its citation key, table, scope and baseline. A cell that the paper leaves
-empty becomes a claim without a value. Figures graded ``recalled`` are left out unless asked for,
-because they may not be printed as facts.
+:class:`Claim` that knows its table, row and baseline. A cell that the paper leaves empty becomes a
+claim without a value. Figures graded ``recalled`` are left out, because they may not be printed as
+facts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 DEFAULT_PATH = Path(__file__).with_name("literature.yaml")
-_RANGE = "range of percentage points"
+RANGE = "range of percentage points"
 Name = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, Field(ge=0)]
 Range = Annotated[list[Number], Field(min_length=2, max_length=2)]
@@ -81,7 +82,7 @@ class Table(_Part):
         for row in self.rows:
             if row.baseline not in (None, *methods):
                 raise ValueError(f"table {self.id!r}: no row is named {row.baseline!r}")
-            if row.baseline and self.unit == _RANGE:
+            if row.baseline and self.unit == RANGE:
                 raise ValueError(f"table {self.id!r}: a range can't be divided by a baseline")
             if len(row.values) != len(self.models):
                 raise ValueError(
@@ -90,7 +91,7 @@ class Table(_Part):
                 )
             for value in row.values:
                 low, high = _ends(value)
-                if low is not None and (high is not None) != (self.unit == _RANGE):
+                if low is not None and (high is not None) != (self.unit == RANGE):
                     raise ValueError(f"table {self.id!r}: {value!r} does not fit its unit")
                 if high is not None and low is not None and high < low:
                     raise ValueError(f"table {self.id!r}: {value!r} is no range")
@@ -141,35 +142,24 @@ class _File(_Part):
 
 
 class Claim(NamedTuple):
-    """One cell of one table. ``value`` is ``None`` where the paper leaves the cell empty.
+    """One cell of one table: what the paper prints for ``model`` in a row.
 
-    ``value`` is in ``unit`` (percent is 0..100); ``value_high`` is set when the source prints a
-    range. ``baseline_value`` is the cell of the row named by ``baseline``, same table and model.
+    ``value`` is in the table's unit (percent is 0..100), and ``None`` where the paper leaves the
+    cell empty; ``value_high`` is set when the source prints a range. ``baseline_value`` is the cell
+    of the row named by the row's ``baseline``, same table and model.
     """
 
-    table_id: str
-    domain: str
-    group: str | None
-    source: str
-    table: str | None
-    grade: str
-    task: str
-    dataset: str | None
-    train_images: int | None
-    chance: float | None
+    table: Table
+    row: Row
     model: str
-    method: str
-    quantization: str
-    dtype: str
-    metric: str
-    unit: str
-    higher_is_better: bool
     value: float | None
     value_high: float | None
-    baseline: str | None
     baseline_value: float | None
-    baseline_dtype: str | None
-    note: str
+
+    @property
+    def note(self) -> str:
+        """What is to be said of the table and of the row."""
+        return "; ".join(filter(None, (self.table.note, self.row.note)))
 
 
 class Literature(NamedTuple):
@@ -180,8 +170,8 @@ class Literature(NamedTuple):
     empty: tuple[Empty, ...]
 
 
-def load(path: Path | None = None, *, recalled: bool = False) -> Literature:
-    """Read and validate the file; figures graded ``recalled`` only when asked for.
+def load(path: Path | None = None) -> Literature:
+    """Read and validate the file.
 
     Raises:
         LiteratureError: a rule is broken, in one sentence that names the place and the value.
@@ -191,9 +181,9 @@ def load(path: Path | None = None, *, recalled: bool = False) -> Literature:
         file = _File.model_validate(_read(path))
     except ValidationError as error:
         raise LiteratureError(f"{path.name}: {_sentence(error)}") from None
-    claims = [claim for table in file.tables for claim in _claims(table)]
-    kept = tuple(claim for claim in claims if recalled or claim.grade != "recalled")
-    return Literature(file.sources, kept, tuple(file.empty or ()))
+    tables = [table for table in file.tables if table.grade != "recalled"]
+    claims = tuple(claim for table in tables for claim in _claims(table))
+    return Literature(file.sources, claims, tuple(file.empty or ()))
 
 
 def _read(path: Path) -> dict[Any, Any]:
@@ -228,82 +218,42 @@ def _sentence(error: ValidationError) -> str:
     return f"{place}: {message[:1].lower()}{message[1:]}, not {shown}"
 
 
-def _claims(table: Table) -> list[Claim]:
+def _claims(table: Table) -> Iterator[Claim]:
     """One claim per cell."""
     by_method = {row.method: row for row in table.rows}
-    shared = table.model_dump(exclude={"id", "models", "note", "rows"})
-    claims = []
     for row in table.rows:
-        base = by_method.get(row.baseline or "")
-        named = row.model_dump(include={"method", "quantization", "dtype", "baseline"})
-        notes = "; ".join(note for note in (table.note, row.note) if note)
-        for column, (model, value) in enumerate(zip(table.models, row.values, strict=True)):
-            low, high = _ends(value)
-            claims.append(
-                Claim(
-                    table_id=table.id,
-                    model=model,
-                    value=low,
-                    value_high=high,
-                    baseline_value=None if base is None else _ends(base.values[column])[0],
-                    baseline_dtype=None if base is None else base.dtype,
-                    note=notes,
-                    **shared,
-                    **named,
-                )
-            )
-    return claims
+        below = by_method[row.baseline].values if row.baseline else [None] * len(table.models)
+        for model, value, base in zip(table.models, row.values, below, strict=True):
+            yield Claim(table, row, model, *_ends(value), _ends(base)[0])
 
 
 def reference_ratios(literature: Literature, *, source: str = "dettmers2023qlora") -> pd.DataFrame:
     """Score of the quantized over the unquantized adapter, per mode and group of tables.
 
-    One row per (quantization, group): n cells, n_empty, mean, low and high (smallest and largest
-    cell), sd (NaN for one cell), and the same for the ratio of error rates and the
-    chance-corrected ratio where the metric is an accuracy with known chance. ``note`` says why a
-    ratio is missing.
+    One row per (quantization, group): n cells that are not empty; mean, low and high (smallest and
+    largest cell) and sd of their ratios, NaN where there is nothing. ``note`` says why a ratio is
+    missing.
     """
-    rows = []
     cells: dict[tuple[str, str], list[Claim]] = {}
     for claim in literature.claims:
-        if claim.source == source and claim.group and claim.baseline:
-            cells.setdefault((claim.quantization, claim.group), []).append(claim)
+        if claim.table.source == source and claim.table.group and claim.row.baseline:
+            cells.setdefault((claim.row.quantization, claim.table.group), []).append(claim)
+    rows = []
     for (mode, group), claims in cells.items():
-        full = [(c.value, c.baseline_value, c) for c in claims if c.value and c.baseline_value]
-        first = claims[0]
-        row: dict[str, Any] = {
+        ratios = pd.Series(
+            [c.value / c.baseline_value for c in claims if c.value and c.baseline_value],
+            dtype="float64",
+        )
+        first = claims[0].table
+        row = {
             "quantization": mode,
             "group": group,
-            "source": source,
-            "table": first.table,
+            "table": first.table or "",
             "models": ", ".join(dict.fromkeys(c.model for c in claims)),
             "metric": first.metric,
-            "baseline": first.baseline,
-            "baseline_dtype": first.baseline_dtype,
-            "n": len(full),
-            "n_empty": len(claims) - len(full),
+            "n": len(ratios),
             "note": "; ".join(dict.fromkeys(c.note for c in claims if c.value is None and c.note)),
         }
-        row |= _spread("", [value / base for value, base, _ in full])
-        accuracy = "accuracy" in first.metric
-        errors = [(100 - v) / (100 - b) for v, b, _ in full if accuracy and b != 100]
-        row |= _spread("error_", errors)
-        above = [
-            (v - c.chance) / (b - c.chance)
-            for v, b, c in full
-            if accuracy and c.chance and c.chance != b
-        ]
-        row |= _spread("chance_", above)
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _spread(prefix: str, values: list[float]) -> dict[str, float]:
-    """Mean, smallest, largest and sample standard deviation; NaN where there is nothing."""
-    series = pd.Series(values, dtype="float64")
-    return {
-        f"{prefix}mean": float(series.mean()),
-        f"{prefix}low": float(series.min()),
-        f"{prefix}high": float(series.max()),
-        f"{prefix}sd": float(series.std(ddof=1)),
-    }
+        rows.append(row | ratios.agg(["mean", "min", "max", "std"]).to_dict())
+    columns = {"min": "low", "max": "high", "std": "sd"}
+    return pd.DataFrame(rows).rename(columns=columns)

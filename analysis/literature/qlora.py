@@ -22,15 +22,15 @@ _QLORA_COLUMNS = (
     "their_high", "their_sd", "ratio", "ci_low", "ci_high", "n_configurations", "n_pairs",
     "ratio_of_ratios", "ratio_low", "ratio_high", "position", "verdict", "reason",
 )  # fmt: skip
+_NO_FIGURE: dict[Any, Any] = {
+    **dict.fromkeys(("group", "table", "models", "metric"), ""),
+    **dict.fromkeys(("mean", "low", "high", "sd"), np.nan),
+    "n": 0,
+}
+"""In the place of a group of tables, for a mode that the paper has no figure of."""
 
 
-def qlora_ratios(
-    trials: pd.DataFrame,
-    literature: lit.Literature | None = None,
-    *,
-    metric: str = "test_accuracy",
-    confidence: float = 0.95,
-) -> pd.DataFrame:
+def qlora_ratios(trials: pd.DataFrame, literature: lit.Literature | None = None) -> pd.DataFrame:
     """Our score ratio per mode beside each group of QLoRA's tables, with a verdict.
 
     One row per (mode of ours, group): ``quantization, group, table, n_reference, their_mean,
@@ -42,19 +42,15 @@ def qlora_ratios(
     """
     literature = literature or lit.load()
     reference = lit.reference_ratios(literature)
-    ours = our_ratios(trials, metric=metric, confidence=confidence)
+    ours = our_ratios(trials)
     ours = ours[ours["quantity"] == "score ratio"]
     simulated = bool(trials["simulated"].fillna(False).any())
     rows = []
     for own in ours.to_dict("records"):
         mode = own["quantization"]
         groups = reference[reference["quantization"] == mode].to_dict("records")
-        if not groups:
-            groups = [
-                {"quantization": mode, "n": 0, "group": "", "note": _why_empty(literature, mode)}
-            ]
-        for group in groups:
-            rows.append(_against(own, group, _our_scope(trials, mode, metric), simulated))
+        for group in groups or [_NO_FIGURE | {"note": _why_empty(literature, mode)}]:
+            rows.append(_against(own, group, _our_scope(trials, mode), simulated))
     return pd.DataFrame(rows, columns=list(_QLORA_COLUMNS))
 
 
@@ -65,9 +61,9 @@ def _why_empty(literature: lit.Literature, mode: str) -> str:
     return f"QLoRA prints no figure for {mode}"
 
 
-def _our_scope(trials: pd.DataFrame, mode: str, metric: str) -> dict[str, Any]:
+def _our_scope(trials: pd.DataFrame, mode: str) -> dict[str, Any]:
     """What of ours bears on comparability: the baseline's score, chance and models."""
-    pairs = with_chance(paired_differences(trials, metric=metric), trials)
+    pairs = with_chance(paired_differences(trials), trials)
     own = pairs[pairs["quantization"] == mode]
     return {
         "base": float(own["base"].mean()) if len(own) else np.nan,
@@ -79,24 +75,17 @@ def _our_scope(trials: pd.DataFrame, mode: str, metric: str) -> dict[str, Any]:
 def _against(
     own: dict[Any, Any], group: dict[Any, Any], scope: dict[str, Any], simulated: bool
 ) -> dict[str, Any]:
-    theirs = float(group.get("mean", np.nan))
-    low, high = float(group.get("low", np.nan)), float(group.get("high", np.nan))
+    low, high = group["low"], group["high"]
     verdict, reason = _verdict(own, group, scope, simulated)
     return {
         "quantization": own["quantization"],
-        "group": group["group"],
-        "table": group.get("table") or "",
-        "models": group.get("models", ""),
-        "metric": group.get("metric", ""),
-        "n_reference": int(group["n"]),
-        "their_mean": theirs,
-        "their_low": low,
-        "their_high": high,
-        "their_sd": float(group.get("sd", np.nan)),
+        **{key: group[key] for key in ("group", "table", "models", "metric")},
+        "n_reference": group["n"],
+        **{f"their_{key}": group[key] for key in ("mean", "low", "high", "sd")},
         **{key: own[key] for key in ("ratio", "ci_low", "ci_high", "n_configurations", "n_pairs")},
-        "ratio_of_ratios": own["ratio"] / theirs,
-        "ratio_low": own["ci_low"] / theirs,
-        "ratio_high": own["ci_high"] / theirs,
+        "ratio_of_ratios": own["ratio"] / group["mean"],
+        "ratio_low": own["ci_low"] / group["mean"],
+        "ratio_high": own["ci_high"] / group["mean"],
         "position": position(own["ci_low"], own["ci_high"], low, high),
         "verdict": verdict,
         "reason": reason,

@@ -15,7 +15,6 @@ _COLUMNS = (
     "source", "table", "task", "model", "method", "value", "value_high", "unit", "our_model",
     "our_value", "our_quantity", "n_configurations", "n_trials", "verdict", "reason",
 )  # fmt: skip
-_RANGE = "range of percentage points"
 _WHOLE = {"cifar10": 50_000, "cifar100": 50_000}
 """Training images of a claim that names no subset."""
 _ALIKE = 2
@@ -23,7 +22,7 @@ _ALIKE = 2
 
 
 def vision_references(
-    trials: pd.DataFrame, literature: lit.Literature | None = None, *, metric: str = "test_accuracy"
+    trials: pd.DataFrame, literature: lit.Literature | None = None
 ) -> pd.DataFrame:
     """Published vision figures beside our trials on the same data set.
 
@@ -36,46 +35,39 @@ def vision_references(
     simulated = bool(trials["simulated"].fillna(False).any())
     rows = []
     for claim in literature.claims:
-        if claim.domain != "vision" or claim.value is None:
+        if claim.table.domain != "vision" or claim.value is None:
             continue
         row = {
-            "source": claim.source,
-            "table": claim.table or "",
-            "task": claim.task,
+            "source": claim.table.source,
+            "table": claim.table.table or "",
+            "task": claim.table.task,
             "model": claim.model,
-            "method": claim.method,
+            "method": claim.row.method,
             "value": claim.value,
             "value_high": np.nan if claim.value_high is None else claim.value_high,
-            "unit": claim.unit,
+            "unit": claim.table.unit,
         }
-        ours = _ours(trials, claim, metric)
-        if not ours:
-            verdict = "none given" if simulated else "not comparable"
-            missing = f"this study has no finished trial to set beside {claim.task}"
-            reason = (
-                "the study is simulated"
-                if simulated
-                else "; ".join(part for part in (missing, claim.note) if part)
-            )
-            rows.append(row | {"verdict": verdict, "reason": reason})
-        for own in ours:
-            rows.append(row | own | _verdict(claim, own, simulated))
-    return pd.DataFrame(rows, columns=[*_COLUMNS, "train_images"]).drop(columns="train_images")
+        for own in _ours(trials, claim) or [{}]:
+            verdict, reason = "none given", "the study is simulated"
+            if not simulated:
+                verdict, reason = _verdict(claim, own)
+            rows.append(row | own | {"verdict": verdict, "reason": reason})
+    return pd.DataFrame(rows, columns=list(_COLUMNS))
 
 
-def _ours(trials: pd.DataFrame, claim: lit.Claim, metric: str) -> list[dict[str, Any]]:
+def _ours(trials: pd.DataFrame, claim: lit.Claim) -> list[dict[str, Any]]:
     """Our value for each model on the claim's data set: an accuracy, or a loss of accuracy."""
-    if claim.dataset is None:
+    if claim.table.dataset is None:
         return []
-    own = finished(named(trials)[trials["dataset"] == claim.dataset], metric)
-    if claim.unit == _RANGE:
-        pairs = paired_differences(own, metric=metric)
-        pairs = pairs[pairs["quantization"] == claim.quantization]
+    own = finished(named(trials)[trials["dataset"] == claim.table.dataset], "test_accuracy")
+    if claim.table.unit == lit.RANGE:
+        pairs, mode = paired_differences(own), claim.row.quantization
+        pairs = pairs[pairs["quantization"] == mode]
         values = pairs.assign(value=-pairs["difference"])
-        quantity = f"loss of accuracy, {claim.quantization} against none"
+        quantity = f"loss of accuracy, {mode} against none"
     else:
         base = own[own["quantization"] == "none"]
-        values = base.assign(value=base[metric])
+        values = base.assign(value=base["test_accuracy"])
         quantity = "accuracy, LoRA without quantization"
     order = units(own)["configuration"].tolist()
     images = own.groupby("model", observed=True)["train_images"].median()
@@ -96,21 +88,22 @@ def _ours(trials: pd.DataFrame, claim: lit.Claim, metric: str) -> list[dict[str,
     return rows
 
 
-def _verdict(claim: lit.Claim, own: dict[str, Any], simulated: bool) -> dict[str, str]:
-    if simulated:
-        return {"verdict": "none given", "reason": "the study is simulated"}
-    theirs = claim.train_images or _WHOLE.get(claim.dataset or "")
+def _verdict(claim: lit.Claim, own: dict[str, Any]) -> tuple[str, str]:
+    """The verdict and why; ``own`` is empty without a trial on the claim's data set."""
+    if not own:
+        missing = f"this study has no finished trial to set beside {claim.table.task}"
+        return "not comparable", "; ".join(filter(None, (missing, claim.note)))
+    theirs = claim.table.train_images or _WHOLE.get(claim.table.dataset or "")
     ours = own["train_images"]
     if theirs is not None and (pd.isna(ours) or not 1 / _ALIKE <= ours / theirs <= _ALIKE):
         here = "an unknown number" if pd.isna(ours) else f"{ours:,.0f}"
-        reason = f"{theirs:,} training images there, {here} here"
-        return {"verdict": "not comparable", "reason": reason}
+        return "not comparable", f"{theirs:,} training images there, {here} here"
     reservations = [f"{claim.model} there, {own['our_model']} here"]
-    if "LoRA" not in claim.method:
-        reservations.append(f"{claim.method} there, LoRA here")
+    if "LoRA" not in claim.row.method:
+        reservations.append(f"{claim.row.method} there, LoRA here")
     reservations.append("image size, augmentation and length of training differ")
     if claim.note:
         reservations.append(claim.note)
-    if claim.grade == "low":
+    if claim.table.grade == "low":
         reservations.append("the source is weak")
-    return {"verdict": "comparable with reservations", "reason": "; ".join(reservations)}
+    return "comparable with reservations", "; ".join(reservations)

@@ -23,9 +23,15 @@ def curve_bands(
     ``n`` is the number of trials that reached the epoch. Epochs that fewer than half of the
     group's trials reached are left out: there the mean would be that of the survivors.
     """
-    axes = trials.loc[:, ["trial_id", "model", "dataset", "quantization"]]
-    joined = epochs.loc[:, ["trial_id", "epoch", metric]].merge(axes, on="trial_id", how="inner")
-    return _bands(joined.astype({metric: "float64"}), metric)
+    return _bands(_joined(epochs, metric, trials, ["model", "dataset"]), metric)
+
+
+def _joined(
+    epochs: pd.DataFrame, metric: str, trials: pd.DataFrame, columns: list[str]
+) -> pd.DataFrame:
+    """``metric`` of every epoch as a float, beside ``columns`` of its trial and the mode."""
+    values = epochs[["trial_id", "epoch", metric]].astype({metric: "float64"})
+    return values.merge(trials[["trial_id", *columns, "quantization"]], on="trial_id")
 
 
 def _bands(rows: pd.DataFrame, value: str) -> pd.DataFrame:
@@ -37,23 +43,15 @@ def _bands(rows: pd.DataFrame, value: str) -> pd.DataFrame:
     return table[table["n"] * 2 >= most].reset_index(drop=True)
 
 
-def curve_gaps(
-    epochs: pd.DataFrame,
-    trials: pd.DataFrame,
-    *,
-    metric: str = "val_accuracy",
-    baseline: str = "none",
-) -> pd.DataFrame:
-    """Like :func:`curve_bands`, but of each mode's difference to ``baseline`` at the same epoch.
+def curve_gaps(epochs: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
+    """Of the validation accuracy, like :func:`curve_bands`: each mode's difference to ``none``.
 
-    Paired on configuration and seed, so that what the pair shares (seed, data order) cancels.
+    Paired on configuration, seed and epoch, so that what the pair shares (data order) cancels.
     """
-    values = epochs.loc[:, ["trial_id", "epoch", metric]].astype({metric: "float64"})
-    trials = named(trials)
-    axes = trials.loc[:, ["trial_id", *PAIR, "quantization"]]
-    joined = values.merge(axes, on="trial_id", how="inner")
-    keys = [*PAIR, "epoch"]
-    return _bands(matched(joined, units(trials), metric, baseline, keys), "difference")
+    metric, trials = "val_accuracy", named(trials)
+    joined = _joined(epochs, metric, trials, PAIR)
+    pairs = matched(joined, units(trials), metric, "none", [*PAIR, "epoch"])
+    return _bands(pairs, "difference")
 
 
 def layer_gradients(
@@ -137,9 +135,8 @@ def _mean_norms(mode: str, names: Sequence[str], stack: list[np.ndarray]) -> pd.
     full = np.full((len(stack), longest, len(names)), np.nan)
     for i, norms in enumerate(stack):
         full[i, : len(norms)] = norms
-    counted = np.isfinite(full).sum(axis=0)
-    total = np.where(np.isfinite(full), full, 0.0).sum(axis=0)
-    mean = np.divide(total, counted, out=np.full(total.shape, np.nan), where=counted > 0)
+    known = np.ma.masked_invalid(full)
+    mean = known.mean(axis=0).filled(np.nan)
     epoch, layer = np.indices(mean.shape)
     return pd.DataFrame(
         {
@@ -148,6 +145,6 @@ def _mean_norms(mode: str, names: Sequence[str], stack: list[np.ndarray]) -> pd.
             "name": np.array(names, dtype=object)[layer.ravel()],
             "epoch": epoch.ravel() + 1,
             "norm": mean.ravel(),
-            "n": counted.ravel(),
+            "n": known.count(axis=0).ravel(),
         }
     )

@@ -106,42 +106,28 @@ def memory_ratios(trials: pd.DataFrame, layers: pd.DataFrame | None = None) -> p
     ``theoretical_bits`` (of the whole base, unquantized layers at fp32, or of the quantized weights
     alone where the layers are unknown), ``measured_over_theoretical`` and ``note``.
     """
-    wanted = ["weights_bytes", "weights_bytes_fp32", "weights_bytes_16bit"]
-    whole = trials.dropna(subset=wanted)
+    sizes = ["weights_bytes", "weights_bytes_fp32", "weights_bytes_16bit"]
     keys = ["model", "dataset", "quantization"]
-    rows: list[dict[str, Any]] = []
-    for key, group in whole.groupby(keys, observed=True, sort=False):
-        axes = {name: str(value) for name, value in zip(keys, key, strict=True)}
-        sizes = group[wanted].astype("float64")
-        notes = []
-        if (sizes.max() > sizes.min()).any():
-            notes.append("trials of this model and mode differ in bytes; the smallest is shown")
-        rows.append({**axes, **{name: float(sizes[name].min()) for name in wanted}, "_": notes})
-    rows = _merge_datasets(rows)
-    for entry in rows:
-        entry |= _bits(entry, layers)
-    columns = ["model", "dataset", "quantization", *wanted, "of_fp32", "of_16bit"]
+    whole = trials.dropna(subset=sizes).astype(dict.fromkeys(sizes, "float64"))
+    grouped = whole.groupby(keys, observed=True, sort=False)[sizes]
+    least = grouped.min()
+    table = least.assign(differ=(grouped.max() > least).any(axis=1)).reset_index()
+    alike = table.groupby(["model", "quantization", *sizes], sort=False)
+    table["dataset"] = table["dataset"].where(alike["dataset"].transform("size") == 1, "all")
+    distinct = table.drop_duplicates([*keys, *sizes])
+    rows = [entry | _bits(entry, layers) for entry in distinct.to_dict("records")]
+    columns = [*keys, *sizes, "of_fp32", "of_16bit"]
     columns += ["bits_per_parameter", "theoretical_bits", "measured_over_theoretical", "note"]
     out = pd.DataFrame(rows, columns=columns)
     return out.sort_values(["model", "dataset"], kind="stable").reset_index(drop=True)
 
 
-def _merge_datasets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for all data sets of a model and mode when their bytes agree."""
-    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rows:
-        sizes = tuple(value for name, value in row.items() if name.startswith("weights_bytes"))
-        key = (row["model"], row["quantization"], sizes)
-        if key in merged:
-            merged[key]["dataset"] = "all"
-        merged.setdefault(key, row)
-    return list(merged.values())
-
-
-def _bits(entry: dict[str, Any], layers: pd.DataFrame | None) -> dict[str, Any]:
+def _bits(entry: dict[Any, Any], layers: pd.DataFrame | None) -> dict[str, Any]:
     """Measured and theoretical bits per base parameter, and their ratio."""
     mode, parameters = str(entry["quantization"]), entry["weights_bytes_fp32"] / 4
-    notes = list(entry.pop("_"))
+    notes = []
+    if entry["differ"]:
+        notes.append("trials of this model and mode differ in bytes; the smallest is shown")
     measured = 8 * entry["weights_bytes"] / parameters
     theory = 32.0 if mode == "none" else BITS.get(mode, np.nan)
     known = None
@@ -181,8 +167,8 @@ def why_no_peak(ledger: pd.DataFrame) -> str:
     return "; ".join(reasons) or "no trial recorded a peak"
 
 
-def peak_ratios(ledger: pd.DataFrame, trials: pd.DataFrame, baseline: str = "none") -> pd.DataFrame:
-    """Peak of each mode over that of ``baseline``, per machine, model and batch size.
+def peak_ratios(ledger: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
+    """Peak of each mode over that of ``none``, per machine, model and batch size.
 
     Over the matched pairs of ``trials``: the sum of the mode's peaks over that of the baseline's.
     Columns: the scope of ``ledger``, ``quantization, ratio, activation_share, peak_source, n``.
@@ -194,7 +180,7 @@ def peak_ratios(ledger: pd.DataFrame, trials: pd.DataFrame, baseline: str = "non
     if ledger.empty or measured.empty:
         return pd.DataFrame(columns=columns)
     keys = [*PAIR, *(name for name in scope if name != "model")]
-    pairs = matched(measured, units(trials), "peak_train_bytes", baseline, keys)
+    pairs = matched(measured, units(trials), "peak_train_bytes", "none", keys)
     sums = pairs.groupby([*scope, "quantization"], dropna=False)[["value", "base"]].sum()
     ratios = (sums["value"] / sums["base"]).rename("ratio").reset_index()
     table = ledger.merge(ratios, on=[*scope, "quantization"], how="inner")

@@ -13,7 +13,7 @@ from analysis.folder.configurations import named, told_by, varying
 from tune_study.folder import names, schema
 
 __all__ = [
-    "cells", "described", "finished", "machine_of", "modes_of", "named", "pooled_sd",
+    "cells", "described", "finished", "machine_of", "machines_of", "modes_of", "named", "pooled_sd",
     "seed_spread", "told_by", "units", "varying",
 ]  # fmt: skip
 
@@ -61,6 +61,12 @@ def described(table: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
 def machine_of(trials: pd.DataFrame) -> list[str]:
     """The column that keeps hardware apart, where the table has it."""
     return ["machine"] if "machine" in trials else []
+
+
+def machines_of(trials: pd.DataFrame) -> list[str]:
+    """The hardware that ran any of the trials, in words."""
+    ran = trials[trials["status"] != "pending"]
+    return [str(name) for name in ran["machine"].dropna().unique()] if "machine" in ran else []
 
 
 def seed_spread(trials: pd.DataFrame, metric: str = "test_accuracy") -> pd.DataFrame:

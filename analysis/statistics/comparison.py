@@ -35,16 +35,15 @@ _LESS_IS_BETTER = (
     "norm_cv", "epochs_to_95", "plateau_epoch", "roughness", "_gap", "_rises",
 )  # fmt: skip
 _MORE_IS_BETTER = ("accuracy", "_per_s", "stability_score", "gradient_cosine")
-_NUMBERS = (
-    "mean_difference", "ci_low", "ci_high", "bca_low", "bca_high", "p_sign_flip", "p_wilcoxon",
-    "p_t", "p_holm", "margin", "p_noninferior", "p_tost", "dz", "cliffs_delta", "p_superior",
-)  # fmt: skip
 COLUMNS = [
     "quantization", "baseline", "metric", "n_configurations", "n_pairs", "mean_difference",
     "ci_low", "ci_high", "confidence", "method", "bca_low", "bca_high", "p_sign_flip",
     "p_wilcoxon", "p_t", "p_holm", "margin", "p_noninferior", "p_tost", "verdict", "dz",
     "cliffs_delta", "p_superior", "note",
 ]  # fmt: skip
+_TEXT = ("quantization", "baseline", "metric", "method", "verdict", "note")
+_COUNTS = ("n_configurations", "n_pairs")
+_NUMBERS = [name for name in COLUMNS if name not in (*_TEXT, *_COUNTS)]
 
 
 def compare_modes(
@@ -84,9 +83,10 @@ def compare_modes(
         own = pairs[pairs["quantization"] == mode]
         by_unit = own.groupby("configuration", sort=False)
         means = by_unit[["base", "value", "difference"]].mean()
-        row: dict[str, Any] = {"quantization": mode, "baseline": baseline, "metric": metric}
-        row["n_pairs"] = len(own)
-        row |= {"confidence": confidence, "margin": margin}
+        row: dict[str, Any] = {
+            "quantization": mode, "baseline": baseline, "metric": metric, "n_pairs": len(own),
+            "confidence": confidence, "margin": margin,
+        }  # fmt: skip
         row |= _inferred(means["difference"].to_numpy(), metric, margin, confidence, rng)
         row["cliffs_delta"] = inference.cliffs_delta(
             means["value"].to_numpy(), means["base"].to_numpy()
@@ -129,37 +129,23 @@ def direction(metric: str) -> int:
     return -1 if any(metric.endswith(end) for end in _LESS_IS_BETTER) else 0
 
 
-def leave_one_out(
-    trials: pd.DataFrame,
-    *,
-    metric: str = "test_accuracy",
-    baseline: str = "none",
-    by: list[str] | None = None,
-    margin: float | None = None,
-    confidence: float = 0.95,
-) -> pd.DataFrame:
-    """:func:`compare_modes` without one cell at a time: does one cell carry the result?
+def leave_one_out(trials: pd.DataFrame) -> pd.DataFrame:
+    """:func:`compare_modes` without one configuration at a time: does one carry the result?
 
-    A cell is a configuration, or what ``by`` names, e.g. ``["dataset"]``. One row per mode and
-    omitted cell: the columns of ``by``, or those that tell the configuration; n_configurations,
+    One row per mode and omitted configuration: the columns that tell it; n_configurations,
     mean_difference, ci_low, ci_high, p_t, verdict, and ``changed``: whether the verdict is not
-    that of all cells.
+    that of all configurations.
     """
     trials = named(trials)
-    told = [*told_by(trials), "configuration"] if by is None else by
-    by = ["configuration"] if by is None else by
-    margin = margin_of(trials, metric) if margin is None else margin
-    options: dict[str, Any] = {
-        "metric": metric, "baseline": baseline, "margin": margin, "confidence": confidence
-    }  # fmt: skip
-    whole = compare_modes(trials, **options).set_index("quantization")["verdict"]
-    cells = trials[told].drop_duplicates(by)
+    margin = margin_of(trials, "test_accuracy")
+    whole = compare_modes(trials, margin=margin).set_index("quantization")["verdict"]
+    told = [*told_by(trials), "configuration"]
     kept = ["n_configurations", "mean_difference", "ci_low", "ci_high", "p_t", "verdict", "note"]
     parts = []
-    for cell in cells.to_dict("records"):
-        mask = np.logical_and.reduce([trials[name] == cell[name] for name in by])
-        part = compare_modes(trials[~mask], **options)[["quantization", *kept]]
-        parts.append(part.assign(**{str(name): value for name, value in cell.items()}))
+    for left_out in trials[told].drop_duplicates("configuration").to_dict("records"):
+        others = trials[trials["configuration"] != left_out["configuration"]]
+        part = compare_modes(others, margin=margin)[["quantization", *kept]]
+        parts.append(part.assign(**{str(name): value for name, value in left_out.items()}))
     if not parts:
         return pd.DataFrame(columns=["quantization", *told, *kept, "changed"])
     table = pd.concat(parts, ignore_index=True)
@@ -215,11 +201,8 @@ def _decided(table: pd.DataFrame) -> pd.DataFrame:
         " ".join([*row["note"], *_verdict_notes(row, word)])
         for row, word in zip(table.to_dict("records"), verdicts, strict=True)
     ]
-    words = {"verdict": verdicts, "note": notes}
-    table = table.assign(**{k: pd.Series(v, dtype="string") for k, v in words.items()})
-    text = ["quantization", "baseline", "metric", "method"]
-    counts = ["n_configurations", "n_pairs"]
-    return table.astype(dict.fromkeys(text, "string") | dict.fromkeys(counts, "int64"))
+    text, counts = dict.fromkeys(_TEXT, "string"), dict.fromkeys(_COUNTS, "int64")
+    return table.assign(verdict=verdicts, note=notes).astype(text | counts)
 
 
 def _common_notes(trials: pd.DataFrame, metric: str) -> list[str]:

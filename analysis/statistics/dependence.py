@@ -49,10 +49,6 @@ from analysis.statistics.pairs import (
 from analysis.statistics.two_way import Codes
 from analysis.text.wording import plural
 
-_NUMBERS = (
-    "estimate", "ci_low", "ci_high", "gap", "gap_low", "gap_high", "p", "p_bend", "p_holm",
-    "p_bend_holm", "margin",
-)  # fmt: skip
 _COUNTS = ("n_levels", "n_sets", "n_configurations")
 _TEXT = (
     "axis", "quantization", "baseline", "metric", "unit", "lowest", "highest", "verdict", "method",
@@ -63,6 +59,7 @@ TESTS = [
     "unit", "estimate", "ci_low", "ci_high", "confidence", "lowest", "highest", "gap", "gap_low",
     "gap_high", "p", "p_bend", "p_holm", "p_bend_holm", "margin", "verdict", "method", "note",
 ]  # fmt: skip
+_NUMBERS = [name for name in TESTS if name not in (*_TEXT, *_COUNTS)]
 LEVELS = [
     "axis", "quantization", "level", "place", "n_configurations", "difference", "ci_low", "ci_high",
 ]  # fmt: skip
@@ -181,8 +178,8 @@ def decided(table: pd.DataFrame) -> pd.DataFrame:
         adjusted = holm(own[["p", "p_bend"]].to_numpy().ravel()).reshape(-1, 2)
         table.loc[own.index, ["p_holm", "p_bend_holm"]] = adjusted
     table["verdict"] = [verdict(row) for row in table.to_dict("records")]
-    text = dict.fromkeys(_TEXT, "string")
-    return table.astype(text | dict.fromkeys(_COUNTS, "int64"))
+    text, counts = dict.fromkeys(_TEXT, "string"), dict.fromkeys(_COUNTS, "int64")
+    return table.astype(text | counts)
 
 
 def compared(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 Floats = npt.NDArray[np.float64]
 EXACT_LIMIT = 16
@@ -44,8 +45,6 @@ def standard_error(values: Floats) -> float:
 
 def t_interval(values: Floats, confidence: float = 0.95) -> Interval:
     """Student's interval of the mean, n - 1 degrees of freedom."""
-    from scipy.special import stdtrit
-
     reach = stdtrit(max(len(values) - 1, 1), 0.5 + confidence / 2) * standard_error(values)
     mean = float(values.mean()) if len(values) else float("nan")
     return Interval(float(mean - reach), float(mean + reach))
@@ -56,8 +55,6 @@ def t_test(values: Floats, *, above: float | None = None, below: float | None = 
 
     ``above=x`` is small when the mean lies above x, ``below=x`` when it lies below x.
     """
-    from scipy.special import stdtr
-
     error = standard_error(values)
     if np.isnan(error):
         return float("nan")
@@ -130,8 +127,6 @@ def bca_interval(values: Floats, rng: np.random.Generator, confidence: float = 0
     Resampling configuration means is the cluster bootstrap. The acceleration of a mean has a
     closed form, a = sum (x - mean)^3 / (6 (sum (x - mean)^2)^1.5), so time grows with n, not n^2.
     """
-    from scipy.special import ndtr, ndtri
-
     n = len(values)
     if n < 3 or is_constant(values):
         return Interval(float("nan"), float("nan"))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 from analysis.folder.configurations import SHORT
 from analysis.folder.contents import StudyError
@@ -172,31 +173,14 @@ def cell_means(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.Dat
     return units(trials).merge(means[known].reset_index(), on="configuration")
 
 
-def seed_intervals(
-    trials: pd.DataFrame,
-    *,
-    metric: str = "test_accuracy",
-    baseline: str | None = None,
-    confidence: float = 0.95,
-) -> pd.DataFrame:
-    """Per configuration and mode: mean, sd and t-interval over its seeds. No p-value.
+def seed_intervals(trials: pd.DataFrame, *, confidence: float = 0.95) -> pd.DataFrame:
+    """Per configuration and mode: the difference to ``none`` over its seeds. No p-value.
 
-    The interval is about seeds of this very configuration and says nothing of others. With
-    ``baseline`` it is of the difference to that mode, matched on seed. Columns: configuration,
-    quantization, metric, baseline, n_seeds, mean, sd, ci_low, ci_high, confidence, method, note.
+    The t-interval is about seeds of this very configuration and says nothing of others. Columns:
+    those that tell the configuration, quantization, n_seeds, mean, sd, ci_low, ci_high, note.
     """
-    from scipy.special import stdtrit
-
-    check(trials, metric, baseline, confidence)
-    _require_one_machine(trials, metric)
-    trials = named(trials)
-    if baseline is None:
-        wide = cell_values(finished(trials, metric), metric, PAIR)
-        long = wide.melt(ignore_index=False, value_name="x").reset_index()
-    else:
-        pairs = paired_differences(trials, metric=metric, baseline=baseline)
-        long = pairs.rename(columns={"difference": "x"})
-    grouped = long.dropna(subset="x").groupby(["configuration", "quantization"])["x"]
+    pairs = paired_differences(trials)
+    grouped = pairs.groupby(["configuration", "quantization"])["difference"]
     table = grouped.agg(n_seeds="size", mean="mean", sd="std").reset_index()
     table = units(trials).merge(table, on="configuration")
     n = table["n_seeds"].to_numpy("float64")
@@ -205,12 +189,8 @@ def seed_intervals(
     reach = reach.where(~constant)
     notes = np.where(constant, "the seeds agree exactly: no spread to make an interval of", "")
     return table.assign(
-        metric=metric,
-        baseline=baseline or "",
         ci_low=table["mean"] - reach,
         ci_high=table["mean"] + reach,
-        confidence=confidence,
-        method="t over seeds of one configuration",
         note=np.where(n < 2, "one seed: nothing tells how much another would differ", notes),
     )
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pandas as pd
+from scipy.special import stdtrit
 
 from analysis.statistics.pairs import paired_differences
 
-POWER = 0.8
+CONFIDENCE, POWER = 0.95, 0.8
 _MOST_SEEDS, _MOST_CONFIGURATIONS = 50, 500
 
 
@@ -20,15 +21,7 @@ class More(NamedTuple):
     note: str = ""
 
 
-def more_needed(
-    trials: pd.DataFrame,
-    mode: str,
-    loss: float,
-    *,
-    metric: str = "test_accuracy",
-    baseline: str = "none",
-    confidence: float = 0.95,
-) -> More:
+def more_needed(trials: pd.DataFrame, mode: str, loss: float) -> More:
     """Seeds (else configurations) until a one-sided test at ``-loss`` decides, if nothing changes.
 
     The variance of a configuration's mean difference is tau^2 + sigma^2 / seeds, tau^2 between
@@ -36,9 +29,7 @@ def more_needed(
     number with (t_confidence + t_power) * sqrt(variance / configurations) < |mean + loss|: an 80 %
     chance if the difference stays as observed, a rough plan and not a promise.
     """
-    from scipy.special import stdtrit
-
-    pairs = paired_differences(trials, metric=metric, baseline=baseline)
+    pairs = paired_differences(trials)
     pairs = pairs[pairs["quantization"] == mode]
     grouped = pairs.groupby("configuration", sort=False)["difference"]
     means, counts = grouped.mean(), grouped.size()
@@ -55,7 +46,7 @@ def more_needed(
     distance = abs(float(means.mean()) + loss)
 
     def clears(number_of_seeds: float, configurations: int) -> bool:
-        t = stdtrit(configurations - 1, confidence) + stdtrit(configurations - 1, POWER)
+        t = stdtrit(configurations - 1, CONFIDENCE) + stdtrit(configurations - 1, POWER)
         variance = between + within / number_of_seeds
         return bool(t * (variance / configurations) ** 0.5 < distance)
 

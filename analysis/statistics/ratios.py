@@ -23,22 +23,16 @@ def with_chance(pairs: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
     return pairs.assign(chance=1 / pairs["dataset"].map(classes.where(classes > 0)))
 
 
-def our_ratios(
-    trials: pd.DataFrame,
-    *,
-    metric: str = "test_accuracy",
-    baseline: str = "none",
-    confidence: float = 0.95,
-) -> pd.DataFrame:
-    """Score, error and chance-corrected ratio of each quantized mode, with an interval.
+def our_ratios(trials: pd.DataFrame) -> pd.DataFrame:
+    """Score, error and chance-corrected ratio of each quantized mode, with an interval of 95 %.
 
     One row per (quantization, quantity): ``n_configurations, n_pairs, ratio, ci_low, ci_high,
-    method, note``. A ratio is quantized over ``baseline``: of the scores; of the error rates
+    method, note``. A ratio is quantized over ``none``: of the scores; of the error rates
     (1 - score); of (score - chance) with chance = 1 / classes.
     """
-    pairs = with_chance(paired_differences(trials, metric=metric, baseline=baseline), trials)
+    pairs = with_chance(paired_differences(trials), trials)
     rows = []
-    for mode in modes_beside(trials, baseline):
+    for mode in modes_beside(trials, "none"):
         own = pairs[pairs["quantization"] == mode]
         terms = {
             "score ratio": (own["value"], own["base"]),
@@ -46,24 +40,22 @@ def our_ratios(
             "chance-corrected ratio": (own["value"] - own["chance"], own["base"] - own["chance"]),
         }
         for quantity, (above, below) in terms.items():
-            row = {"quantization": mode, "baseline": baseline, "quantity": quantity}
-            rows.append(row | _geometric_mean(own, above, below, confidence))
+            row = {"quantization": mode, "baseline": "none", "quantity": quantity}
+            rows.append(row | _geometric_mean(own, above, below))
     return pd.DataFrame(rows, columns=list(_RATIO_COLUMNS))
 
 
-def metric_ratios(
-    trials: pd.DataFrame, *, metric: str, baseline: str = "none", confidence: float = 0.95
-) -> pd.DataFrame:
-    """Ratio of any positive ``metric`` to ``baseline`` per mode, paired on one machine.
+def metric_ratios(trials: pd.DataFrame, *, metric: str) -> pd.DataFrame:
+    """Ratio of any positive ``metric`` to that of ``none`` per mode, paired on one machine.
 
     Columns as in :func:`our_ratios`; ``quantity`` names the metric.
     """
-    pairs = paired_differences(trials, metric=metric, baseline=baseline, same_machine=True)
+    pairs = paired_differences(trials, metric=metric, same_machine=True)
     rows = []
-    for mode in modes_beside(trials, baseline):
+    for mode in modes_beside(trials, "none"):
         own = pairs[pairs["quantization"] == mode]
-        row = {"quantization": mode, "baseline": baseline, "quantity": metric}
-        rows.append(row | _geometric_mean(own, own["value"], own["base"], confidence))
+        row = {"quantization": mode, "baseline": "none", "quantity": metric}
+        rows.append(row | _geometric_mean(own, own["value"], own["base"]))
     return pd.DataFrame(rows, columns=list(_RATIO_COLUMNS))
 
 
@@ -73,9 +65,7 @@ _RATIO_COLUMNS = (
 )  # fmt: skip
 
 
-def _geometric_mean(
-    pairs: pd.DataFrame, above: pd.Series, below: pd.Series, confidence: float
-) -> dict[str, Any]:
+def _geometric_mean(pairs: pd.DataFrame, above: pd.Series, below: pd.Series) -> dict[str, Any]:
     """Geometric mean of ``above / below`` over configurations, with a t-interval of the logs."""
     top, bottom = above.to_numpy("float64"), below.to_numpy("float64")
     usable = (top > 0) & (bottom > 0)
@@ -96,7 +86,7 @@ def _geometric_mean(
     elif is_constant(values):
         method = "none"
         notes.append("all ratios are the same: without spread there is no interval")
-    interval = t_interval(values, confidence)
+    interval = t_interval(values)
     return {
         "n_configurations": len(means),
         "n_pairs": len(logs),

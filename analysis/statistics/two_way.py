@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import fdtrc, gammaln, ndtr, stdtr, stdtrit, xlogy
 
 from analysis.statistics.inference import Floats, Interval
 
@@ -78,8 +79,6 @@ def mean_intervals(fitted: TwoWay, confidence: float = 0.95) -> Floats:
 
     Their error is that of the layout, so blocks that differ in all levels alike do not widen them.
     """
-    from scipy.special import stdtrit
-
     reach = mean_errors(fitted) * stdtrit(max(fitted.freedom, 1), 0.5 + confidence / 2)
     return np.column_stack([fitted.means - reach, fitted.means + reach])
 
@@ -99,8 +98,6 @@ def trend(fitted: TwoWay, places: Floats, confidence: float = 0.95) -> Contrast:
     The slope is that of least squares; its error is that of the layout, which leaves out how far
     the means lie off the line, so that a bend does not spoil the interval.
     """
-    from scipy.special import stdtr, stdtrit
-
     weight = float(places @ fitted.information @ places)
     slope = float(places @ fitted.information @ fitted.means) / weight
     error = (fitted.variance / weight) ** 0.5
@@ -126,8 +123,6 @@ def bend(fitted: TwoWay, places: Floats) -> float:
 
 
 def _f_test(fitted: TwoWay, explained: float, freedom: int) -> float:
-    from scipy.special import fdtrc
-
     return float(fdtrc(freedom, max(fitted.freedom, 1), explained / freedom / fitted.variance))
 
 
@@ -178,8 +173,6 @@ def studentized_range(levels: int, freedom: int, confidence: float) -> float:
 
 def _range_below(limit: float, levels: int, freedom: int) -> float:
     """P(range <= ``limit`` sds): the known-sd probability, averaged over the sd's distribution."""
-    from scipy.special import gammaln, ndtr, xlogy
-
     nodes, weights = _legendre()
     half = freedom / 2
     most = 1 + 9 / np.sqrt(freedom)

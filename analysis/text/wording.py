@@ -24,7 +24,8 @@ _AXES = {
     "lora_alpha": "LoRA alpha",
     "lora.init_lora_weights": "initialisation",
 }
-_UNITS = {column.name: column.unit for column in schema.TRIALS}
+UNITS = {column.name: column.unit for column in schema.TRIALS}
+"""By column of the trials table."""
 
 
 def known(value: Any) -> bool:
@@ -143,13 +144,23 @@ def short(name: str, most: int = 28) -> str:
     return name if len(name) <= most else f"{name[: most - 9]}…{name[-8:]}"
 
 
+def without_shared_ends(names: list[str]) -> list[str]:
+    """``deit_tiny``, ``deit_small`` of names that end alike, from a ``_`` on."""
+    parts = [name.split("_") for name in names]
+    shortest = min(map(len, parts))
+    alike = 0
+    while alike < shortest - 1 and len({part[-1 - alike] for part in parts}) == 1:
+        alike += 1
+    return ["_".join(part[: len(part) - alike]) for part in parts]
+
+
 def name_of(objective: str) -> str:
     return NAMES.get(objective, objective)
 
 
 def value_of(objective: str, value: Any) -> str:
     """The value of an objective with its unit."""
-    unit = _UNITS.get(objective, "")
+    unit = UNITS.get(objective, "")
     if unit == "fraction":
         return percent(value, 2)
     if unit == "bytes":

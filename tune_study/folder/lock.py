@@ -15,16 +15,17 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
 
 from tune_study.errors import UserError
 from tune_study.folder import remote
-from tune_study.folder.files import now, read_json, write_json
+from tune_study.folder.files import mapping, now, read_json, write_json
 from tune_study.folder.remote import Remote, RemoteError
 
 NAME = ".lease.json"
@@ -55,17 +56,21 @@ def _record(owner: str, beat: int) -> bytes:
     ).encode()
 
 
-def _owner(content: bytes | None) -> dict | None:
+def _holder(content: bytes | None) -> Mapping[str, Any]:
+    """Who wrote the lease; empty when it can't be read."""
     try:
-        found = json.loads(content or b"null")
+        return mapping(json.loads(content or b"null"))
     except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
+        return {}
 
 
-def _is_dead(holder: dict | None) -> bool:
+def _holds(place: Remote, owner: str) -> bool:
+    return _holder(remote.read(place, NAME)).get("owner") == owner
+
+
+def _is_dead(holder: Mapping[str, Any]) -> bool:
     """Whether it names a process of this machine that is not there any more."""
-    if holder is None or holder.get("machine") != _machine():
+    if holder.get("machine") != _machine():
         return False
     try:
         started = psutil.Process(holder["pid"]).create_time()
@@ -76,10 +81,10 @@ def _is_dead(holder: dict | None) -> bool:
 
 def _watch(place: Remote, content: bytes, say: Callable[[str], None]) -> None:
     """Returns when the owner is dead. Raises ``UserError`` when it writes."""
-    holder = _owner(content)
+    holder = _holder(content)
     if _is_dead(holder):
         return
-    since = (holder or {}).get("time", "some time")
+    since = holder.get("time", "some time")
     say(f"note: a run from {since} has not given this study back; looking whether it lives")
     end = time.monotonic() + WATCHED_S
     while time.monotonic() < end:
@@ -106,7 +111,7 @@ def lease(place: Remote, say: Callable[[str], None], on_loss: Callable[[], None]
         _watch(place, content, say)
     remote.write(place, NAME, _record(owner, 0))
     time.sleep(SETTLES_S)
-    if (_owner(remote.read(place, NAME)) or {}).get("owner") != owner:
+    if not _holds(place, owner):
         raise UserError(
             f"--storage {remote.masked(place.uri)}: another run began on this study at the same "
             "moment; wait for it, or choose another --name"
@@ -118,8 +123,7 @@ def lease(place: Remote, say: Callable[[str], None], on_loss: Callable[[], None]
         while not done.wait(REWRITTEN_S):
             count += 1
             try:
-                held = (_owner(remote.read(place, NAME)) or {}).get("owner") == owner
-                if held:
+                if held := _holds(place, owner):
                     remote.write(place, NAME, _record(owner, count))
             except RemoteError:
                 continue  # those who push say so; who comes back in time still holds it
@@ -136,7 +140,7 @@ def lease(place: Remote, say: Callable[[str], None], on_loss: Callable[[], None]
         thread.join()
         # A store that no longer answers sees the lease grow stale, and that is as good.
         with contextlib.suppress(RemoteError):
-            if (_owner(remote.read(place, NAME)) or {}).get("owner") == owner:
+            if _holds(place, owner):
                 remote.delete(place, [NAME])
 
 

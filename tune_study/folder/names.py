@@ -7,7 +7,9 @@ that ``--set`` uses.
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -115,13 +117,8 @@ def _place(name: str) -> tuple[Any, ...]:
 
 def _runs(overrides: Mapping[str, Any]) -> list[tuple[list[str], Any]]:
     """Neighbours of one mode together: their order among themselves decides nothing."""
-    runs: list[tuple[list[str], Any]] = []
-    for pattern, mode in overrides.items():
-        if runs and runs[-1][1] == mode:
-            runs[-1][0].append(pattern)
-        else:
-            runs.append(([pattern], mode))
-    return runs
+    runs = itertools.groupby(overrides.items(), key=operator.itemgetter(1))
+    return [([pattern for pattern, _ in run], mode) for mode, run in runs]
 
 
 def _layers(patterns: Iterable[str]) -> str:

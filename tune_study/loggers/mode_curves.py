@@ -97,18 +97,12 @@ class ModeCurves(Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        self._end(trial)
-
-    def on_trial_error(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        self._end(trial)
-
-    def _end(self, trial: Trial) -> None:
         trial_id = trial.config["trial_id"]
         self._cells[trial_id].running.pop(trial_id, None)
         self._read(trial_id)
         self._stale[self._cells[trial_id].mode] = None
+
+    on_trial_error = on_trial_complete
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Comes after each of the others, and every 0.1 s."""

@@ -100,12 +100,7 @@ class Progress(Callback):
         self._update()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial.config["trial_id"])
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial.config["trial_id"])
-
-    def _end(self, trial_id: str) -> None:
+        trial_id = trial.config["trial_id"]
         state = self._running.pop(trial_id, {"epoch": 0})
         name, count = self._name(trial_id), f"[{self._done + 1}/{self._total}]"
         results = read_results(self._study_dir, trial_id)
@@ -128,6 +123,8 @@ class Progress(Callback):
             self._failed += 1
             self.say(f"{name}: {status}: {results.get('error')} {count}")
         self._update()
+
+    on_trial_error = on_trial_complete
 
     def _name(self, trial_id: str) -> str:
         """The id, by which a log is searched, and in words what it leaves out."""

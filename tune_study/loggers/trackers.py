@@ -101,22 +101,20 @@ class Trackers(Callback):
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        self._each(lambda tracker: self._start(tracker, *_named(trial)))
+        trial_id, config = trial.config["trial_id"], trial.config["trial"]
+        self._each(lambda tracker: self._start(tracker, trial_id, config))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        self._each(lambda tracker: self._epoch(tracker, _named(trial)[0], result))
+        self._each(lambda tracker: self._epoch(tracker, trial.config["trial_id"], result))
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        self._each(lambda tracker: self._end(tracker, _named(trial)[0]))
+        self._each(lambda tracker: self._end(tracker, trial.config["trial_id"]))
 
-    def on_trial_error(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        self._each(lambda tracker: self._end(tracker, _named(trial)[0]))
+    on_trial_error = on_trial_complete
 
     def catch_up(self, trials: Sequence[TrialConfig]) -> None:
         """What has ended and is not recorded, after a kill, a lost connection, a late --log."""
@@ -171,10 +169,6 @@ class Trackers(Callback):
             return
         final = {f"final/{name}": value for name, value in measured(results).items()}
         tracker.end(trial_id, str(status), _finite(final), results.get("error") or "")
-
-
-def _named(trial: Trial) -> tuple[str, dict[str, Any]]:
-    return trial.config["trial_id"], trial.config["trial"]
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float]:

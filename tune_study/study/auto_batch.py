@@ -29,7 +29,7 @@ from tune_study.machine.device import free_bytes, settle
 from tune_study.machine.resources import is_out_of_memory, release_memory
 from tune_study.memory.predict import predict
 from tune_study.model.build import build_model, preprocessing
-from tune_study.study.manifest import planned, read_manifest
+from tune_study.study.manifest import plan_of, planned
 from tune_study.trial import fidelity, train
 from tune_study.trial.context import RunContext
 from tune_study.trial.micro_batch import CHOICE_FILE, chosen
@@ -116,11 +116,10 @@ def known(trials: Sequence[TrialConfig], study_dir: Path, *, auto: bool) -> dict
     """
     if not auto and not any(study_dir.glob(f"*/{CHOICE_FILE}")):
         return {}
-    manifest = read_manifest(study_dir) or {"plan": []}
     choices: dict[tuple[Any, ...], Choice] = {}
     own: dict[str, Choice] = {}
     as_planned = set()
-    both = [*planned(study_dir.name, manifest["plan"]), *trials]
+    both = [*planned(study_dir.name, plan_of(study_dir)), *trials]
     for trial in {trial.trial_id: trial for trial in both}.values():
         if choice := chosen(trial, study_dir / trial.trial_id):
             own[trial.trial_id] = choice

@@ -27,7 +27,8 @@ def settle_compute_dtype(
             trial.trial_id not in planned
         ):
             asked = True
-            fp32 = _with_compute_dtype(trial, "fp32")
+            training = trial.training.model_copy(update={"compute_dtype": "fp32"})
+            fp32 = trial.model_copy(update={"training": training})
             wanted = compute_dtype or (
                 "fp32" if without_bf16(device) else trial.training.compute_dtype
             )
@@ -35,8 +36,3 @@ def settle_compute_dtype(
                 trial = fp32
         settled.append(trial)
     return settled, without_bf16(device) if asked else None
-
-
-def _with_compute_dtype(trial: TrialConfig, compute_dtype: str) -> TrialConfig:
-    training = trial.training.model_copy(update={"compute_dtype": compute_dtype})
-    return trial.model_copy(update={"training": training})

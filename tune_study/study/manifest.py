@@ -217,10 +217,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return found
 
 
+def plan_of(study_dir: Path) -> list[dict[str, Any]]:
+    """The plan of the study in that folder; empty where there is no study yet."""
+    return (read_manifest(study_dir) or {"plan": []})["plan"]
+
+
 def planned_ids(study_dir: Path) -> set[str]:
-    """The trial ids of the study in that folder; none where there is no study yet."""
-    manifest = read_manifest(study_dir) or {"plan": []}
-    return {cell["trial_id"] for cell in manifest["plan"]}
+    """The trial ids of that plan."""
+    return {cell["trial_id"] for cell in plan_of(study_dir)}
 
 
 def _folders(cells: Iterable[Mapping[str, Any]], study_dir: Path) -> dict[str, str]:
@@ -349,6 +353,5 @@ def changed_code(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 def settled_compute_dtype(study_dir: Path) -> str | None:
     """What all planned trials of the study there compute in; ``None`` without one such type."""
-    manifest = read_manifest(study_dir) or {"plan": []}
-    found = {mapping(cell, "training").get("compute_dtype") for cell in manifest["plan"]}
+    found = {mapping(cell, "training").get("compute_dtype") for cell in plan_of(study_dir)}
     return found.pop() if len(found) == 1 else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from tune_study.loggers.mode_curves import ModeCurves, write_study_run
 from tune_study.loggers.progress import Progress
 from tune_study.loggers.tensorboard import TensorBoardCallback
 from tune_study.machine.gpus import Need
+from tune_study.study.manifest import plan_of
 from tune_study.trial.context import RunContext
 
 if TYPE_CHECKING:  # Optuna and its SQLite are loaded for a search alone
@@ -169,16 +169,11 @@ def _tensorboard(context: RunContext, search: Search | None) -> list[tune.Callba
         axes = axes_of(search.drawn(), listed=False)
         write_study_run(context.study_dir, axes)
         return [TensorBoardCallback(context.study_dir, axes)]
-    plan = _plan_of(context)
+    plan = plan_of(context.study_dir)  # of which this run may be a part
     return [
         TensorBoardCallback(context.study_dir, axes_of(plan)),
         ModeCurves(context.study_dir, plan),
     ]
-
-
-def _plan_of(context: RunContext) -> list[dict[str, Any]]:
-    """The whole plan, of which this run may be a part."""
-    return json.loads((context.study_dir / "study.json").read_text())["plan"]
 
 
 def _new_run(study_dir: Path) -> str:

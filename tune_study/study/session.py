@@ -315,9 +315,9 @@ def _progress(
     command: Command, waiting: Sequence[TrialConfig], planned: int, done: int
 ) -> Progress:
     epochs = {trial.trial_id: trial.training.num_train_epochs for trial in waiting}
-    written = manifest.read_manifest(command.context.study_dir) or {"plan": []}
-    plan = [] if command.settings else written["plan"]
-    return Progress(command.console, command.context.study_dir, planned, done, epochs, plan)
+    study_dir = command.context.study_dir
+    plan = [] if command.settings else manifest.plan_of(study_dir)
+    return Progress(command.console, study_dir, planned, done, epochs, plan)
 
 
 def _train(

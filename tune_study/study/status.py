@@ -87,13 +87,10 @@ def statuses(trials: Iterable[TrialConfig], study_dir: Path) -> dict[str, str]:
     return {trial.trial_id: status_of(study_dir, trial.trial_id) for trial in trials}
 
 
-def todo(
-    trials: Sequence[TrialConfig], study_dir: Path, *, retry_failed: bool = False
-) -> list[TrialConfig]:
+def todo(trials: Sequence[TrialConfig], study_dir: Path) -> list[TrialConfig]:
     """The trials that are still to be run, or to be continued."""
-    done = PLANNED_ENDS if retry_failed else FINISHED_STATUSES
     found = statuses(trials, study_dir)
-    return [trial for trial in trials if found[trial.trial_id] not in done]
+    return [trial for trial in trials if found[trial.trial_id] not in FINISHED_STATUSES]
 
 
 def forget(trials: Iterable[TrialConfig], study_dir: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from analysis.figures import dependence, style
@@ -18,7 +17,7 @@ def effects() -> AxisEffects:
 
 
 def drawn(effects: AxisEffects) -> style.Drawn:
-    return dependence.plot_axes(effects.levels, effects.points, title="t", caption="c")
+    return dependence.plot_axes(effects.levels, effects.points)
 
 
 def test_a_panel_per_axis_shows_levels_intervals_and_sets(effects: AxisEffects) -> None:
@@ -56,17 +55,3 @@ def test_an_endless_interval_does_not_flatten_the_panel(effects: AxisEffects) ->
 def test_without_a_pair_it_says_so() -> None:
     trials, _ = synthetic.study_frames(failures=dict.fromkeys(range(144), "pending"), epochs=1)
     assert "no quantized mode has a finished pair" in drawn(axis_effects(trials)).empty
-
-
-@pytest.mark.parametrize(
-    ("names", "told"),
-    [
-        (["deit_tiny_patch16_224", "deit_small_patch16_224"], ["deit_tiny", "deit_small"]),
-        (["a_b", "a_b_b"], ["a", "a_b"]),
-        (["cifar10", "cifar100"], ["cifar10", "cifar100"]),
-        (["x_y", "y"], ["x_y", "y"]),
-    ],
-)
-def test_levels_are_called_by_what_tells_them_apart(names: list[str], told: list[str]) -> None:
-    assert dependence.told_apart(names) == told
-    assert len(pd.unique(pd.Series(told))) == len(told)

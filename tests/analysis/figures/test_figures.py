@@ -140,9 +140,8 @@ def test_ticks_of_a_logarithmic_axis_keep_apart(ratio: float) -> None:
 
 def test_modes_differ_without_colour() -> None:
     styles = [style.style(mode) for mode in synthetic.MODES]
-    assert len({marker for _, marker, _, _ in styles}) == len(styles)
-    assert len({str(dashes) for _, _, dashes, _ in styles}) == len(styles)
-    assert len({hatch for *_, hatch in styles}) == len(styles)
+    assert len({marker for _, marker, _ in styles}) == len(styles)
+    assert len({str(dashes) for _, _, dashes in styles}) == len(styles)
 
 
 def test_names_are_not_formulas_and_fit(tmp_path: Path) -> None:
@@ -197,7 +196,7 @@ def test_an_empty_figure_is_no_file(tmp_path: Path) -> None:
 def test_matplotlib_keeps_its_settings(frames: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     before = dict(matplotlib.rcParams)
     spread = seed_spread(frames[0])
-    one = comparisons.plot_seeds(spread, pooled_sd(spread), title="t", caption="c")
+    one = comparisons.plot_seeds(spread, pooled_sd(spread))
     style.png(one, dpi=40)
     assert dict(matplotlib.rcParams) == before
 

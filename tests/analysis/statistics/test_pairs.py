@@ -52,7 +52,7 @@ def test_margins_by_metric_and_data() -> None:
 
 def test_seed_intervals_are_scipys() -> None:
     trials, _ = synthetic.study_frames()
-    got = pairs.seed_intervals(trials, baseline="none", confidence=0.9)
+    got = pairs.seed_intervals(trials, confidence=0.9)
     assert not any(column.startswith("p_") or column == "p" for column in got)
     differences = pairs.paired_differences(trials)
     keys = [*SHORT, "quantization"]
@@ -61,9 +61,7 @@ def test_seed_intervals_are_scipys() -> None:
         expected = stats.ttest_1samp(own["difference"], 0).confidence_interval(0.9)
         assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(expected))
         assert row["n_seeds"] == 3
-    plain = pairs.seed_intervals(trials)
-    assert len(plain) == 48
-    same = pairs.seed_intervals(study({"nf4": [0.0, 0.0]}, seeds=2), baseline="none")
+    same = pairs.seed_intervals(study({"nf4": [0.0, 0.0]}, seeds=2))
     assert same["ci_low"].isna().all()
     assert same["note"].str.contains("agree exactly").all()
 

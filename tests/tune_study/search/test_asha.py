@@ -10,7 +10,7 @@ from tune_study.search.search import STORAGE_FILE
 from tune_study.search.settings import probes
 from tune_study.search.suggestions import Suggestions, tune_config
 from tune_study.study import session
-from tune_study.study.status import statuses, todo
+from tune_study.study.status import forget, statuses, todo
 from tune_study.trial import simulate
 from tune_study.trial.context import RunContext, Simulation
 
@@ -64,7 +64,8 @@ def test_asha_prunes_and_remembers_after_a_kill(tmp_path):
     status = statuses(search.trials, tmp_path)
     assert list(status.values()) == [name.lower().replace("complete", "completed") for name in told]
     assert not todo(search.trials, tmp_path)
-    assert not todo(search.trials, tmp_path, retry_failed=True)
+    forget(search.trials, tmp_path)  # as --retry-failed does
+    assert not todo(search.trials, tmp_path)
     table = session.collect(tmp_path).trials
     assert table.loc[table["status"] == "pruned", "test_accuracy"].isna().all()
     (tmp_path / STORAGE_FILE).unlink()
