@@ -108,7 +108,7 @@ def monitors_on_against_off(
     """
     training = started(config_of(model, mode, batch, device), device, batch)
     parameters = list(training.parameters.values())
-    noise = NoiseScale(training.parameters)
+    noise = NoiseScale(training.parameters, steps=steps)
 
     def norm_alone(loss: torch.Tensor) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters])

@@ -6,19 +6,19 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_cosine_schedule_with_warmup
 
 from tune_study.config import TrialConfig
 from tune_study.data.batches import (
     Preprocessing,
     augmentation,
     eval_batches,
+    normalisation,
     preprocess,
     train_batches,
 )
@@ -30,6 +30,7 @@ from tune_study.model.build import COMPUTE_DTYPES, BuiltModel, trainable
 from tune_study.model.initial import Factors
 from tune_study.model.noise_scale import NoiseScale, gradients_of_first_half
 from tune_study.trial.gradients import GradientFlowMonitor
+from tune_study.trial.schedule import Schedule
 
 Row = dict[str, float]
 EVAL_IMAGES_ON_CPU = 32
@@ -50,7 +51,7 @@ class Training:
     device: torch.device
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
-    schedule: LambdaLR
+    schedule: Schedule
     generator: torch.Generator
     """Batch order and augmentation. Dropout draws from torch's global generator."""
     monitor: GradientFlowMonitor
@@ -64,6 +65,11 @@ class Training:
     best_epoch: int = 0
     factors: Mapping[str, Factors] = field(default_factory=dict)
     """What the adapters took of the base when they began (``BuiltModel.factors``)."""
+
+    @cached_property
+    def normalisation(self) -> tuple[Tensor, Tensor]:
+        """The constants of ``preprocess``, made once."""
+        return normalisation(self.preprocessing, self.device)
 
     @property
     def best_accuracy(self) -> float:
@@ -106,6 +112,7 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
     settings = config.training
     parameters = trainable(built.model)
     steps_per_epoch = math.ceil(len(data.train.labels) / config.images_per_step)
+    noise = settings.gradient_noise_scale
     # Weight decay is for matrices: biases are exempt, as in transformers' Trainer.
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters.values() if p.ndim >= 2]},
@@ -117,8 +124,11 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, settings.warmup_steps, steps_per_epoch * settings.num_train_epochs
+    schedule = Schedule(
+        optimizer,
+        settings.learning_rate,
+        settings.warmup_steps,
+        steps_per_epoch * settings.num_train_epochs,
     )
     torch.manual_seed(config.seed)
     return Training(
@@ -133,8 +143,10 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
         optimizer=optimizer,
         schedule=schedule,
         generator=torch.Generator().manual_seed(config.seed),
-        monitor=GradientFlowMonitor(parameters, warmup_steps=settings.warmup_steps),
-        noise=NoiseScale(parameters) if settings.gradient_noise_scale else None,
+        monitor=GradientFlowMonitor(
+            parameters, warmup_steps=settings.warmup_steps, steps=steps_per_epoch
+        ),
+        noise=NoiseScale(parameters, steps=steps_per_epoch) if noise else None,
         factors=built.factors,
     )
 
@@ -186,24 +198,21 @@ def _keep_best(training: Training) -> None:
 
 def _train_epoch(training: Training) -> tuple[Row, list[float]]:
     training.model.train()
-    losses: list[Tensor] = []
-    correct: list[Tensor] = []
-    size = training.config.images_per_step
+    size, total = training.config.images_per_step, len(training.data.train.labels)
     policy = augmentation(training.config.dataset, training.config.data)
     batches = train_batches(training.data.train, size, policy, training.generator)
+    sums = torch.zeros(math.ceil(total / size), 2, device=training.device)
     learning_rate = math.nan
-    for images, labels in batches:
-        learning_rate = float(training.schedule.get_last_lr()[0])
+    for number, (images, labels) in enumerate(batches):
+        learning_rate = training.schedule.rate
         loss, hits = train_step(training, images, labels)
-        losses.append(loss * len(labels))
-        correct.append(hits)
-    # The only reads of the device in the epoch.
-    total = len(training.data.train.labels)
+        sums[number].copy_(torch.stack([loss * len(labels), hits]))
+    # The only reads of the device in the epoch. Doubles are the CPU's: MPS has none.
+    losses, correct = sums.cpu().double().T.contiguous()
     gradients, layer_gradients = training.monitor.end_epoch()
     row = {
-        # Sums are double, and on the CPU: MPS has no float64.
-        "train_loss": float(torch.stack(losses).cpu().double().sum()) / total,
-        "train_accuracy": int(torch.stack(correct).sum()) / total,
+        "train_loss": float(losses.sum()) / total,
+        "train_accuracy": int(correct.sum()) / total,
         "learning_rate": learning_rate,
         **gradients,
         **(training.noise.end_epoch() if training.noise is not None else NO_NOISE_SCALE),
@@ -213,6 +222,19 @@ def _train_epoch(training: Training) -> tuple[Row, list[float]]:
 
 def train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """One optimizer step on uint8 ``images``: (mean loss, count of hits), on the device."""
+    found = step_on_device(training, images, labels)
+    training.monitor.keep()
+    if training.noise is not None:
+        training.noise.keep(_compared_parts(training.config, len(labels)))
+    training.schedule.step()
+    return found
+
+
+def step_on_device(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of ``train_step`` that only queues work: no read, nothing counted on the host.
+
+    What it finds or leaves and the next step takes lies in tensors that stay where they are.
+    """
     settings = training.config.training
     micro = settings.per_device_train_batch_size
     noise = training.noise
@@ -233,18 +255,24 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tens
     step_loss = torch.stack(losses).sum()
     norm = training.monitor.observe(step_loss)
     if noise is not None:
-        parts = labels.tensor_split(2) if halves else labels.split(micro)
-        noise.observe_step(norm, [len(part) for part in parts])
+        noise.observe_step(norm, _compared_parts(training.config, len(labels)))
     torch.nn.utils.clip_grads_with_norm_(training.parameters.values(), settings.max_grad_norm, norm)
     training.optimizer.step()
-    training.schedule.step()
     training.optimizer.zero_grad(set_to_none=True)
     return step_loss, torch.stack(hits).sum()
 
 
+def _compared_parts(config: TrialConfig, count: int) -> list[int]:
+    """The images in each part of a step of ``count`` whose gradients the noise scale compares."""
+    micro = config.training.per_device_train_batch_size
+    if count <= micro:
+        return [count - count // 2, count // 2]
+    return [min(micro, count - start) for start in range(0, count, micro)]
+
+
 def _forward(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(mean cross-entropy, scores [B, classes]) of uint8 ``images``, in the compute dtype."""
-    pixels = preprocess(images, training.preprocessing)
+    pixels = preprocess(images, training.preprocessing, training.normalisation)
     with autocast(training):
         scores = training.model(pixels)
     return cross_entropy(scores.float(), labels), scores
