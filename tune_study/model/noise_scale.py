@@ -81,9 +81,10 @@ class NoiseScale:
         """The last step's S and |G|^2."""
         self._records = torch.zeros(steps, 2, device=device)
         self._kept = 0
-        self._start_step()
+        self.start_step()
 
-    def _start_step(self) -> None:
+    def start_step(self) -> None:
+        """Forgets the parts seen so far."""
         self._before: list[Tensor] | None = None
         self._squares: list[Tensor] = []
 
@@ -118,7 +119,7 @@ class NoiseScale:
             square = (large * whole - small * part) / (large - small)
             trace = (part - whole) / (1 / small - 1 / large)
             torch.stack([trace, square], out=self._row)
-        self._start_step()
+        self.start_step()
 
     def keep(self, sizes: list[int]) -> None:
         """Keeps what the last ``observe_step`` read of parts of ``sizes``."""

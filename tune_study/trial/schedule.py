@@ -55,3 +55,16 @@ class Schedule:
         """That of ``state_dict``, or of the ``LambdaLR`` that earlier versions used."""
         self.taken = int(state["last_epoch"])
         self._write()
+
+
+def hold_rate(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Keeps the learning rate where ``device`` wants it, whatever a checkpoint held.
+
+    On CUDA in a tensor there, which a graph reads anew at every replay, and which eager steps read
+    too, so that both compute the same; elsewhere as a number.
+    """
+    on_cuda = device.type == "cuda"
+    for group in optimizer.param_groups:
+        rate = float(group["lr"])
+        group["lr"] = torch.tensor(rate, device=device) if on_cuda else rate
+        group["capturable"] = on_cuda

@@ -17,7 +17,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from tune_study.data.batches import augmentation
 from tune_study.model.noise_scale import gradients_of_first_half
-from tune_study.trial.train import Training, autocast
+from tune_study.trial.train import autocast
+from tune_study.trial.training import Training
 
 
 class Epoch(NamedTuple):

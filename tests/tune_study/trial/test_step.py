@@ -26,7 +26,7 @@ def left(training):
     optimizer = training.optimizer.state_dict()
     states = [v for state in optimizer["state"].values() for v in state.values()]
     generators = [training.generator.get_state(), torch.get_rng_state()]
-    rates = [torch.tensor(group["lr"]).double() for group in optimizer["param_groups"]]
+    rates = [torch.tensor(float(group["lr"])).double() for group in optimizer["param_groups"]]
     return [*training.parameters.values(), *states, *generators, *rates]
 
 
