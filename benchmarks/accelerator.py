@@ -21,6 +21,9 @@ The parts, in this order (``--parts speed,demo`` runs some of them):
 - speed: a step's time, the device's share of it, an evaluation
 - demo: the demo study by its own command
 
+``--gate`` asks instead, on CUDA alone, whether a step that a CUDA graph replays is the eager one,
+to the last bit (benchmarks/gate.py).
+
 Each runs in a process of its own. One that raises, is killed, or takes longer than its limit is a
 row that says so, and the others go on; their limits grow with ``--minutes``. What has not begun
 when the time is over is not run, and red. Exit code 1 when a row is red.
@@ -75,6 +78,8 @@ PARTS = {
     "speed": Part("benchmarks.speed:speeds", 120),
     "demo": Part("benchmarks.checks:demo", 180),
 }
+GATE = {"gate": Part("benchmarks.gate:gates", 360)}
+"""Alone: it takes the whole time."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,12 +91,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     parser.add_argument("--parts", default=",".join(PARTS), help="names, with commas between them")
+    parser.add_argument("--gate", action="store_true", help="the CUDA graph's gate, and no part")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the two files")
     parser.add_argument("--quick", action="store_true", help="smaller everything, for a CPU")
     options = parser.parse_args(arguments)
-    names = options.parts.split(",")
-    if unknown := [name for name in names if name not in PARTS]:
+    parts = GATE if options.gate else PARTS
+    names = list(GATE) if options.gate else options.parts.split(",")
+    if unknown := [name for name in names if name not in parts]:
         parser.error(f"--parts {unknown[0]}: there are {', '.join(PARTS)}")
     deadline = time.monotonic() + 60 * options.minutes
     limit_s = min(MACHINE.limit_s, 60 * options.minutes)
@@ -101,13 +108,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 1  # a file could not even say where its figures come from
     about = first.rows[-1].figures
     settings = {**(QUICK if options.quick else FULL), "device": about.pop("device")}
+    if options.gate and settings["device"] != "cuda":
+        print(f"--gate: --device {settings['device']} has no CUDA graphs", file=sys.stderr)
+        return 1
     found = {
         "settings": {**settings, "minutes": options.minutes, "quick": options.quick},
         **about,
         "parts": {},
     }
     options.output.mkdir(parents=True, exist_ok=True)
-    kind = "accelerator-quick" if options.quick else "accelerator"
+    kind = "gate" if options.gate else "accelerator"
+    kind += "-quick" if options.quick else ""
     name = re.sub(r"\W+", "-", f"{machine(found)}-{kind}").strip("-").lower()
 
     def keep() -> None:
@@ -115,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         text = markdown(found)
         write_whole(options.output / f"{name}.md", lambda path: path.write_text(text, "utf-8"))
 
-    check({name: PARTS[name] for name in names}, settings, options.minutes, deadline, found, keep)
+    check({name: parts[name] for name in names}, settings, options.minutes, deadline, found, keep)
     red = sum(row["ok"] is False for part in found["parts"].values() for row in part["rows"])
     print(f"{red} wrong" if red else "all is well", f"; written: {options.output / name}.*", sep="")
     return 1 if red else 0

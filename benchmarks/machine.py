@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.steps import bare_step, synchronised
-from tune_study.trial import train
+from tune_study.trial.training import Training
 
 SIDE = 2048
 
@@ -36,7 +36,7 @@ def product_peak(dtype: torch.dtype, device: str, rounds: int = 7) -> float:
     return 2 * side**3 / min(seconds)
 
 
-def step_flops(training: train.Training) -> int:
+def step_flops(training: Training) -> int:
     """Of one bare step, counted by torch's ``FlopCounterMode`` (products and attention).
 
     bitsandbytes' layers hide their products, so it is counted on ``none``.
@@ -46,7 +46,7 @@ def step_flops(training: train.Training) -> int:
     return counter.get_total_flops()
 
 
-def utilisation(training: train.Training, device: str, rounds: int = 7) -> dict[str, Any]:
+def utilisation(training: Training, device: str, rounds: int = 7) -> dict[str, Any]:
     """Model FLOP utilisation of the bare step: its FLOP/s over the machine's peak."""
     dtype = torch.bfloat16 if training.config.training.compute_dtype == "bf16" else torch.float32
     flops, step = step_flops(training), synchronised(bare_step(training), device)
@@ -61,7 +61,7 @@ def utilisation(training: train.Training, device: str, rounds: int = 7) -> dict[
     }
 
 
-def operators(training: train.Training, device: str, most: int = 10) -> list[dict[str, Any]]:
+def operators(training: Training, device: str, most: int = 10) -> list[dict[str, Any]]:
     """Where a bare step's time goes: torch's profiler, by operator, share of its own time."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":

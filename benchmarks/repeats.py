@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,18 @@ NAMED = 3
 
 
 def repeats(settings: dict[str, Any]) -> Iterator[Row]:
-    """A trial twice, and killed after its first epoch and continued, in every mode.
+    """A trial twice, and killed after its first epoch and continued, in every mode."""
+    device = settings["device"]
+    trials = {mode: _trial(mode, device) for mode in MODES}
+    return repeated(trials, Path(settings["folder"]), device)
+
+
+def repeated(trials: Mapping[str, TrialConfig], folder: Path, device: str) -> Iterator[Row]:
+    """The rows of ``repeats`` for ``trials``, by mode.
 
     The processes to be killed import everything for seconds: they begin first, beside each other.
     """
-    device, folder = settings["device"], Path(settings["folder"])
-    with ThreadPoolExecutor(min(len(MODES), provenance.cores())) as pool:
-        trials = {mode: _trial(mode, device) for mode in MODES}
+    with ThreadPoolExecutor(min(len(trials), provenance.cores())) as pool:
         ends = {
             mode: pool.submit(_killed, trial, folder / mode / "killed", device)
             for mode, trial in trials.items()

@@ -18,6 +18,7 @@ from tune_study.model.build import build_model
 from tune_study.model.noise_scale import NoiseScale
 from tune_study.study.compute_dtype import settle_compute_dtype
 from tune_study.trial import train
+from tune_study.trial.training import Training
 
 OFTEN = 20
 CALLS = 20
@@ -40,7 +41,7 @@ def config_of(model: str, mode: str, batch: int, device: str) -> TrialConfig:
     return settle_compute_dtype([config], device, set())[0][0]
 
 
-def started(config: TrialConfig, device: str, images: int) -> train.Training:
+def started(config: TrialConfig, device: str, images: int) -> Training:
     """A trial before its first epoch, with ``images`` training images."""
     data = load("digits", Place(), config.data)
     data = data._replace(train=type(data.train)(*(part[:images] for part in data.train)))
@@ -51,7 +52,7 @@ def started(config: TrialConfig, device: str, images: int) -> train.Training:
     return training
 
 
-def bare_step(training: train.Training) -> Callable[[], None]:
+def bare_step(training: Training) -> Callable[[], None]:
     """Forward, backward and optimizer on one fixed batch: no data, no monitor, no clipping."""
     size = training.config.images_per_step
     images, labels = (part[:size] for part in training.data.train)
@@ -108,7 +109,7 @@ def monitors_on_against_off(
     """
     training = started(config_of(model, mode, batch, device), device, batch)
     parameters = list(training.parameters.values())
-    noise = NoiseScale(training.parameters)
+    noise = NoiseScale(training.parameters, steps=steps)
 
     def norm_alone(loss: torch.Tensor) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters])

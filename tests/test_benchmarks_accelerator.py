@@ -10,10 +10,13 @@ import psutil
 import pytest
 from torch.autograd import DeviceType
 
-from benchmarks import accelerator, checks, processes, repeats, speed
+from benchmarks import accelerator, checks, gate, processes, repeats, speed
 from benchmarks.accelerator import Part
 from benchmarks.processes import ROOT, Row
+from tests.tune_study.pretend import pretended
+from tests.tune_study.trial.recorded import Recorder
 from tune_study.checks.modes import Verdict
+from tune_study.trial import train
 
 from . import planted_parts
 
@@ -157,8 +160,8 @@ def test_an_unknown_part_is_refused(capsys):
 
 
 def test_the_functions_of_the_parts_exist():
-    modules = {"checks": checks, "repeats": repeats, "speed": speed}
-    for part in accelerator.PARTS.values():
+    modules = {"checks": checks, "repeats": repeats, "speed": speed, "gate": gate}
+    for part in (*accelerator.PARTS.values(), *accelerator.GATE.values()):
         module, _, name = part.function.partition(":")
         assert callable(getattr(modules[module.removeprefix("benchmarks.")], name))
     assert (ROOT / "benchmarks" / "accelerator.py").is_file()
@@ -334,3 +337,54 @@ def test_kernels_are_counted_once_and_copies_apart():
     assert "missing" in nothing["found"]
     assert nothing["kernels_ms"] != nothing["kernels_ms"]  # NaN, never 0
     assert "missing" in speed.device_work(lambda: None, "mps")["found"]
+
+
+def test_the_gate_is_for_cuda_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(accelerator, "MACHINE", planted("machine"))
+    command = ["--gate", "--device", "cpu", "--output", str(tmp_path)]
+    assert accelerator.main(command) == 1
+    assert "--gate: --device cpu has no CUDA graphs" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """CUDA graphs by a recorder, on a pretended GPU."""
+    monkeypatch.setattr(train, "Cuda", lambda device: Recorder(device))
+    with pretended("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("check", ["_before_capture", "_during_capture"])
+def test_the_gate_plants_out_of_memory(check, recorded, tmp_path):
+    trial = gate._trial("none", "cuda")
+    row = getattr(gate, check)(check, trial, tmp_path, "cuda")
+    assert row.ok, row.found
+
+
+def test_the_gate_compares_what_steps_leave(recorded, monkeypatch):
+    monkeypatch.setattr(gate, "STEPS", 4)
+    config = gate._with(gate.config_of("vit_glyphs_patch4_32", "nf4", 4, "cuda"))
+    row = gate._equal("x", gate._with(config, gradient_noise_scale=True), "cuda")
+    assert row.ok, row.found
+    step = train.step_on_device
+    stale = [0.0]
+
+    def counted(training, images, labels):  # a number of the host, which a graph keeps
+        stale[0] += 1.0
+        loss, hits = step(training, images, labels)
+        training.parameters["head.bias"].detach().add_(stale[0] * 1e-3)
+        return loss, hits
+
+    monkeypatch.setattr(train, "step_on_device", counted)
+    row = gate._equal("x", config, "cuda")
+    assert row.ok is False
+    assert "head.bias" in row.figures["differ_by"]
+
+
+def test_int8_has_no_graph_and_the_gate_says_so(recorded, monkeypatch):
+    monkeypatch.setattr(gate, "MODES", ("int8",))
+    settings = {"device": "cuda", "folder": "x", **{k: SMALL[k] for k in ("models", "batch")}}
+    (row,) = gate.gates(settings)
+    assert (row.name, row.ok) == ("int8", None)
+    assert "outlier columns" in row.found

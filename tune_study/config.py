@@ -240,6 +240,9 @@ class TrainingConfig(_Record):
     gradient_noise_scale: bool = False
     """Measures McCandlish's noise scale, from a step's micro-batches or the halves of its only one.
     The training is the same to the last bit."""
+    step: Literal["auto", "eager", "graph"] = "auto"
+    """How a training step is given to a GPU: kernel by kernel, or on CUDA as one graph. ``auto`` is
+    eager."""
 
 
 _ON_THE_HUB = re.compile(
@@ -248,7 +251,7 @@ _ON_THE_HUB = re.compile(
 )
 _JOINED_LATER = {
     "data": ("image_column", "label_column"),
-    "training": ("gradient_checkpointing", "gradient_noise_scale"),
+    "training": ("gradient_checkpointing", "gradient_noise_scale", "step"),
     "lora": (
         "exclude_modules",
         "layers_to_transform",

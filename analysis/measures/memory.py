@@ -44,6 +44,7 @@ _MOVES_NO_MEMORY = (
     "training.warmup_steps",
     "training.max_grad_norm",
     "training.early_stopping_patience",
+    "training.step",
 )
 """Settings over which a step's memory may be averaged; the batch has a column of its own."""
 

@@ -32,6 +32,7 @@ def test_every_planned_trial_has_a_whole_row(study):
     assert bytes_ == sorted(bytes_, reverse=True)
     # No trial failed; the noise scale is off by default; missing stands for all or for none.
     unasked = {"error", "gradient_noise_scale", "data.image_size"}
+    unasked |= {"data.image_column", "data.label_column"}
     missing = unasked | {"lora.exclude_modules", "lora.layers_to_transform"}
     known = [c.name for c in schema.TRIALS if c.name not in missing]
     assert not trials[known].isna().any().any()

@@ -12,6 +12,8 @@ from ray._common.utils import get_default_system_temp_dir
 
 from tests.tune_study import pretend
 from tests.tune_study.pretend import pretended
+from tests.tune_study.trial.recorded import Recorder
+from tests.tune_study.trial.test_execution import without_times
 from tune_study import doctor
 from tune_study.checks import modes, products
 from tune_study.data.batches import preprocess
@@ -85,6 +87,27 @@ def test_a_trial_is_built_measured_killed_continued_and_tested(kind, mode, small
     taken = results["train"]["resource_metrics"]
     at_rest = sum(taken[f"{part}_bytes"] for part in rest)
     assert taken["peak_train_bytes"] == at_rest + pretend.PEAK - pretend.ALLOCATED
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_trial_with_a_graph_is_killed_and_continued_as_if_it_had_not_been(
+    tiny, tmp_path, monkeypatch
+):
+    """Five full batches an epoch, two of them by the graph, and a smaller one."""
+    monkeypatch.setattr(train, "Cuda", Recorder)
+    data = {"train_size": 105, "val_size": 10, "test_size": 10}
+    training = {"compute_dtype": "bf16", "gradient_noise_scale": True, "step": "graph"}
+    config = tiny("nf4", data=data, training=training)
+    whole, _ = run(config, tmp_path / "whole", "cuda")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "killed", "cuda", stop_after=1)
+    continued, _ = run(config, tmp_path / "killed", "cuda")
+    assert without_times(continued) == without_times(whole)
+    assert continued["train"]["resource_metrics"]["step"] == "graph"
+    eager, _ = run(tiny("nf4", data=data, training={**training, "step": "eager"}), tmp_path, "cuda")
+    assert eager["train"]["test_metrics"] == whole["train"]["test_metrics"]
+    assert eager["train"]["resource_metrics"]["step"] == "eager"
 
 
 def test_a_continued_trial_draws_on_from_the_devices_own_generator(small, tmp_path):

@@ -46,6 +46,7 @@ def test_every_field_changes_the_id(name):
         "lora.lora_dropout": 0.5,
         "training.gradient_checkpointing": True,
         "training.gradient_noise_scale": True,
+        "training.step": "graph",
         "lora.exclude_modules": ".*qkv",
         "lora.layers_to_transform": [0, 3],
         "lora.rank_pattern": {"qkv": 2},
@@ -354,6 +355,7 @@ def test_defaults():
             "compute_dtype": "bf16",
             "gradient_checkpointing": False,
             "gradient_noise_scale": False,
+            "step": "auto",
         },
     }
     assert SPLIT_SEED == 2024

@@ -26,6 +26,7 @@ from tune_study.model import quantize
 from tune_study.model.build import build_model
 from tune_study.study.compute_dtype import settle_compute_dtype
 from tune_study.trial import checkpoint, train
+from tune_study.trial.training import Training
 
 ANOTHER_MODE = "choose another mode or device, and report this line"
 
@@ -260,7 +261,7 @@ def small_trial(mode: str, device: torch.device) -> TrialConfig:
     return settle_compute_dtype([trial], device.type)[0][0]
 
 
-def _started(mode: str, device: torch.device) -> train.Training:
+def _started(mode: str, device: torch.device) -> Training:
     config = small_trial(mode, device)
     data = load(config.dataset, Place(), config.data)
     return train.start(config, build_model(config, 10, device=device), data, device)

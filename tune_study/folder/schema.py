@@ -88,6 +88,7 @@ SETTINGS: tuple[Column, ...] = (
     Column("training.compute_dtype", "str", "", "bf16 or fp32"),
     Column("training.gradient_checkpointing", "bool", "", "blocks are computed twice", False),
     Column("training.gradient_noise_scale", "bool", "", "the noise scale is measured", False),
+    Column("training.step", "str", "", "auto, eager or graph, as asked for", "auto"),
 )
 """Every field of a trial that has no column of its own name among the first ones: what ``--set``
 calls it. All but ``quantization.*`` are the trial's configuration, with model and data set."""
@@ -156,6 +157,7 @@ TRIALS: tuple[Column, ...] = (
     Column("pretrained_top1_agreement", "float", "fraction", "pretrained head, against the same"),
     Column("pretrained_logit_kl", "float", "nats", "pretrained head, from full precision"),
     Column("device", "str", "", "device that trained it"),
+    Column("step", "str", "", "how steps were given to it: eager, or graph, a CUDA graph"),
     Column("error", "str", "", "one sentence, for a trial that did not end well"),
     *SETTINGS,
 )

@@ -70,15 +70,21 @@ class NoiseScale:
 
     with |g_s|^2 the mean over the parts: a step's micro-batches, or the halves of its only one.
     Both are noisy and unbiased, so they are averaged over the epoch before they are divided. Each
-    image draws its own dropout, which counts as noise.
+    image draws its own dropout, which counts as noise. What an epoch of ``steps`` leaves lies in a
+    buffer on the device.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, steps: int) -> None:
         self._parameters = list(parameters.values())
-        self._records: list[Tensor] = []
-        self._start_step()
+        device = self._parameters[0].device
+        self._row = torch.zeros(2, device=device)
+        """The last step's S and |G|^2."""
+        self._records = torch.zeros(steps, 2, device=device)
+        self._kept = 0
+        self.start_step()
 
-    def _start_step(self) -> None:
+    def start_step(self) -> None:
+        """Forgets the parts seen so far."""
         self._before: list[Tensor] | None = None
         self._squares: list[Tensor] = []
 
@@ -107,25 +113,37 @@ class NoiseScale:
     @torch.no_grad()
     def observe_step(self, norm: Tensor, sizes: list[int]) -> None:
         """At the end of a step: ``norm`` of the whole gradient, image count of each part."""
-        if len(sizes) > 1 and len(set(sizes)) == 1:  # the formulas are for equal parts
+        if comparable(sizes):
             small, large = sizes[0], sum(sizes)
             part, whole = torch.stack(self._squares).mean(), norm.square()
             square = (large * whole - small * part) / (large - small)
             trace = (part - whole) / (1 / small - 1 / large)
-            self._records.append(torch.stack([trace, square]))
-        self._start_step()
+            torch.stack([trace, square], out=self._row)
+        self.start_step()
+
+    def keep(self, sizes: list[int]) -> None:
+        """Keeps what the last ``observe_step`` read of parts of ``sizes``."""
+        if comparable(sizes):
+            self._records[self._kept % len(self._records)].copy_(self._row)
+            self._kept += 1
 
     def end_epoch(self) -> dict[str, float]:
         """The noise columns of ``schema.EPOCHS``; NaN when no step had equal parts."""
         trace = square = np.nan
-        if self._records:
-            trace, square = torch.stack(self._records).cpu().double().numpy().mean(0).tolist()
-        self._records = []
+        if self._kept:
+            records = self._records[: self._kept].cpu().double().numpy()  # MPS has no float64
+            trace, square = records.mean(0).tolist()
+        self._kept = 0
         return {
             "gradient_noise_trace": trace,
             "gradient_square": square,
             "gradient_noise_scale": trace / square if square > 0 else np.nan,
         }
+
+
+def comparable(sizes: Sequence[int]) -> bool:
+    """Whether parts of ``sizes`` images tell the noise: the formulas are for equal ones."""
+    return len(sizes) > 1 and len(set(sizes)) == 1
 
 
 def _square(gradient: Sequence[Tensor]) -> Tensor:

@@ -32,8 +32,9 @@ from tune_study.model.build import build_model, preprocessing
 from tune_study.study.manifest import plan_of, planned
 from tune_study.trial import fidelity, train
 from tune_study.trial.context import RunContext
+from tune_study.trial.graph import step_of
 from tune_study.trial.micro_batch import CHOICE_FILE, chosen
-from tune_study.trial.train import Training
+from tune_study.trial.training import Training
 
 Choice = dict[str, Any]
 TIMED_STEPS = 2
@@ -177,9 +178,15 @@ def measure(
 ) -> Choice:
     """The choice for ``trials``, which are ``comparable``: tried in every mode, at its largest r.
 
-    The models that take the steps are dropped; nothing of a trial is touched.
+    The models that take the steps are dropped; nothing of a trial is touched. Raises ``UserError``
+    where the trials' steps are no eager ones.
     """
     first = trials[0]
+    if any(step_of(trial) == "graph" for trial in trials):
+        raise UserError(
+            "--batch auto: it times eager steps, and training.step=graph takes others; leave one "
+            "of the two out"
+        )
     images = first.images_per_step
     candidates = [size for size in range(1, min(images, LARGEST) + 1) if images % size == 0]
     kinds = {}

@@ -25,6 +25,7 @@ from tune_study.study.options import EXIT_FAILED
 from tune_study.study.preflight import Checked
 from tune_study.study.status import Extension
 from tune_study.trial.context import RunContext, Simulation
+from tune_study.trial.graph import why_eager
 from tune_study.trial.micro_batch import within_memory
 from tune_study.trial.simulate import CLASSES
 
@@ -166,6 +167,12 @@ def say_what_is_passed_over(console: Console, trials: Sequence[TrialConfig]) -> 
                 f"note: lora.target_modules = {targets} of {model}: linear layers get an adapter, "
                 f"{listed(over, of='module')} do not"
             )
+
+
+def say_why_eager(console: Console, trials: Sequence[TrialConfig], device: str) -> None:
+    """Once, where a trial leaves it open how its steps are taken, and a graph might be had."""
+    for why in {why for trial in trials if (why := why_eager(trial, device))}:
+        console.print(f"note: {why}")
 
 
 def say_planted_nowhere(

@@ -29,6 +29,7 @@ from tune_study.model.weights import (
     weights_file,
 )
 from tune_study.trial.context import RunContext
+from tune_study.trial.graph import refuse_graph
 from tune_study.trial.micro_batch import within_memory
 
 
@@ -66,6 +67,8 @@ def check(
         for trial in trials:
             skeleton_of(trial.model, 10, trial.data.image_size)
         return Checked({}, {"data": {}, "weights": {}})
+    for trial in trials:
+        refuse_graph(trial, context.device)
     data: dict[str, Outline] = {}
     seen: dict[str, Outline] = {}
     sha256: dict[str, Any] = {"data": {}, "weights": {}}

@@ -46,6 +46,7 @@ from tune_study.study.console import (
     say_what_is_passed_over,
     say_what_is_unusual,
     say_what_was_adapted,
+    say_why_eager,
 )
 from tune_study.study.options import EXIT_FAILED, EXIT_STOPPED, Options, resolved, safe_name
 from tune_study.study.plan import trials_of, with_compute_dtype, with_one_name
@@ -181,6 +182,7 @@ def _look(command: Command) -> Checked:
     say_what_was_adapted(command.console, checked)
     if context.simulation is None:
         say_what_is_passed_over(command.console, command.trials)
+        say_why_eager(command.console, command.trials, context.device)
     return checked
 
 

@@ -36,7 +36,7 @@ from tune_study.trial.checkpoint import STATES_PER_CHECKPOINT
 from tune_study.trial.context import Report, RunContext
 from tune_study.trial.micro_batch import note_out_of_memory, within_memory
 from tune_study.trial.record import Record
-from tune_study.trial.train import Training
+from tune_study.trial.training import Training
 
 LOCK_WAIT_S = 60
 """How long a trial waits for the worker of a killed run to end."""
@@ -128,6 +128,7 @@ def _train(context: RunContext, report: Report, record: Record) -> None:
     with ResourceMonitor(device) as resources:
         for row in train.fit(training):
             row |= resources.read()  # the history holds the same row
+            record.warn_of_graph(training)
             _save(training, context, record)
             record.write("interrupted")
             record.log(f"epoch {row['epoch']}: validation accuracy {row['val_accuracy']:.4f}")

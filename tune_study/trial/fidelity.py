@@ -24,7 +24,8 @@ from tune_study.errors import UserError
 from tune_study.machine.device import kept_random_states
 from tune_study.model.build import build_model, trainable
 from tune_study.model.weights import classifier_names, load_base
-from tune_study.trial.train import Training, autocast, images_per_evaluation
+from tune_study.trial.train import autocast, images_per_evaluation
+from tune_study.trial.training import Training
 
 IMAGES = 32
 

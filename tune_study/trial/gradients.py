@@ -17,6 +17,8 @@ EXPLOSION_FACTOR = 10.0
 VANISHING_RATIO = 1e-7
 VANISHING_STEPS = 20
 SPIKE_SIGMAS = 6.0
+UNSEEN = -1.0
+"""In the place of a norm: nothing was read since the last step."""
 SPIKE_RISE = 1.0
 """Nats: a loss spike rises above the running median by more than this and by more than
 ``SPIKE_SIGMAS`` robust standard deviations (1.4826 x the median absolute deviation)."""
@@ -25,12 +27,15 @@ SPIKE_RISE = 1.0
 class GradientFlowMonitor:
     """Reads the gradients of the trainable parameters before clipping.
 
-    ``observe`` only queues device work: norms go into buffers on the device, and ``end_epoch``
-    reads them in one transfer. A *layer* is one trainable tensor, such as
+    ``observe`` only queues device work, and ``keep`` a copy of what it wrote: the norms of an
+    epoch's ``steps`` lie in one buffer on the device, which ``end_epoch`` reads in one transfer.
+    Every tensor here stays where it is. A *layer* is one trainable tensor, such as
     ``blocks.0.attn.qkv.lora_A``.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], *, warmup_steps: int) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], *, warmup_steps: int, steps: int
+    ) -> None:
         self.layers = list(parameters)
         self._parameters = list(parameters.values())
         self._warmup_steps = warmup_steps
@@ -38,15 +43,21 @@ class GradientFlowMonitor:
         self._tiny_run = np.zeros(len(self.layers), dtype=np.int64)
         self._norm_tail: list[float] = []
         self._loss_tail: list[float] = []
+        device, size = self._parameters[0].device, sum(p.numel() for p in self._parameters)
+        self._row = torch.full((3 + 2 * len(self.layers),), UNSEEN, device=device)
+        """The last step's norm, loss, cosine, norms of the layers and norms of their weights."""
+        self._records = torch.zeros(steps, len(self._row), device=device)
+        self._gradient, self._previous = (torch.zeros(size, device=device) for _ in range(2))
+        self._previous_norm = torch.zeros((), device=device)
         self._start_epoch()
 
     def _start_epoch(self) -> None:
-        self._records: list[Tensor] = []
-        self._previous: tuple[Tensor, Tensor] | None = None
+        self._kept = 0
+        self._previous_norm.fill_(torch.nan)  # and with it the first step's cosine
 
     @torch.no_grad()
     def observe(self, loss: Tensor) -> Tensor:
-        """Records one optimizer step: after backward, before clipping.
+        """Reads one optimizer step: after backward, before clipping.
 
         ``loss`` is the step's mean loss, a scalar on the device. Returns the global gradient norm,
         a scalar on the device, for the clipping to use. A parameter without a gradient counts as
@@ -58,27 +69,35 @@ class GradientFlowMonitor:
         layer_norms = torch.stack(torch._foreach_norm(gradients))
         weight_norms = torch.stack(torch._foreach_norm([p.detach() for p in self._parameters]))
         norm = torch.linalg.vector_norm(layer_norms)
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        if self._previous is None:
-            cosine = torch.full_like(norm, torch.nan)
-        else:
-            previous, previous_norm = self._previous
-            cosine = torch.dot(flat, previous) / (norm * previous_norm)
-        self._previous = flat, norm
+        torch.cat([gradient.reshape(-1) for gradient in gradients], out=self._gradient)
+        cosine = torch.dot(self._gradient, self._previous) / (norm * self._previous_norm)
+        self._previous.copy_(self._gradient)
+        self._previous_norm.copy_(norm)
         head = torch.stack([norm, loss.detach().float(), cosine])
-        self._records.append(torch.cat([head, layer_norms, weight_norms]))
+        torch.cat([head, layer_norms, weight_norms], out=self._row)
         return norm
+
+    def keep(self) -> None:
+        """Keeps what the last ``observe`` read, as the epoch's next step."""
+        self._records[self._kept % len(self._records)].copy_(self._row)
+        self._row.fill_(UNSEEN)
+        self._kept += 1
 
     def end_epoch(self) -> tuple[dict[str, float], list[float]]:
         """The epoch's gradient columns of ``schema.EPOCHS``, and the mean norm of every layer.
 
         Means, deviation, minimum and maximum are over the finite norms (NaN when there are none);
-        the standard deviation is the population's. Raises ``RuntimeError`` when no step was
-        observed, because a monitor that is not connected must not report calm.
+        the standard deviation is the population's. Raises ``RuntimeError`` when a step was not
+        observed, because a monitor that is not connected must not report calm, and after more
+        steps than the epoch has.
         """
-        if not self._records:
-            raise RuntimeError("GradientFlowMonitor saw no step in this epoch: not connected")
-        records = torch.stack(self._records).cpu().double().numpy()  # MPS has no float64
+        if self._kept > len(self._records):
+            raise RuntimeError(
+                f"GradientFlowMonitor saw {self._kept} steps in an epoch of {len(self._records)}"
+            )
+        records = self._records[: self._kept].cpu().double().numpy()  # MPS has no float64
+        if not self._kept or (records[:, 0] == UNSEEN).any():
+            raise RuntimeError("GradientFlowMonitor did not see every step: not connected")
         count = len(self.layers)
         norms, losses, cosines = records[:, 0], records[:, 1], records[:, 2]
         layer_norms, weight_norms = records[:, 3 : 3 + count], records[:, 3 + count :]

@@ -20,8 +20,9 @@ from tune_study.machine.resources import rss_peak_bytes
 from tune_study.model.build import BuiltModel
 from tune_study.model.lora import why_pefts_own
 from tune_study.model.quantize import LayerReport
+from tune_study.trial.graph import why_eager
 from tune_study.trial.micro_batch import out_of_memory_events
-from tune_study.trial.train import Row, Training
+from tune_study.trial.training import Row, Training
 
 FIDELITY_AT_START = ("gradient_cosine_start", "feature_cosine")
 LOG_FILE = "trial.log"
@@ -80,6 +81,15 @@ class Record:
         self.warnings.append(sentence)
         self.log(f"warning: {sentence}")
 
+    def warn_of_graph(self, training: Training) -> None:
+        """Once, where the step could not be captured."""
+        if training.graph is None or training.graph.failure is None:
+            return
+        why = f"the step could not be captured as a CUDA graph ({training.graph.failure})"
+        sentence = f"{why}: steps are eager, with the same micro-batch"
+        if sentence not in self.warnings:
+            self.warn(sentence)
+
     def note(self, sentence: str) -> None:
         """For ``results.json``, and once for the log."""
         if sentence not in self.notes:
@@ -89,6 +99,8 @@ class Record:
     def built(self, built: BuiltModel, training: Training) -> None:
         self.training = training
         if why := why_pefts_own(self.config.lora):
+            self.note(why)
+        if why := why_eager(self.config, self._device):
             self.note(why)
         parameters = sum(p.numel() for p in training.parameters.values())
         self.model_metrics = {
@@ -189,6 +201,7 @@ class Record:
             "batch_size": settings.per_device_train_batch_size,
             "gradient_accumulation_steps": settings.gradient_accumulation_steps,
             "device": self._device,
+            "step": self.training.step if self.training else None,
         }
 
     def _write_layers(self, training: Training) -> None:

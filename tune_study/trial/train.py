@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_cosine_schedule_with_warmup
 
 from tune_study.config import TrialConfig
 from tune_study.data.batches import (
-    Preprocessing,
     augmentation,
     eval_batches,
+    make_batch,
+    planned,
     preprocess,
-    train_batches,
 )
+from tune_study.data.mapped import Mapped
 from tune_study.data.sources import Split
 from tune_study.data.splits import Dataset
-from tune_study.machine.device import random_states, set_random_states
 from tune_study.memory.step import StepMemory, measure_step
 from tune_study.model.build import COMPUTE_DTYPES, BuiltModel, trainable
-from tune_study.model.initial import Factors
 from tune_study.model.noise_scale import NoiseScale, gradients_of_first_half
 from tune_study.trial.gradients import GradientFlowMonitor
+from tune_study.trial.graph import Capturer, Cuda, GraphedStep, refuse_graph, step_of
+from tune_study.trial.schedule import Schedule, hold_rate
+from tune_study.trial.training import Row, Training
 
-Row = dict[str, float]
 EVAL_IMAGES_ON_CPU = 32
 """glibc takes every tensor of more than 32 MiB from the system anew: more images are slower."""
 NO_NOISE_SCALE = dict.fromkeys(
@@ -39,73 +37,16 @@ NO_NOISE_SCALE = dict.fromkeys(
 )
 
 
-@dataclass
-class Training:
-    """The state of one trial between two epochs. ``state_dict`` holds all of it but the base."""
-
-    config: TrialConfig
-    model: nn.Module
-    preprocessing: Preprocessing
-    data: Dataset
-    device: torch.device
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    schedule: LambdaLR
-    generator: torch.Generator
-    """Batch order and augmentation. Dropout draws from torch's global generator."""
-    monitor: GradientFlowMonitor
-    noise: NoiseScale | None = None
-    """Only where the configuration asks for it."""
-    history: list[Row] = field(default_factory=list)
-    layer_gradients: list[list[float]] = field(default_factory=list)
-    """Mean gradient norm of each trainable tensor, per epoch."""
-    best: dict[str, Tensor] = field(default_factory=dict)
-    """The trainable parameters at the best epoch, on the CPU."""
-    best_epoch: int = 0
-    factors: Mapping[str, Factors] = field(default_factory=dict)
-    """What the adapters took of the base when they began (``BuiltModel.factors``)."""
-
-    @property
-    def best_accuracy(self) -> float:
-        return self.history[self.best_epoch - 1]["val_accuracy"] if self.best_epoch else math.nan
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "adapter": {name: p.detach().cpu() for name, p in self.parameters.items()},
-            "best": self.best,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "generators": {
-                "batches": self.generator.get_state(),
-                **random_states(self.device),
-            },
-            "monitor": self.monitor.state_dict(),
-            "history": self.history,
-            "layer_gradients": self.layer_gradients,
-            "best_epoch": self.best_epoch,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues exactly where ``state_dict`` was taken."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state["adapter"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.generator.set_state(state["generators"]["batches"])
-        set_random_states(state["generators"], self.device)
-        self.monitor.load_state_dict(state["monitor"])
-        self.best = dict(state["best"])
-        self.history = list(state["history"])
-        self.layer_gradients = list(state["layer_gradients"])
-        self.best_epoch = int(state["best_epoch"])
-
-
 def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.device) -> Training:
-    """A trial before its first epoch. The images move to ``device``, as uint8."""
+    """A trial before its first epoch. The images move to ``device``, as uint8.
+
+    Raises ``UserError`` as ``refuse_graph``.
+    """
+    refuse_graph(config, device.type)
     settings = config.training
     parameters = trainable(built.model)
     steps_per_epoch = math.ceil(len(data.train.labels) / config.images_per_step)
+    noise = settings.gradient_noise_scale
     # Weight decay is for matrices: biases are exempt, as in transformers' Trainer.
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters.values() if p.ndim >= 2]},
@@ -117,11 +58,15 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, settings.warmup_steps, steps_per_epoch * settings.num_train_epochs
+    hold_rate(optimizer, device)
+    schedule = Schedule(
+        optimizer,
+        settings.learning_rate,
+        settings.warmup_steps,
+        steps_per_epoch * settings.num_train_epochs,
     )
     torch.manual_seed(config.seed)
-    return Training(
+    training = Training(
         config=config,
         model=built.model,
         preprocessing=built.preprocessing,
@@ -133,10 +78,36 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
         optimizer=optimizer,
         schedule=schedule,
         generator=torch.Generator().manual_seed(config.seed),
-        monitor=GradientFlowMonitor(parameters, warmup_steps=settings.warmup_steps),
-        noise=NoiseScale(parameters) if settings.gradient_noise_scale else None,
+        monitor=GradientFlowMonitor(
+            parameters, warmup_steps=settings.warmup_steps, steps=steps_per_epoch
+        ),
+        noise=NoiseScale(parameters, steps=steps_per_epoch) if noise else None,
         factors=built.factors,
     )
+    if step_of(config) == "graph":
+        training.graph = graphed(training, Cuda(device))
+    return training
+
+
+def graphed(training: Training, device: Capturer) -> GraphedStep:
+    """The training's step on full batches, as a graph of ``device``."""
+    split, size = training.data.train, training.config.images_per_step
+    policy = augmentation(training.config.dataset, training.config.data)
+    images = None
+    if isinstance(split.images, Mapped):  # they come batch by batch
+        shape = (size, *split.images.shape[1:])
+        images = torch.zeros(shape, dtype=torch.uint8, device=training.device)
+
+    def step(part: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+        return step_on_device(training, *make_batch(split, part, given, policy))
+
+    def undo() -> None:
+        training.optimizer.zero_grad(set_to_none=True)
+        if training.noise is not None:
+            training.noise.start_step()
+
+    part = torch.zeros(4, size, dtype=torch.int64, device=training.device)
+    return GraphedStep(step, undo, part, images, device)
 
 
 def finished(training: Training) -> str | None:
@@ -186,24 +157,26 @@ def _keep_best(training: Training) -> None:
 
 def _train_epoch(training: Training) -> tuple[Row, list[float]]:
     training.model.train()
-    losses: list[Tensor] = []
-    correct: list[Tensor] = []
-    size = training.config.images_per_step
+    split, size = training.data.train, training.config.images_per_step
+    total = len(split.labels)
     policy = augmentation(training.config.dataset, training.config.data)
-    batches = train_batches(training.data.train, size, policy, training.generator)
+    plan = planned(split, size, policy, training.generator)
+    sums = torch.zeros(math.ceil(total / size), 2, device=training.device)
     learning_rate = math.nan
-    for images, labels in batches:
-        learning_rate = float(training.schedule.get_last_lr()[0])
-        loss, hits = train_step(training, images, labels)
-        losses.append(loss * len(labels))
-        correct.append(hits)
-    # The only reads of the device in the epoch.
-    total = len(training.data.train.labels)
+    for number, (part, images) in enumerate(plan):
+        learning_rate, count = training.schedule.rate, part.shape[1]
+        if training.graph is not None and count == size:
+            loss, hits = training.graph(part, images)
+            _count_step(training, count)
+        else:
+            loss, hits = train_step(training, *make_batch(split, part, images, policy))
+        sums[number].copy_(torch.stack([loss * count, hits]))
+    # The only reads of the device in the epoch. Doubles are the CPU's: MPS has none.
+    losses, correct = sums.cpu().double().T.contiguous()
     gradients, layer_gradients = training.monitor.end_epoch()
     row = {
-        # Sums are double, and on the CPU: MPS has no float64.
-        "train_loss": float(torch.stack(losses).cpu().double().sum()) / total,
-        "train_accuracy": int(torch.stack(correct).sum()) / total,
+        "train_loss": float(losses.sum()) / total,
+        "train_accuracy": int(correct.sum()) / total,
         "learning_rate": learning_rate,
         **gradients,
         **(training.noise.end_epoch() if training.noise is not None else NO_NOISE_SCALE),
@@ -213,6 +186,24 @@ def _train_epoch(training: Training) -> tuple[Row, list[float]]:
 
 def train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """One optimizer step on uint8 ``images``: (mean loss, count of hits), on the device."""
+    found = step_on_device(training, images, labels)
+    _count_step(training, len(labels))
+    return found
+
+
+def _count_step(training: Training, count: int) -> None:
+    """What the host does after each step on ``count`` images."""
+    training.monitor.keep()
+    if training.noise is not None:
+        training.noise.keep(_compared_parts(training.config, count))
+    training.schedule.step()
+
+
+def step_on_device(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of ``train_step`` that only queues work: no read, nothing counted on the host.
+
+    What it finds or leaves and the next step takes lies in tensors that stay where they are.
+    """
     settings = training.config.training
     micro = settings.per_device_train_batch_size
     noise = training.noise
@@ -233,18 +224,24 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tens
     step_loss = torch.stack(losses).sum()
     norm = training.monitor.observe(step_loss)
     if noise is not None:
-        parts = labels.tensor_split(2) if halves else labels.split(micro)
-        noise.observe_step(norm, [len(part) for part in parts])
+        noise.observe_step(norm, _compared_parts(training.config, len(labels)))
     torch.nn.utils.clip_grads_with_norm_(training.parameters.values(), settings.max_grad_norm, norm)
     training.optimizer.step()
-    training.schedule.step()
     training.optimizer.zero_grad(set_to_none=True)
     return step_loss, torch.stack(hits).sum()
 
 
+def _compared_parts(config: TrialConfig, count: int) -> list[int]:
+    """The images in each part of a step of ``count`` whose gradients the noise scale compares."""
+    micro = config.training.per_device_train_batch_size
+    if count <= micro:
+        return [count - count // 2, count // 2]
+    return [min(micro, count - start) for start in range(0, count, micro)]
+
+
 def _forward(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(mean cross-entropy, scores [B, classes]) of uint8 ``images``, in the compute dtype."""
-    pixels = preprocess(images, training.preprocessing)
+    pixels = preprocess(images, training.preprocessing, training.normalisation)
     with autocast(training):
         scores = training.model(pixels)
     return cross_entropy(scores.float(), labels), scores

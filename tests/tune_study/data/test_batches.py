@@ -9,11 +9,19 @@ from tune_study.data.batches import (
     Preprocessing,
     augment,
     augmentation,
+    draw_augmentation,
+    draw_plan,
     eval_batches,
     preprocess,
     train_batches,
 )
 from tune_study.data.sources import Split
+
+
+def augmented(images, how, generator):
+    """By what the generator draws next."""
+    draws = draw_augmentation(len(images), how, images.shape[-2], generator)
+    return augment(images, how, draws)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -38,7 +46,7 @@ def test_preprocess_is_what_pillow_makes_of_each_image(size: int, interpolation:
 
 def test_crop_equals_the_slow_obvious_version():
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    cropped = augment(images, "crop", torch.Generator().manual_seed(3))
+    cropped = augmented(images, "crop", torch.Generator().manual_seed(3))
     offsets = torch.randint(0, 9, (2, 5), generator=torch.Generator().manual_seed(3))
     padded = pad(images, (4, 4, 4, 4))
     for i, (top, left) in enumerate(offsets.T.tolist()):
@@ -47,7 +55,7 @@ def test_crop_equals_the_slow_obvious_version():
 
 def test_flip_mirrors_about_half_of_the_images():
     images = torch.arange(32, dtype=torch.uint8).expand(2000, 3, 32, 32)
-    changed = augment(images, "flip-crop", torch.Generator().manual_seed(0))
+    changed = augmented(images, "flip-crop", torch.Generator().manual_seed(0))
     slope = (changed[:, 0, 16, 20].int() - changed[:, 0, 16, 12].int()).sign()
     assert set(slope.tolist()) == {-1, 1}
     assert abs(float(slope.float().mean())) < 0.1
@@ -88,17 +96,17 @@ def test_augmentation_is_what_was_asked_for_else_what_fits(dataset, asked, taken
 def test_a_crop_moves_by_an_eighth_at_most_and_reaches_it(side, border):
     images = torch.zeros(500, 3, side, side, dtype=torch.uint8)
     images[:, :, side // 2, side // 2] = 1
-    cropped = augment(images, "crop", torch.Generator().manual_seed(0))
+    cropped = augmented(images, "crop", torch.Generator().manual_seed(0))
     _, rows, columns = cropped[:, 0].nonzero().T
     for moved in (rows - side // 2, columns - side // 2):
         assert (int(moved.min()), int(moved.max())) == (-border, border)
-    assert augment(images, "none", torch.Generator()) is images
+    assert augmented(images, "none", torch.Generator()) is images
 
 
 def test_a_mirrored_image_is_the_mirror_of_its_crop():
     images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
-    plain = augment(images, "crop", torch.Generator().manual_seed(5))
-    mirrored = augment(images, "flip-crop", torch.Generator().manual_seed(5))
+    plain = augmented(images, "crop", torch.Generator().manual_seed(5))
+    mirrored = augmented(images, "flip-crop", torch.Generator().manual_seed(5))
     generator = torch.Generator().manual_seed(5)
     torch.randint(0, 3, (2, 40), generator=generator)
     turned = torch.rand(40, generator=generator) < 0.5
@@ -117,8 +125,24 @@ def test_training_batches_are_augmented_in_the_order_of_the_generator():
     images = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(2)
     order = torch.randperm(9, generator=generator)
-    expected = augment(images[order[:9]], "crop", generator)
+    expected = augmented(images[order[:9]], "crop", generator)
     split = Split(images, torch.arange(9))
     ((batch, labels),) = train_batches(split, 9, "crop", torch.Generator().manual_seed(2))
     assert torch.equal(batch, expected)
     assert torch.equal(labels, order)
+
+
+@pytest.mark.parametrize("how", ["none", "crop", "flip-crop"])
+def test_a_plan_is_what_each_batch_would_draw_in_its_turn(how):
+    given, turn = (torch.Generator().manual_seed(4) for _ in range(2))
+    plan = draw_plan(50, 16, how, 32, given)
+    assert torch.equal(plan[0], torch.randperm(50, generator=turn))
+    for part in plan.split(16, dim=1):
+        top_left, mirrored = torch.zeros(2, part.shape[1]), torch.zeros(part.shape[1])
+        if how != "none":
+            top_left = torch.randint(0, 9, (2, part.shape[1]), generator=turn)
+        if how == "flip-crop":
+            mirrored = torch.rand(part.shape[1], generator=turn) < 0.5
+        assert part[1:3].tolist() == top_left.tolist()
+        assert part[3].bool().tolist() == mirrored.bool().tolist()
+    assert torch.equal(given.get_state(), turn.get_state())

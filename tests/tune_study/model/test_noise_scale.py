@@ -16,6 +16,7 @@ from tune_study.model.noise_scale import NoiseScale, gradients_of_first_half, wa
 
 SWIN = "swin_tiny_patch4_window7_224"
 IMAGES = 6
+STEPS = 600
 
 
 def built(config, bf16=False):
@@ -91,19 +92,24 @@ def test_nothing_is_left_outside(tiny):
     assert all(p.grad is not None for p in parameters.values())
 
 
+def end_step(scale, norm, sizes):
+    scale.observe_step(norm, sizes)
+    scale.keep(sizes)
+
+
 def noise_scale_of(steps, parts, size, accumulate=True):
     """``NoiseScale`` over steps of ``parts`` x ``size`` images, whose gradients are known."""
     generator = torch.Generator().manual_seed(3)
     weight = nn.Parameter(torch.zeros(50))
     truth = torch.full((50,), 0.5)  # |G|^2 = 12.5
-    scale = NoiseScale({"w": weight})
+    scale = NoiseScale({"w": weight}, steps=STEPS)
     for _ in range(steps):
         weight.grad = torch.zeros(50)
         for _ in range(parts):
             images = truth + 2 * torch.randn(size, 50, generator=generator)  # S = 4 x 50 = 200
             weight.grad = weight.grad + images.mean(0) / parts
             scale.observe_part(1 / parts)
-        scale.observe_step(weight.grad.norm(), [size] * parts)
+        end_step(scale, weight.grad.norm(), [size] * parts)
     return scale.end_epoch()
 
 
@@ -117,13 +123,13 @@ def test_noise_scale_recovers_a_known_gradient_and_a_known_noise(parts, size):
 
 def test_noise_scale_of_one_step_is_the_formula():
     weight = nn.Parameter(torch.zeros(2))
-    scale = NoiseScale({"w": weight})
+    scale = NoiseScale({"w": weight}, steps=STEPS)
     small = [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 3.0])]
     weight.grad = small[0] / 2
     scale.observe_part(0.5)
     weight.grad = weight.grad + small[1] / 2
     scale.observe_part(0.5)
-    scale.observe_step(weight.grad.norm(), [4, 4])
+    end_step(scale, weight.grad.norm(), [4, 4])
     part, whole = (1 + 9) / 2, (0.25 + 2.25)
     found = scale.end_epoch()
     assert found["gradient_square"] == pytest.approx((8 * whole - 4 * part) / 4)
@@ -132,21 +138,21 @@ def test_noise_scale_of_one_step_is_the_formula():
 
 def test_noise_scale_of_unequal_parts_is_left_out():
     weight = nn.Parameter(torch.zeros(2))
-    scale = NoiseScale({"w": weight})
+    scale = NoiseScale({"w": weight}, steps=STEPS)
     for share in (0.6, 0.4):
         weight.grad = torch.ones(2)
         scale.observe_part(share)
-    scale.observe_step(torch.tensor(1.0), [3, 2])
+    end_step(scale, torch.tensor(1.0), [3, 2])
     assert math.isnan(scale.end_epoch()["gradient_noise_scale"])
 
 
 def test_halves_of_one_step_are_parts_of_half_its_images():
     """The first half added 1 and 0 to the mean gradient, the second 0 and 3."""
     weight, idle = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
-    scale = NoiseScale({"w": weight, "idle": idle})
+    scale = NoiseScale({"w": weight, "idle": idle}, steps=STEPS)
     weight.grad = torch.tensor([1.0, 3.0])
     scale.observe_halves({weight: torch.tensor([1.0, 0.0])})
-    scale.observe_step(weight.grad.norm(), [4, 4])
+    end_step(scale, weight.grad.norm(), [4, 4])
     part, whole = (4 * 1 + 4 * 9) / 2, 10
     found = scale.end_epoch()
     assert found["gradient_square"] == pytest.approx((8 * whole - 4 * part) / 4)
@@ -155,13 +161,13 @@ def test_halves_of_one_step_are_parts_of_half_its_images():
 
 def test_an_epoch_is_the_mean_of_its_steps_and_the_next_begins_anew():
     weight = nn.Parameter(torch.zeros(1))
-    scale = NoiseScale({"w": weight})
+    scale = NoiseScale({"w": weight}, steps=STEPS)
     for first in (1.0, 1.0, 4.0):
         weight.grad = torch.tensor([first / 2])
         scale.observe_part(0.5)
         weight.grad = weight.grad + 1.5
         scale.observe_part(0.5)
-        scale.observe_step(weight.grad.norm(), [1, 1])
+        end_step(scale, weight.grad.norm(), [1, 1])
     squares = [2 * ((f + 3) / 2) ** 2 - (f**2 + 9) / 2 for f in (1, 1, 4)]
     traces = [2 * ((f**2 + 9) / 2 - ((f + 3) / 2) ** 2) for f in (1, 1, 4)]
     found = scale.end_epoch()
@@ -173,11 +179,11 @@ def test_an_epoch_is_the_mean_of_its_steps_and_the_next_begins_anew():
 
 def test_no_scale_without_a_positive_square():
     weight = nn.Parameter(torch.zeros(1))
-    scale = NoiseScale({"w": weight})
+    scale = NoiseScale({"w": weight}, steps=STEPS)
     for now in (1.0, 0.0):
         weight.grad = torch.tensor([now])
         scale.observe_part(0.5)
-    scale.observe_step(weight.grad.norm(), [2, 2])
+    end_step(scale, weight.grad.norm(), [2, 2])
     found = scale.end_epoch()
     assert found["gradient_square"] == pytest.approx(-4)
     assert math.isnan(found["gradient_noise_scale"])
@@ -185,14 +191,14 @@ def test_no_scale_without_a_positive_square():
 
 def test_a_single_part_is_left_out():
     weight = nn.Parameter(torch.zeros(1))
-    scale = NoiseScale({"w": weight})
+    scale = NoiseScale({"w": weight}, steps=STEPS)
     weight.grad = torch.ones(1)
     scale.observe_part(1.0)
-    scale.observe_step(weight.grad.norm(), [4])
+    end_step(scale, weight.grad.norm(), [4])
     for now in (1.0, 2.0):
         weight.grad = torch.tensor([now])
         scale.observe_part(0.5)
-    scale.observe_step(weight.grad.norm(), [2, 2])
+    end_step(scale, weight.grad.norm(), [2, 2])
     assert scale.end_epoch()["gradient_square"] == pytest.approx(4)  # of the second step alone
 
 

@@ -343,3 +343,9 @@ def test_every_mode_is_timed_once_at_its_largest_rank(tiny, tmp_path, monkeypatc
     assert choice["gradient_accumulation_steps"] == 3
     assert (choice["device"], choice["num_threads"]) == ("cpu", 1)
     assert auto_batch.CPU_SHARE == 0.8
+
+
+def test_eager_steps_are_not_timed_for_trials_that_take_a_graph(tiny, tmp_path):
+    trials = [tiny("nf4"), tiny("none", training={"step": "graph"})]
+    with pytest.raises(UserError, match=r"--batch auto: .*training\.step=graph"):
+        auto_batch.measure(trials, RunContext(study_dir=tmp_path), lambda line: None)

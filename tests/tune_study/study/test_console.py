@@ -152,3 +152,15 @@ def test_trials_are_told_apart_by_the_whole_study_where_their_ids_do_not(capsys,
         (line,) = [row for row in shown.splitlines() if rates[1].trial_id in row]
         assert words in line
         assert ("in words" in shown) == bool(words)
+
+
+def test_auto_is_told_once_where_a_graph_might_be_had():
+    named = parse_trial({**VALUES, "training": {"step": "eager"}})
+    for device, trials, times in (
+        ("cuda", [*TRIALS, named], 1),
+        ("cuda", [named], 0),
+        ("cpu", TRIALS, 0),
+    ):
+        said = output()
+        console.say_why_eager(said, trials, device)
+        assert said.file.getvalue().count("note: training.step = auto: steps are eager") == times

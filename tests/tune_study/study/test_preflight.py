@@ -45,6 +45,7 @@ def test_preflight_finds_the_inputs_and_their_checksums(tiny, tmp_path):
         ({"data": {"train_size": 10**6}}, "data.train_size"),
         ({"data": {"image_size": 33}}, "multiple"),
         ({"quantization": {"mode": "nf4", "skip_layers": ["x"]}}, "matches no layer"),
+        ({"training": {"step": "graph"}}, "--device cpu has no CUDA graphs"),
     ],
 )
 def test_preflight_refuses_before_anything_is_written(tiny, tmp_path, fields, words):

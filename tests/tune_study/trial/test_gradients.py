@@ -24,12 +24,13 @@ def monitored(gradients, losses=None, warmup_steps=0, weights=(1.0, 1.0)):
         name: nn.Parameter(torch.full((3,), weight))
         for name, weight in zip(names, weights, strict=False)
     }
-    monitor = GradientFlowMonitor(parameters, warmup_steps=warmup_steps)
+    monitor = GradientFlowMonitor(parameters, warmup_steps=warmup_steps, steps=len(gradients) + 40)
     losses = [1.0] * len(gradients) if losses is None else losses
     for step, loss in zip(gradients, losses, strict=True):
         for parameter, value in zip(parameters.values(), step, strict=True):
             parameter.grad = torch.as_tensor(value, dtype=torch.float32).expand(3).clone()
         monitor.observe(torch.tensor(loss))
+        monitor.keep()
     return monitor
 
 
@@ -59,7 +60,7 @@ def test_the_norm_it_returns_is_the_one_that_clipping_uses():
     torch.manual_seed(0)
     model = nn.Linear(5, 4)
     model(torch.randn(2, 5)).square().sum().backward()
-    monitor = GradientFlowMonitor(dict(model.named_parameters()), warmup_steps=0)
+    monitor = GradientFlowMonitor(dict(model.named_parameters()), warmup_steps=0, steps=1)
     norm = monitor.observe(torch.tensor(0.0))
     torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(model.parameters(), 1e9))
 
@@ -118,6 +119,7 @@ def test_a_vanishing_run_goes_on_over_the_epoch_and_a_restart():
             for parameter, value in zip(again._parameters, (0.0, 1.0), strict=True):
                 parameter.grad = torch.full((3,), value)
             again.observe(torch.tensor(1.0))
+            again.keep()
         assert again.end_epoch()[0]["grad_vanishing_layers"] == 1
 
 
@@ -144,17 +146,33 @@ def test_an_oscillating_gradient_has_a_negative_cosine():
 
 
 def test_a_monitor_that_is_not_connected_raises():
-    monitor = GradientFlowMonitor({"w": nn.Parameter(torch.ones(2))}, warmup_steps=0)
+    weight = nn.Parameter(torch.ones(2))
+    monitor = GradientFlowMonitor({"w": weight}, warmup_steps=0, steps=3)
     with pytest.raises(RuntimeError, match="not connected"):
+        monitor.end_epoch()
+    monitor.observe(torch.tensor(1.0))
+    monitor.keep()
+    monitor.keep()  # a step that it did not see
+    with pytest.raises(RuntimeError, match="not connected"):
+        monitor.end_epoch()
+
+
+def test_more_steps_than_an_epoch_has_are_no_epoch():
+    monitor = monitored(healthy(60))
+    for _ in range(41):  # there is room for 100
+        monitor.observe(torch.tensor(1.0))
+        monitor.keep()
+    with pytest.raises(RuntimeError, match="101 steps in an epoch of 100"):
         monitor.end_epoch()
 
 
 def test_a_layer_without_gradient_counts_as_zero():
     parameters = {"a": nn.Parameter(torch.ones(2)), "b": nn.Parameter(torch.ones(2))}
-    monitor = GradientFlowMonitor(parameters, warmup_steps=0)
+    monitor = GradientFlowMonitor(parameters, warmup_steps=0, steps=30)
     for _ in range(30):
         parameters["a"].grad = torch.ones(2)
         monitor.observe(torch.tensor(1.0))
+        monitor.keep()
     columns, layers = monitor.end_epoch()
     assert columns["grad_vanishing_layers"] == 1
     assert layers[1] == 0
@@ -255,6 +273,7 @@ def test_what_the_next_epoch_counts_by_survives_a_restart():
     for parameter in other._parameters:
         parameter.grad = torch.full((3,), 50.0)
     other.observe(torch.tensor(9.0))
+    other.keep()
     columns, _ = other.end_epoch()
     assert (columns["grad_explosions"], columns["loss_spikes"]) == (1, 1)
     assert math.isnan(columns["gradient_cosine_successive"])  # not with what was seen before

@@ -52,6 +52,8 @@ def training(history, best_epoch=1, best_accuracy=0.5):
         history=history,
         best_epoch=best_epoch,
         best_accuracy=best_accuracy,
+        step="eager",
+        graph=None,
         layer_gradients=[[7.0, 8.0]],
         parameters={"a": torch.zeros(2, 3), "b": torch.zeros(5)},
         data=Dataset(split(7), split(4), split(5), ["x", "y", "z"], "a digest"),
@@ -212,6 +214,7 @@ def test_results_say_what_is_known(record):
         "batch_size": 5,
         "gradient_accumulation_steps": 4,
         "device": "a device",
+        "step": "eager",
     }
     gradients = json.loads((record.folder / "gradients.json").read_text())
     assert gradients == {"layers": ["a", "b"], "epochs": [[7.0, 8.0]]}
@@ -269,3 +272,24 @@ def test_the_tail_of_a_log_is_its_last_fifty_lines_whatever_bytes_they_hold(tmp_
     found = log_tail(tmp_path)
     assert found[:-1] == lines[-49:]
     assert found[-1].startswith("not ")
+
+
+def test_a_graph_that_failed_is_told_once(record):
+    told = training([])
+    record.warn_of_graph(told)
+    told.graph = SimpleNamespace(failure=None)
+    record.warn_of_graph(told)
+    assert record.warnings == []
+    told.graph.failure = "planted"
+    for _ in range(2):
+        record.warn_of_graph(told)
+    (warning,) = record.warnings
+    assert "could not be captured as a CUDA graph (planted)" in warning
+
+
+def test_auto_tells_on_cuda_why_it_is_eager(record):
+    record.built(BUILT, training([]))
+    assert record.notes == []
+    there = Record(record.config, record.folder, "cuda", 1)
+    there.built(BUILT, training([]))
+    assert ["has not passed its gate" in note for note in there.notes] == [True]

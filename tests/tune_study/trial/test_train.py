@@ -174,7 +174,7 @@ def test_schedule_warms_up_then_follows_the_cosine(tiny):
     training = started(config)  # 2 steps an epoch
     rates = []
     for _ in range(8):
-        rates.append(training.schedule.get_last_lr()[0])
+        rates.append(training.schedule.rate)
         training.optimizer.step()
         training.schedule.step()
     expected = [0, 0.25, 0.5, 0.75] + [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
@@ -263,16 +263,16 @@ def test_a_started_trial_has_the_seed_the_steps_and_the_settings_of_its_configur
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.25, 0.0)
     assert [p.ndim for p in decayed["params"]] == [2]
     assert [p.ndim for p in spared["params"]] == [1]
-    assert training.schedule.base_lrs == [0.5, 0.5]
+    assert training.schedule.peak == 0.5
+    assert [group["lr"] for group in training.optimizer.param_groups] == [0.0, 0.0]
     assert training.monitor._warmup_steps == 2
     assert training.noise is None
     for _ in range(11):  # of 12 steps: 45 images are 3 an epoch
-        assert training.schedule.get_last_lr()[0] >= 0
+        assert training.schedule.rate >= 0
         training.optimizer.step()
         training.schedule.step()
-    assert training.schedule.get_last_lr()[0] == pytest.approx(
-        0.25 * (1 + math.cos(math.pi * 9 / 10))
-    )
+    assert training.schedule.rate == pytest.approx(0.25 * (1 + math.cos(math.pi * 9 / 10)))
+    assert training.optimizer.param_groups[1]["lr"] == training.schedule.rate
     assert bare(tiny, training={"gradient_noise_scale": True}).noise is not None
 
 
@@ -283,13 +283,11 @@ def test_an_epoch_averages_over_its_images_and_says_its_last_rate(tiny, monkeypa
     def step(_, images, labels):
         count, loss, hits = next(steps)
         assert len(images) == len(labels) == count
-        training.optimizer.step()
-        training.schedule.step()
         return torch.tensor(loss), torch.tensor(hits)
 
     training.monitor = SimpleNamespace(end_epoch=lambda: ({"grad_norm_mean": 3.0}, [1.0]))
     rates = iter([0.1, 0.2, 0.3])
-    monkeypatch.setattr(training.schedule, "get_last_lr", lambda: [next(rates)])
+    monkeypatch.setattr(train.Schedule, "rate", property(lambda _: next(rates)))
     monkeypatch.setattr(train, "train_step", step)
     training.model.eval()
     row, layers = train._train_epoch(training)
