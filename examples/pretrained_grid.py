@@ -3,9 +3,11 @@
     python -m tune_study.run --grid examples/pretrained_grid.py:pretrained_grid \
         --weights FOLDER_WITH_WEIGHTS --data-dir FOLDER_WITH_CIFAR
 
-Learning rate, epochs, warm-up and dropout are for the search below to choose, in full precision,
-with another seed and on validation images alone. It has not been run yet: what stands here is a
-first guess.
+Learning rate, epochs, warm-up and dropout were chosen by the search below: in full precision, with
+another seed, on one cell of twelve and by its validation images alone.
+
+    python -m tune_study.run --search optuna --space examples/pretrained_grid.py:tuning \
+        --num-samples 14 --objective val_accuracy --weights FOLDER_WITH_WEIGHTS --data-dir FOLDER
 """
 
 from typing import Any
@@ -28,11 +30,11 @@ def tuning(trial: Any) -> dict[str, Any]:
         },
         "quantization": "none",
         "seed": 7,
-        "data": DATA,
+        "data": {**DATA, "val_size": 600, "test_size": 300},
         "training": {
             "per_device_train_batch_size": 16,
-            "learning_rate": trial.suggest_float("training.learning_rate", 3e-4, 6e-3, log=True),
-            "num_train_epochs": trial.suggest_categorical("training.num_train_epochs", [4, 6, 9]),
+            "learning_rate": trial.suggest_float("training.learning_rate", 5e-4, 5e-3, log=True),
+            "num_train_epochs": trial.suggest_categorical("training.num_train_epochs", [4, 6]),
             "warmup_steps": trial.suggest_categorical("training.warmup_steps", [5, 50]),
         },
     }
@@ -51,8 +53,8 @@ def pretrained_grid() -> dict[str, Any]:
         "data": DATA,
         "training": {
             "per_device_train_batch_size": 16,
-            "learning_rate": 1e-3,
+            "learning_rate": 1.5e-3,
             "num_train_epochs": 6,
-            "warmup_steps": 5,
+            "warmup_steps": 50,
         },
     }
