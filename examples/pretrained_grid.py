@@ -15,7 +15,7 @@ from typing import Any
 from ray import tune
 
 MODELS = ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"]
-DATA = {"image_size": 84, "train_size": 800, "val_size": 300, "test_size": 1000}
+DATA = {"image_size": 84, "train_size": 800, "val_size": 300, "test_size": 2000}
 
 
 def tuning(trial: Any) -> dict[str, Any]:
