@@ -227,6 +227,8 @@ def test_a_peak_that_a_device_cannot_tell_is_told_with_its_reason():
     assert checks._peak(Row("a", True, "", figures)).ok is None
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_trial_is_the_same_twice_and_killed_and_continued(tmp_path, monkeypatch):
     monkeypatch.setattr(repeats, "MODES", ("nf4-dq",))
     rows, found = rows_of(repeats.repeats, {**SMALL, "folder": str(tmp_path)})
@@ -355,6 +357,8 @@ def recorded(monkeypatch):
         yield
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("check", ["_before_capture", "_during_capture"])
 def test_the_gate_plants_out_of_memory(check, recorded, tmp_path):
     trial = gate._trial("none", "cuda")
@@ -362,6 +366,8 @@ def test_the_gate_plants_out_of_memory(check, recorded, tmp_path):
     assert row.ok, row.found
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_gate_compares_what_steps_leave(recorded, monkeypatch):
     monkeypatch.setattr(gate, "STEPS", 4)
     config = gate._with(gate.config_of("vit_glyphs_patch4_32", "nf4", 4, "cuda"))

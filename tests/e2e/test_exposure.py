@@ -10,6 +10,8 @@ from . import harness
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_nothing_listens_beyond_loopback_and_no_secret_reaches_a_file(tmp_path, monkeypatch):
     canary = f"canary-{time.time_ns()}"
     for name in SECRETS:

@@ -70,6 +70,8 @@ def test_a_second_run_trains_nothing(study):
     assert (folder / "trials.csv").read_bytes() == before
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_killed_moved_and_continued_gives_the_same_tables(study, tmp_path):
     """A worker first, which the study survives; then everything, with the files written last."""
     first = tmp_path / "first"
@@ -88,6 +90,8 @@ def test_killed_moved_and_continued_gives_the_same_tables(study, tmp_path):
     harness.no_epoch_twice(tmp_path / "moved" / "smoke")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_dead_raylet_ends_the_command_with_a_sentence(tmp_path):
     process = start(tmp_path, "--set", "training.num_train_epochs=200")
     wait_for(process, tmp_path, "epoch 1/200")

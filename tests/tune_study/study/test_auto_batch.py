@@ -44,6 +44,8 @@ def taken(trial, folder):
     return settings.per_device_train_batch_size, settings.gradient_accumulation_steps
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_fastest_that_fits_in_every_mode_then_training_as_if_it_had_been_given(
     tiny, tmp_path, monkeypatch, planted
 ):
