@@ -18,22 +18,12 @@ from typing import Any
 
 import typer.main
 
-from analysis.chapters.page import glance
-from analysis.findings.findings import Findings, compute
-from analysis.load import read_study
-from analysis.statistics.cells import finished, modes_of
 from search_spaces import grids, optuna_spaces
 from tune_study import config, run
 from tune_study.folder import schema
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results"
-PAGES = (
-    "docs/options.md",
-    "docs/architecture.md",
-    "docs/results/README.md",
-    "ray_results/README.md",
-)
+PAGES = ("docs/options.md", "docs/architecture.md", "ray_results/README.md")
 MORE = {
     "--grid": "your-own.md#a-grid-of-your-own",
     "--data-dir": "your-own.md#your-images",
@@ -67,8 +57,6 @@ def filled(text: str) -> str:
         "tune_study": lambda: package("tune_study"),
         "search_spaces": lambda: package("search_spaces"),
         "analysis": lambda: package("analysis"),
-        "results": results,
-        "accuracies": accuracies,
     }
     marks = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return marks.sub(lambda found: f"{found[1]}{parts[found[2]]()}\n{found[3]}", text)
@@ -171,31 +159,6 @@ def package(name: str) -> str:
             link = f"../{name}/{path.name}"
             rows.append(f"| [{path.name}{'/' * path.is_dir()}]({link}) | {caption} |")
     return _table("where | what", rows)
-
-
-def results() -> str:
-    """The published study at a glance: the table that its report begins with."""
-    table = glance(_published())
-    rows = ["| " + " | ".join(map(str, row)) + " |" for row in table.rows]
-    return _table(" | ".join(table.columns), rows)
-
-
-def accuracies() -> str:
-    """Mean test accuracy of the published study's modes, for each model and data set."""
-    trials = finished(_published().study.trials)
-    means = (
-        trials.groupby(["quantization", "model", "dataset"])["test_accuracy"].mean().unstack([1, 2])
-    )
-    rows = [
-        f"| {mode} | " + " | ".join(f"{100 * value:.1f} %" for value in means.loc[mode]) + " |"
-        for mode in modes_of(trials["quantization"])
-    ]
-    return _table("mode | " + " | ".join(f"{m}, {d}" for m, d in means.columns), rows)
-
-
-@functools.cache
-def _published() -> Findings:
-    return compute(read_study(RESULTS))
 
 
 def _caption(text: str | None) -> str:

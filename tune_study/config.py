@@ -15,7 +15,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import (
@@ -196,6 +196,18 @@ class QuantizationConfig(_Record):
         matches = [m for p, m in self.overrides.items() if fnmatch.fnmatchcase(layer, p)]
         return matches[-1] if matches else self.mode
 
+    @property
+    def modes(self) -> set[str]:
+        """Of all layers: the mode, and those of the overrides."""
+        return {self.mode, *self.overrides.values()}
+
+
+class Columns(NamedTuple):
+    """Of a table of images, as the user names them; ``None`` finds them by what they hold."""
+
+    image: str | None = None
+    label: str | None = None
+
 
 class DataConfig(_Record):
     """Sizes are image counts; ``None`` means all (train, test) or a tenth (validation)."""
@@ -214,9 +226,9 @@ class DataConfig(_Record):
     """The same of labels; ``None`` is the only one of classes, or the one called so."""
 
     @property
-    def columns(self) -> tuple[str | None, str | None]:
+    def columns(self) -> Columns:
         """Of images and of labels, as they are named."""
-        return self.image_column, self.label_column
+        return Columns(self.image_column, self.label_column)
 
 
 class TrainingConfig(_Record):
@@ -323,19 +335,18 @@ class TrialConfig(_Record):
 
     @model_validator(mode="after")
     def _has_columns(self) -> TrialConfig:
-        for name in ("image_column", "label_column"):
-            value = getattr(self.data, name)
+        for name, value in self.data.columns._asdict().items():
             if value is not None and not self.dataset.startswith("hf:"):
                 raise ValueError(
-                    f"data.{name} = {value}: {self.dataset} has no columns; leave it out, or name "
-                    "a data set with hf:"
+                    f"data.{name}_column = {value}: {self.dataset} has no columns; leave it out, "
+                    "or name a data set with hf:"
                 )
         return self
 
     @property
     def data_name(self) -> str:
         """What its images and labels go by in study.json: one table may have several columns."""
-        named = {"image": self.data.image_column, "label": self.data.label_column}
+        named = self.data.columns._asdict()
         words = [f"data.{name}_column={value}" for name, value in named.items() if value]
         return f"{self.dataset} ({', '.join(words)})" if words else self.dataset
 
@@ -355,6 +366,11 @@ class TrialConfig(_Record):
         """Images of one optimizer step, however many micro-batches they come in."""
         settings = self.training
         return settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+
+    @property
+    def unquantized(self) -> TrialConfig:
+        """The same in full precision: with what a quantized trial is compared."""
+        return self.model_copy(update={"quantization": QuantizationConfig()})
 
     def on(self, dataset: str) -> TrialConfig:
         """The same on another data set, or on one under another name."""

@@ -63,13 +63,13 @@ def has_mps_kernel(operator: str) -> bool:
     return any(key == "MPS" or key.startswith(COMPOSITE) for key in keys)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
     """All in an operator's arguments or results."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_of(part)
 
 
 class _Place:
@@ -143,7 +143,7 @@ class _Calls(TorchFunctionMode):
             out = real()
         finally:
             place.making = False
-        for tensor in _tensors(out):
+        for tensor in tensors_of(out):
             place.take(tensor)
         return out
 
@@ -168,7 +168,7 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, place = kwargs or {}, self.place
         with torch._C.DisableTorchFunction():  # a kernel sees where its numbers really lie
-            tensors = [*_tensors(args), *_tensors(list(kwargs.values()))]
+            tensors = [*tensors_of(args), *tensors_of(list(kwargs.values()))]
             here = [tensor for tensor in tensors if place.holds(tensor)]
             if here:
                 self._check(func, tensors, here)
@@ -178,7 +178,7 @@ class _Operators(TorchDispatchMode):
                 out = func(*args, **kwargs)
             if here:
                 given = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors}
-                for tensor in _tensors(out):
+                for tensor in tensors_of(out):
                     if StorageWeakRef(tensor.untyped_storage()) not in given:
                         place.take(tensor)
             return out

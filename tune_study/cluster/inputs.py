@@ -26,7 +26,7 @@ from tune_study.data.buckets import folder_of
 from tune_study.data.folders import Found
 from tune_study.data.mapped import Mapped
 from tune_study.data.names import FOLDER, is_bucket
-from tune_study.data.place import Columns, Place, Preprocessing
+from tune_study.data.place import Place, Preprocessing
 from tune_study.data.sources import Source, Split, key_of, provide, source_of
 from tune_study.folder.files import write_whole
 from tune_study.model.build import preprocessing
@@ -82,7 +82,7 @@ def ship(trials: Sequence[TrialConfig], context: RunContext) -> Inputs:
         return Inputs({}, {})
     sources: dict[str, ray.ObjectRef | Distant] = {}
     for trial in trials:
-        how, columns = preprocessing(trial), Columns(*trial.data.columns)
+        how, columns = preprocessing(trial), trial.data.columns
         if (key := key_of(trial.dataset, how, columns)) not in sources:
             source = source_of(trial.dataset, context.place, how, columns)
             distant = isinstance(source.train.images, Mapped)
@@ -139,8 +139,7 @@ def receive(inputs: Inputs, config: TrialConfig, context: RunContext, folder: Pa
     Images are in memory, those of a folder or table in the node's cache, fetched once; weights are
     in a file below ``folder``.
     """
-    how = preprocessing(config)
-    columns = Columns(*config.data.columns)
+    how, columns = preprocessing(config), config.data.columns
     if (given := inputs.data.get(key_of(config.dataset, how, columns))) is not None:
         source = _fetched(given, context.place) if isinstance(given, Distant) else _source(given)
         provide(config.dataset, how, source, columns)

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tune_study.data import cache
 from tune_study.data.decoding import suffixes
@@ -113,17 +109,11 @@ def _fetch(there: Remote, folder: Path, wanted: Mapping[str, Dated]) -> None:
 
 def _each(names: Sequence[str], title: str, do: Callable[[str], None]) -> None:
     """``do(name)`` for all, with a bar where a terminal shows it."""
-    console = Console(stderr=True)
-    if len(names) >= cache.MANY and not console.is_terminal:
-        print(f"{title}: {len(names):,}", file=sys.stderr, flush=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-    bar.disable = not console.is_terminal
     pool = ThreadPoolExecutor(AT_A_TIME, "files")
-    with bar:
+    with cache.progress(title, len(names), shown=True) as advance:
         try:
-            for _ in bar.track(pool.map(do, names), len(names), description=title):
-                pass
+            for _ in pool.map(do, names):
+                advance(1)
         finally:
             pool.shutdown(cancel_futures=True)
 

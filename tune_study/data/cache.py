@@ -328,15 +328,8 @@ def named(found: Listed, broken: dict[int, str]) -> list[str]:
 def _each(found: Listed, title: str, do: Callable[[int, File, str], None]) -> None:
     """``do(place, file, name)`` for every image, on all cores, with a bar in a terminal."""
     count = len(found.paths)
-    console = Console(stderr=True)
-    if count >= MANY and not console.is_terminal:
-        print(f"{title}: {count:,}", file=sys.stderr, flush=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-    bar.disable = not console.is_terminal or count < MANY
     pool, running = ThreadPoolExecutor(cores(), "images"), deque[Future[int]]()
-    with bar, decoding.bounded():
-        task = bar.add_task(title, total=count)
+    with progress(title, count, shown=count >= MANY) as advance, decoding.bounded():
 
         def some(start: int, files: list[tuple[File, str]]) -> int:
             for at, (file, name) in enumerate(files, start):
@@ -347,11 +340,27 @@ def _each(found: Listed, title: str, do: Callable[[int, File, str], None]) -> No
             for start, files in _some(found.files()):
                 running.append(pool.submit(some, start, files))
                 if len(running) > 2 * cores():  # what is read ahead stays small
-                    bar.advance(task, running.popleft().result())
+                    advance(running.popleft().result())
             for done in running:
-                bar.advance(task, done.result())
+                advance(done.result())
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def progress(title: str, count: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Takes how many more of ``count`` are done: a bar in a terminal, if it is to be ``shown``.
+
+    Elsewhere a line says that very many begin.
+    """
+    console = Console(stderr=True)
+    if count >= MANY and not console.is_terminal:
+        print(f"{title}: {count:,}", file=sys.stderr, flush=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    bar.disable = not console.is_terminal or not shown
+    with bar:
+        yield partial(bar.advance, bar.add_task(title, total=count))
 
 
 def _some(files: Iterator[tuple[File, str]]) -> Iterator[tuple[int, list[tuple[File, str]]]]:

@@ -73,7 +73,14 @@ class Found(NamedTuple):
         return [f"passed over: {over}"] if over else []
 
     def stamp(self) -> tuple[str, int]:
-        return stamp(self)
+        """(a digest of every file's place, size and times; the latest of these times)."""
+        classes = "\0".join(self.class_names).encode("utf-8", ERRORS)
+        images = [
+            (path, f"{part} {label}")
+            for part, some in self.parts.items()
+            for path, label in zip(some.paths, some.labels.tolist(), strict=True)
+        ]
+        return touched(images, classes)
 
     def files(self) -> Iterator[tuple[str, str]]:
         return ((path, "") for path in self.paths)
@@ -241,17 +248,6 @@ def passed_over(found: Found) -> str:
     if found.outside:
         words.append(f"{found.outside} images outside of class folders")
     return ", ".join(words)
-
-
-def stamp(found: Found) -> tuple[str, int]:
-    """(a digest of every file's place, size and times; the latest of these times)."""
-    classes = "\0".join(found.class_names).encode("utf-8", ERRORS)
-    images = [
-        (path, f"{part} {label}")
-        for part, some in found.parts.items()
-        for path, label in zip(some.paths, some.labels.tolist(), strict=True)
-    ]
-    return touched(images, classes)
 
 
 def touched(files: Iterable[tuple[str, str]], begun: bytes = b"") -> tuple[str, int]:

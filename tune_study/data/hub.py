@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel
 
+from tune_study.config import Columns
 from tune_study.data import cache, tables
 from tune_study.data.decoding import File, Unreadable
 from tune_study.data.folders import PARTS, touched
 from tune_study.data.listed import Images
 from tune_study.data.names import Hub, hub_of
-from tune_study.data.place import Columns, Place
+from tune_study.data.place import Place
 from tune_study.data.tables import Tables
 from tune_study.errors import UserError
 from tune_study.folder.files import write_json
@@ -105,11 +106,12 @@ class Rows(NamedTuple):
     def files(self) -> Iterator[tuple[File, str]]:
         """Raises ``UserError`` where the rows are not those that were found."""
         hub, outside = hub_of(self.dataset), set(self.outside)
+        root = _root(hub)
         for part, split in self.splits.items():
             count = 0
             for value in tables.values(self.dataset, hub, self.arrow, split, self.columns[0]):
                 count += 1
-                yield _image(value, hub, outside)
+                yield _image(value, root, outside)
             if count != len(self.parts[part].labels):
                 raise UserError(
                     f"dataset {self.dataset}: its split {split} has {count} rows now and had "
@@ -141,7 +143,7 @@ def find(dataset: str, wanted: Columns, place: Place, *, dry: bool = False) -> R
 def _key(dataset: str, wanted: Columns) -> bytes:
     """A folder goes by its place, however it is written."""
     hub = hub_of(dataset)
-    where = hub.repository if hub.folder is None else os.path.realpath(hub.folder)
+    where = _root(hub) or hub.repository
     return b"\0".join(os.fsencode(str(part)) for part in ("hf", where, hub.configuration, wanted))
 
 
@@ -198,8 +200,8 @@ def _looked_at(dataset: str, wanted: Columns, found: Tables) -> Rows:
         part: _rows_of(split, np.array([numbers[value] for value in values[part]], dtype=np.int64))
         for part, split in splits.items()
     }
-    hub = hub_of(dataset)
-    outside = [] if hub.folder is None else _outside(hub.folder, splits, columns[0], found)
+    root = _root(hub_of(dataset))
+    outside = [] if root is None else _outside(root, splits, columns[0], found)
     arrow = {split: found.arrow[split] for split in splits.values() if split in found.arrow}
     return Rows(dataset, wanted, columns, class_names, splits, parts, arrow, outside, unused)
 
@@ -273,39 +275,42 @@ def _all_files(folder: Path) -> list[str]:
     return sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
 
 
-def _outside(folder: Path, splits: dict[str, str], column: str, found: Tables) -> list[str]:
+def _root(hub: Hub) -> str | None:
+    """Where a folder really lies."""
+    return None if hub.folder is None else os.path.realpath(hub.folder)
+
+
+def _outside(root: str, splits: dict[str, str], column: str, found: Tables) -> list[str]:
     """Image files elsewhere that the rows name, as the library's own cache has them."""
     first = next(iter(found.read(splits["train"], column)), None)
-    if not _lies_outside(_path(first, folder), folder):
+    if not _lies_outside(_path(first, root), root):
         return []
-    every = (_path(value, folder) for s in splits.values() for value in found.read(s, column))
-    return [path for path in every if path is not None and _lies_outside(path, folder)]
+    every = (_path(value, root) for s in splits.values() for value in found.read(s, column))
+    return [path for path in every if path is not None and _lies_outside(path, root)]
 
 
-def _path(value: Any, folder: Path | None) -> str | None:
+def _path(value: Any, root: str | None) -> str | None:
     """The file of an image that is not in the table itself."""
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else None
-    root = "" if folder is None else os.path.realpath(folder)
-    return os.path.join(root, value) if isinstance(value, str) else None
+    return os.path.join(root or "", value) if isinstance(value, str) else None
 
 
-def _lies_outside(path: str | None, folder: Path) -> bool:
-    inside = os.path.realpath(folder) + os.sep
-    return path is not None and not os.path.abspath(path).startswith(inside)
+def _lies_outside(path: str | None, root: str) -> bool:
+    return path is not None and not os.path.abspath(path).startswith(root + os.sep)
 
 
-def _image(value: Any, hub: Hub, outside: set[str]) -> tuple[File, str]:
-    """(the file, its name where it has one)."""
+def _image(value: Any, root: str | None, outside: set[str]) -> tuple[File, str]:
+    """(the file, its name where it has one); ``root`` is the folder, of one."""
     if isinstance(value, bytes):
         return value, ""
     if isinstance(value, dict) and value.get("bytes") is not None:
         return value["bytes"], value.get("path") or ""
-    path = _path(value, hub.folder)
+    path = _path(value, root)
     if path is None:
         return Unreadable("there is no image"), ""
-    if hub.folder is not None:
-        name = os.path.relpath(path, os.path.realpath(hub.folder))
-        if _lies_outside(path, hub.folder) and path not in outside:
+    if root is not None:
+        name = os.path.relpath(path, root)
+        if _lies_outside(path, root) and path not in outside:
             return Unreadable("it lies outside of the folder"), name
     return path, name

@@ -31,13 +31,6 @@ class Place(NamedTuple):
             raise UserError("--cache-dir: this user has no home folder; name one") from None
 
 
-class Columns(NamedTuple):
-    """Of a table of images, as the user names them; ``None`` finds them by what they hold."""
-
-    image: str | None = None
-    label: str | None = None
-
-
 class Preprocessing(NamedTuple):
     """What the model wants: side in pixels, timm's interpolation, mean and std per channel."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import urllib.error
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tune_study.config import Columns
 from tune_study.data import cache, hub
 from tune_study.data.buckets import folder_of
 from tune_study.data.decoding import Unreadable, rgb
@@ -19,7 +22,7 @@ from tune_study.data.folders import find
 from tune_study.data.listed import Listed
 from tune_study.data.mapped import Mapped
 from tune_study.data.names import DECODED, HUB, is_bucket
-from tune_study.data.place import Columns, Place, Preprocessing
+from tune_study.data.place import Place, Preprocessing
 from tune_study.errors import UserError, first_line
 
 CIFAR_CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -118,8 +121,7 @@ def read_source(
     """
     if dataset.startswith(DECODED):
         assert how is not None
-        with folder_of(dataset, place) as root:
-            found = _listed(dataset, place, columns, root)
+        with _listed(dataset, place, columns) as found:
             assert found is not None
             return _decoded(found, place, how)
     if dataset == "digits":
@@ -129,13 +131,16 @@ def read_source(
     return Source(train, test, class_names, _checksum(train, test))
 
 
+@contextmanager
 def _listed(
-    dataset: str, place: Place, columns: Columns, root: Path, *, dry: bool = False
-) -> Listed | None:
-    """``root`` is the folder, of one."""
+    dataset: str, place: Place, columns: Columns, *, dry: bool = False
+) -> Iterator[Listed | None]:
+    """Its images. A ``dry`` look fetches none: ``None`` where a data set of the hub is not here."""
     if dataset.startswith(HUB):
-        return hub.find(dataset, columns, place, dry=dry)
-    return find(root)
+        yield hub.find(dataset, columns, place, dry=dry)
+        return
+    with folder_of(dataset, place, names_only=dry) as root:
+        yield find(root)
 
 
 def count(
@@ -154,8 +159,8 @@ def count(
         labels = {part: torch.arange(size) % classes for part, size in CIFAR_IMAGES.items()}
         return Counted(labels, classes)
     assert how is not None
-    with folder_of(dataset, place, names_only=True) as root:
-        if (found := _listed(dataset, place, columns, root, dry=True)) is None:
+    with _listed(dataset, place, columns, dry=True) as found:
+        if found is None:
             return None
         broken: dict[int, str] = {}
         if len(found.paths) <= LOOKED_THROUGH and not is_bucket(dataset):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tune_study.config import SPLIT_SEED, DataConfig
 from tune_study.data.listed import Listed
-from tune_study.data.place import Columns, Place, Preprocessing
+from tune_study.data.place import Place, Preprocessing
 from tune_study.data.sources import Split, count, source_of
 from tune_study.errors import UserError
 
@@ -66,7 +66,7 @@ def load(
     those of a folder or table from the cache, at the side that ``how`` wants, which other data sets
     need not be told. Raises ``UserError`` when they are missing, corrupt or fewer than asked for.
     """
-    source = source_of(dataset, place, how, Columns(*sizes.columns))
+    source = source_of(dataset, place, how, sizes.columns)
     rows = _rows({name: part.labels for name, part in source.parts.items()}, sizes, dataset)
     train, val, test = (
         source.parts[part].take(which) if len(which) < len(source.parts[part].labels)
@@ -85,7 +85,7 @@ def outline(
     ``UNKNOWN`` for a data set of the hub's that is not on this machine. Raises ``UserError`` as far
     as it can be told so.
     """
-    if (counted := count(dataset, place, how, Columns(*sizes.columns))) is None:
+    if (counted := count(dataset, place, how, sizes.columns)) is None:
         return UNKNOWN
     rows = _rows(counted.labels, sizes, dataset)
     train, val, test = (len(which) for _, which in rows)

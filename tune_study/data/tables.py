@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tune_study.config import Columns
 from tune_study.data.names import HUB, Hub
-from tune_study.data.place import Columns
 from tune_study.errors import UserError, first_line
 
 LABELS = ("label", "labels")

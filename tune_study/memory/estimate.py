@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tune_study.config import LoraSpec, QuantizationConfig, TrialConfig
+from tune_study.config import LoraSpec, TrialConfig
 from tune_study.data.names import DECODED
 from tune_study.data.splits import Outline
 from tune_study.errors import UserError
@@ -92,12 +92,11 @@ def refuse_any_that_cannot_fit(planned: Iterable[Planned], device: torch.device)
     """``refuse_what_cannot_fit`` for all (trial, classes) of a plan, with few predictions.
 
     Where the highest rank and the most classes fit, so do the other trials that differ in nothing
-    else. Where ``ROOMY`` times that fits in full precision,
-    no mode is looked at.
+    else. Where ``ROOMY`` times that fits in full precision, no mode is looked at.
     """
     for group in _by_step(planned):
         largest, most_classes = _largest(group)
-        full = largest.model_copy(update={"quantization": QuantizationConfig()})
+        full = largest.unquantized
         if _excess(full, most_classes, device, ROOMY) and _excess(largest, most_classes, device):
             for trial, classes in group:
                 refuse_what_cannot_fit(trial, classes, device)
@@ -109,7 +108,7 @@ def need_of(planned: Sequence[tuple[TrialConfig, Outline]], device: torch.device
     for group in _by_step((trial, data.classes) for trial, data in planned):
         config, classes = _largest(group)
         expected = predict(config, classes, device)
-        full = config.model_copy(update={"quantization": QuantizationConfig()})
+        full = config.unquantized
         twin = predict(full, classes, device)
         if expected.peak_train_bytes is None or twin.peak_train_bytes is None:
             return Need(None, 0)

@@ -18,7 +18,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy, log_softmax
 
-from tune_study.config import QuantizationConfig, TrialConfig
 from tune_study.data.batches import preprocess
 from tune_study.errors import UserError
 from tune_study.machine.device import kept_random_states
@@ -90,7 +89,7 @@ def twin(training: Training, weights: Path | None) -> Iterator[PeftModel]:
     with kept_random_states(training.device):
         classes = len(training.data.class_names)
         built = build_model(
-            _of_twin(training.config),
+            training.config.unquantized,
             classes,
             weights=weights,
             device=training.device,
@@ -102,10 +101,6 @@ def twin(training: Training, weights: Path | None) -> Iterator[PeftModel]:
         yield built.model
 
 
-def _of_twin(config: TrialConfig) -> TrialConfig:
-    return config.model_copy(update={"quantization": QuantizationConfig()})
-
-
 def at_start(training: Training, weights: Path | None) -> tuple[GradientFidelity, OutputFidelity]:
     """Both fidelities of a trial before its first step.
 
@@ -114,7 +109,7 @@ def at_start(training: Training, weights: Path | None) -> tuple[GradientFidelity
     """
     key = "|".join(
         [
-            _of_twin(training.config).model_dump_json(),
+            training.config.unquantized.model_dump_json(),
             f"{weights} {training.data.sha256} {training.device} {torch.get_num_threads()}",
         ]
     )
@@ -145,7 +140,7 @@ def at_end(training: Training, weights: Path | None) -> GradientFidelity:
 
 
 def _is_its_own_twin(training: Training) -> bool:
-    return training.config == _of_twin(training.config)
+    return training.config == training.config.unquantized
 
 
 @contextmanager

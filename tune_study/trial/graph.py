@@ -48,11 +48,10 @@ def refuse_graph(config: TrialConfig, device: str) -> None:
     """Raises ``UserError`` where ``training.step = graph`` can't be had."""
     if config.training.step != "graph":
         return
-    quantization = config.quantization
     reason = None
     if device != "cuda":
         reason = f"--device {device} has no CUDA graphs"
-    elif "int8" in (quantization.mode, *quantization.overrides.values()):
+    elif "int8" in config.quantization.modes:
         reason = "int8 layers count their outlier columns while they compute, which no graph can"
     elif config.training.gradient_checkpointing:
         reason = "blocks that are computed twice turn the generator back, which no graph can"

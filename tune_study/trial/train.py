@@ -280,9 +280,7 @@ def images_per_evaluation(training: Training) -> int:
     whole batch: for them parts of it would be another computation.
     """
     size = training.config.training.per_device_eval_batch_size
-    quantization = training.config.quantization
-    has_int8 = "int8" in (quantization.mode, *quantization.overrides.values())
-    if training.device.type == "cpu" and not has_int8:
+    if training.device.type == "cpu" and "int8" not in training.config.quantization.modes:
         return min(size, EVAL_IMAGES_ON_CPU)
     return size
 

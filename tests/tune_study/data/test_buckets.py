@@ -18,11 +18,6 @@ from tune_study.folder import remote
 
 
 @pytest.fixture
-def place(tmp_path):
-    return Place(cache_dir=tmp_path / "cache")
-
-
-@pytest.fixture
 def there(tmp_path):
     root = class_folders(tmp_path / "there", a=3, b=4)
     (root / "a" / "notes.txt").write_text("some words")

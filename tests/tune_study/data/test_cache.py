@@ -18,11 +18,6 @@ from tune_study.errors import UserError
 
 
 @pytest.fixture
-def place(tmp_path):
-    return Place(cache_dir=tmp_path / "cache")
-
-
-@pytest.fixture
 def root(tmp_path):
     root = class_folders(tmp_path / "d", a=3, b=4)
     for path in root.rglob("*.png"):  # as files are that have lain there for a while

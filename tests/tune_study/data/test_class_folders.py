@@ -19,11 +19,6 @@ def _no_cache():
     sources.read_source.cache_clear()
 
 
-@pytest.fixture
-def place(tmp_path):
-    return Place(cache_dir=tmp_path / "cache")
-
-
 def loaded(root, place, how=HOW, **sizes):
     sources.read_source.cache_clear()
     return load(f"folder:{root}", place, DataConfig(**sizes), how)

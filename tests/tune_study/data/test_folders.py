@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from tests.tune_study.data.pictures import class_folders
-from tune_study.data.folders import find, passed_over, stamp
+from tune_study.data.folders import find, passed_over
 from tune_study.errors import UserError
 
 
@@ -178,8 +178,8 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 def test_the_stamp_tells_every_touch(tmp_path):
     class_folders(tmp_path, a=2, b=2)
-    seen = [stamp(find(tmp_path))[0]]
-    assert stamp(find(tmp_path))[0] == seen[0]
+    seen = [find(tmp_path).stamp()[0]]
+    assert find(tmp_path).stamp()[0] == seen[0]
     file = tmp_path / "a" / "000.png"
     times = file.stat()
 
@@ -197,10 +197,10 @@ def test_the_stamp_tells_every_touch(tmp_path):
         lambda: (tmp_path / "a" / "gone.png").symlink_to("nowhere"),
     ):
         change()
-        seen.append(stamp(find(tmp_path))[0])
+        seen.append(find(tmp_path).stamp()[0])
     assert len(set(seen)) == 7
     newest = max(
         os.stat(tmp_path / "c" / "001.png").st_ctime_ns,
         os.stat(tmp_path / "a" / "9.png").st_ctime_ns,
     )
-    assert stamp(find(tmp_path))[1] == newest
+    assert find(tmp_path).stamp()[1] == newest

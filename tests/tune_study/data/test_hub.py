@@ -18,7 +18,6 @@ from PIL import Image
 from tests.tune_study.data.pictures import HOW, class_folders, noise
 from tune_study.config import DataConfig
 from tune_study.data import cache, decoding, hub, sources, tables
-from tune_study.data.place import Place
 from tune_study.data.splits import UNKNOWN, load, outline
 from tune_study.errors import UserError
 
@@ -31,11 +30,6 @@ def _alone(tmp_path, monkeypatch):
     sources.read_source.cache_clear()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "library")
     monkeypatch.setattr(tables, "_answers", lambda: False)
-
-
-@pytest.fixture
-def place(tmp_path):
-    return Place(cache_dir=tmp_path / "cache")
 
 
 @pytest.fixture

@@ -9,26 +9,18 @@ the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.tune_study.pretend import tensors_of
 from tune_study.machine.device import random_states, set_random_states
 from tune_study.trial.graph import Found, Work
 
 REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal")
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """All in an operator's arguments or results."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from tensors(part)
 
 
 class _Recording(TorchDispatchMode):
@@ -42,18 +34,18 @@ class _Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
-        masks = name == "index" and any(t.dtype == torch.bool for t in tensors(args[1]))
+        masks = name == "index" and any(t.dtype == torch.bool for t in tensors_of(args[1]))
         if name in REFUSED or masks:
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
         given = list(zip(func._schema.arguments, args, strict=False))
         given += [(a, kwargs[a.name]) for a in func._schema.arguments if a.name in kwargs]
         for argument, value in given:
             if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in tensors(value):
+                for tensor in tensors_of(value):
                     self._remember(tensor)
         out = func(*args, **kwargs)
-        inside = {place(tensor) for _, value in given for tensor in tensors(value)}
-        for tensor in tensors(out):
+        inside = {place(tensor) for _, value in given for tensor in tensors_of(value)}
+        for tensor in tensors_of(out):
             if place(tensor) not in inside:
                 self._made[place(tensor)] = tensor  # held, so that its place is not taken again
         self.calls.append((func, args, kwargs, out))
@@ -103,9 +95,9 @@ class Recorder:
             with torch.no_grad():
                 for func, args, kwargs, out in recording.calls:
                     draws = torch.Tag.nondeterministic_seeded in func.tags
-                    made = draws and not any(True for _ in tensors([*args, *kwargs.values()]))
+                    made = draws and not any(True for _ in tensors_of([*args, *kwargs.values()]))
                     again = (self._drawn if made else call)(func, args, kwargs)
-                    for old, new in zip(tensors(out), tensors(again), strict=True):
+                    for old, new in zip(tensors_of(out), tensors_of(again), strict=True):
                         if place(old) != place(new):
                             old.copy_(new)
 
