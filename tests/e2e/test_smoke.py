@@ -125,6 +125,20 @@ def test_a_signal_ends_at_the_epoch_and_the_command_goes_on(study, tmp_path, num
 
 @pytest.mark.slow
 @pytest.mark.ci
+def test_a_signal_ends_trials_that_run_side_by_side(tmp_path):
+    """Tune gives the worker of the first that ends to a waiting trial, which is not waited for."""
+    arguments = ["--simulate", "--epoch-s", 2, "--max-concurrent", 2]
+    arguments += ["--set", "training.num_train_epochs=100"]
+    process = start(tmp_path, *arguments, grid="full")
+    wait_for(process, tmp_path, "epoch 1/100")
+    harness.interrupt(process)
+    found, output = finish(process, tmp_path)
+    assert found == 130, output
+    assert output.count(": started") <= 4, output
+
+
+@pytest.mark.slow
+@pytest.mark.ci
 def test_crashes_at_random_moments(study, tmp_path):
     """The short form of ``python -m tests.e2e.crash``."""
     crash.crash(tmp_path, study[0], 60, random.Random("short"))

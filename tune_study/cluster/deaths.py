@@ -41,7 +41,9 @@ class Deaths(Callback):
         self._kills = out_of_memory_kills()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        Stop.running.add(trial.trial_id)
+        # Once it is to stop, Tune still gives the worker of one that ended to one that waits.
+        if not Stop.requested():
+            Stop.running.add(trial.trial_id)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         Stop.running.discard(trial.trial_id)

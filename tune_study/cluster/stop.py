@@ -16,7 +16,8 @@ from ray.tune.schedulers import FIFOScheduler
 class Stop:
     """Why the study ends early, if it does: the running trials end at their next epoch,
 
-    checkpointed, and no other starts. Of the class, because Tune pickles what it is given.
+    checkpointed, and none is waited for that starts after that. Of the class, because Tune pickles
+    what it is given.
     """
 
     reason: str | None = None

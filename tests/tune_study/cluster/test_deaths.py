@@ -187,8 +187,12 @@ def test_running_trials_are_known_by_tunes_name(tiny, tmp_path):
     assert Stop.running == {"t", "u"}
     deaths.on_trial_complete(0, [], one)
     assert Stop.running == {"u"}
+    Stop.request("interrupt")
+    deaths.on_trial_start(0, [], one)  # in the worker of one that ended
+    assert Stop.running == {"u"}
     deaths.on_trial_error(0, [], two)
     assert Stop.running == set()
+    Stop.reset()
 
 
 def test_a_trial_that_is_given_up_keeps_what_it_had(tiny, tmp_path):
