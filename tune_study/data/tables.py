@@ -6,6 +6,7 @@ It is an optional extra. No code of a data set is run, and nothing of a folder i
 from __future__ import annotations
 
 import errno
+import glob
 import re
 import sys
 import tempfile
@@ -110,6 +111,11 @@ def _of_a_folder(library: Any, dataset: str, hub: Hub, cache_dir: str) -> Tables
                 f"@{hub.configuration}"
             )
         return _mapped(library.load_from_disk(str(root), keep_in_memory=False))
+    if glob.has_magic(place := str(root.resolve())):
+        raise UserError(
+            f"dataset {dataset}: the datasets library takes * ? [ in {place} for a pattern of "
+            "names; rename that folder"
+        )
     builder = library.load_dataset_builder(str(root), hub.configuration, cache_dir=cache_dir)
     files = [str(file) for some in builder.config.data_files.values() for file in some]
     if zipped := [file for file in files if file.lower().endswith(".zip")]:

@@ -368,6 +368,17 @@ def test_all_broken_images_are_named_together_or_left_out(images, tmp_path, plac
     assert found.left_out[0] == "train[3] (003.png: it is no image)"
 
 
+def test_a_folder_whose_name_is_a_pattern_is_read_or_refused(tmp_path, images, place):
+    """The library would look for other folders, and not find its own."""
+    table(*rows(images)).save_to_disk(tmp_path / "[a] saved")
+    assert same(loaded(f"hf:{tmp_path}/[a] saved", place), expected(images, place))
+    folder = parquet(tmp_path / "[a] parquet", train=table(*rows(images)))
+    (tmp_path / "linked").symlink_to(folder)
+    for root in (folder, tmp_path / "linked"):
+        with pytest.raises(UserError, match=r"\[ in .*\[a\] parquet for a pattern .*; rename that"):
+            loaded(root, place)
+
+
 def test_a_folder_that_is_no_data_set_is_one_sentence(images, tmp_path, place):
     def refused(root, text):
         with pytest.raises(UserError, match=text):
