@@ -14,6 +14,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items):
+    """No limit of time for the slow tests that CI leaves out: some take half an hour."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("ci"):
+            item.add_marker(pytest.mark.timeout(0))
+
+
 @pytest.fixture(scope="session")
 def cifar_dir() -> Path:
     """A folder with CIFAR in the Hugging Face parquet layout, kept outside the repository."""

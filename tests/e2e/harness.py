@@ -1,5 +1,6 @@
 """Studies as a user starts them, killed as a machine kills them, and compared to the last bit."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tune_study.machine import resources
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+PATIENCE_S = 900
+"""A study that does nothing for so long is stuck."""
 TIMES = ["train_time_s", "eval_time_s", "images_per_s", "epoch_time_s", "rss_peak_bytes"]
 TIMES += resources.COLUMNS
 TARGETS = ("driver", "worker", "raylet", "everything", "power")
@@ -51,17 +55,48 @@ def start_anywhere(
         )
 
 
-def finish(process: subprocess.Popen, output_dir: Path, timeout_s: float = 900) -> tuple[int, str]:
-    """(exit code, output)."""
-    code = process.wait(timeout=timeout_s)
-    return code, (output_dir / "output.txt").read_text()
+def finish(
+    process: subprocess.Popen, folder: Path, timeout_s: float = PATIENCE_S
+) -> tuple[int, str]:
+    """(exit code, output). Raises ``AssertionError`` with what a study that is stuck was doing."""
+    try:
+        code = process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"it never ends:\n{stuck(process, folder)}") from None
+    return code, said(folder)
 
 
-def wait_for(process: subprocess.Popen, output_dir: Path, text: str) -> None:
-    """Until the study has printed ``text``."""
-    while text not in (output_dir / "output.txt").read_text():
-        assert process.poll() is None, (output_dir / "output.txt").read_text()
-        time.sleep(0.1)
+def said(folder: Path) -> str:
+    """The output of the study that was started last."""
+    return (folder / "output.txt").read_text()
+
+
+def wait_for(process: subprocess.Popen, folder: Path, text: str, times: int = 1) -> None:
+    """Until the study has printed ``text`` so often. Raises as ``wait_until``."""
+    wait_until(process, folder, lambda: said(folder).count(text) >= times, text)
+
+
+def wait_until(
+    process: subprocess.Popen, folder: Path, condition: Callable[[], bool], what: str
+) -> None:
+    """Raises ``AssertionError`` where the study ends before, or is stuck."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert process.poll() is None, f"it ended before {what}:\n{said(folder)}"
+        assert time.monotonic() < end, f"it waits for {what}:\n{stuck(process, folder)}"
+        time.sleep(0.05)
+
+
+def stuck(process: subprocess.Popen, folder: Path) -> str:
+    """Kills a study that does not go on: its output, and where each thread of its command was."""
+    others = descendants(process)
+    process.send_signal(signal.SIGABRT)  # Python's fault handler prints the stacks
+    process.wait()
+    for other in others:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            other.kill()
+    names = ", ".join(sorted(map(_name, others)))
+    return f"{said(folder)}\nits processes: {names}"
 
 
 def descendants(process: subprocess.Popen, name: str = "") -> list[psutil.Process]:

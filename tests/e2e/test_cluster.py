@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -25,16 +24,6 @@ def start(tmp_path, cluster, *arguments):
     places = ("--address", cluster["address"], "--cpus-per-trial", 1)
     places += ("--storage", (tmp_path / "store").as_uri())
     return harness.start(tmp_path / "cluster", *places, *arguments)
-
-
-def until(process, folder, enough):
-    """Until ``enough(output)``."""
-    while True:
-        said = (folder / "output.txt").read_text()
-        if enough(said):
-            return
-        assert process.poll() is None, said
-        time.sleep(0.2)
 
 
 def object_stores(pid):
@@ -70,7 +59,7 @@ def test_simulated_trials_survive_a_node_and_equal_those_of_one(tmp_path):
         folder = tmp_path / "cluster"
         # Three run at a time, so that every node has one; so long that the first is far from its
         # end when the last has begun, however busy the machine is.
-        until(process, folder, lambda said: said.count(": epoch 1/4") == 3)
+        harness.wait_for(process, folder, ": epoch 1/4", times=3)
         kill_a_node(cluster, process, folder)
     name = "smoke-simulated"
     for table in ("trials", "epochs"):
@@ -94,7 +83,7 @@ def test_real_trials_survive_a_node_and_equal_those_of_one(tmp_path):
     with nodes.cluster(3) as cluster:
         process = start(tmp_path, cluster, *REAL)
         folder = tmp_path / "cluster"
-        until(process, folder, lambda said: said.count(": epoch 1/4") == 3)
+        harness.wait_for(process, folder, ": epoch 1/4", times=3)
         kill_a_node(cluster, process, folder)
     harness.compare(folder / "smoke", tmp_path / "one" / "smoke")
     harness.no_epoch_twice(folder / "smoke")
@@ -147,7 +136,7 @@ def test_a_study_submitted_as_a_job_is_stopped_and_continued(tmp_path):
 
     with nodes.cluster(1, jobs_port=port):
         process = submit("first", "my_grid.py:two")
-        until(process, tmp_path / "first", lambda said: ": epoch 2/4" in said)
+        harness.wait_for(process, tmp_path / "first", ": epoch 2/4")
         told("stop", "first")
         _, output = harness.finish(process, tmp_path / "first")
         assert "Job 'first' was stopped" in output

@@ -23,14 +23,6 @@ def start(folder, *options):
     return harness.start(folder, *SEARCH, *options, grid=None)
 
 
-def wait_for(process, folder, words, patience_s=300):
-    begun = time.monotonic()
-    while words not in (folder / "output.txt").read_text():
-        assert process.poll() is None, (folder / "output.txt").read_text()
-        assert time.monotonic() - begun < patience_s
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
@@ -61,7 +53,7 @@ def test_killed_moved_and_continued_it_is_the_same_search(whole, tmp_path):
     folder, rng = tmp_path / "first", random.Random(1)
     for moment in ("[3/16]", "[9/16]", "[13/16]"):
         process = start(folder, *LASTING)
-        wait_for(process, folder, moment)
+        harness.wait_for(process, folder, moment)
         time.sleep(EPOCH_S * rng.random())  # anywhere in the epoch that runs
         harness.kill(process, "everything")
         process.wait()
@@ -80,7 +72,7 @@ def test_killed_in_a_store_it_goes_on_from_an_empty_folder(whole, tmp_path):
     stored = ("--storage", (tmp_path / "store").as_uri())
     first, second = tmp_path / "first", tmp_path / "second"
     process = start(first, *stored, *LASTING)
-    wait_for(process, first, "[5/16]")
+    harness.wait_for(process, first, "[5/16]")
     harness.kill(process, "everything")
     process.wait()
     code, output = harness.finish(start(second, *stored), second)
@@ -93,7 +85,7 @@ def test_killed_in_a_store_it_goes_on_from_an_empty_folder(whole, tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_search_that_goes_on(whole, tmp_path):
     process = start(tmp_path, *LASTING)
-    wait_for(process, tmp_path, "[5/16]")
+    harness.wait_for(process, tmp_path, "[5/16]")
     process.send_signal(signal.SIGINT)
     code, output = harness.finish(process, tmp_path)
     assert code == 130, output
@@ -115,7 +107,7 @@ def test_on_a_cluster_a_killed_command_goes_on_from_an_empty_folder(whole, tmp_p
     one = ("--max-concurrent", 1)
     with nodes.cluster(3) as cluster:
         process = on_cluster(first, cluster, *one, *LASTING)
-        wait_for(process, first, "[5/16]")
+        harness.wait_for(process, first, "[5/16]")
         harness.kill(process, "driver")
         process.wait()
         code, output = harness.finish(on_cluster(second, cluster, *one), second)
@@ -131,7 +123,7 @@ def test_on_a_cluster_several_run_at_a_time_and_survive_a_node(tmp_path):
     folder = tmp_path / "c"
     with nodes.cluster(3) as cluster:
         process = on_cluster(folder, cluster, *options)
-        test_cluster.until(process, folder, lambda said: said.count(": epoch 1/4") == 3)
+        harness.wait_for(process, folder, ": epoch 1/4", times=3)
         test_cluster.kill_another_node(cluster, process)
         code, output = harness.finish(process, folder)
     assert code == 0, output

@@ -35,13 +35,6 @@ def bucket(endpoint, monkeypatch):
     return uri, remote.open_remote(uri)
 
 
-def until(process, output_dir, condition):
-    while not condition():
-        said = (output_dir / "output.txt").read_text()
-        assert process.poll() is None, said
-        time.sleep(0.2)
-
-
 def report(uri, *arguments):
     command = [sys.executable, "-m", "analysis.report", uri, *map(str, arguments)]
     environment = {**harness.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
@@ -52,7 +45,7 @@ def kill_and_go_on(uri, place, tmp_path, name, arguments, when):
     """Kills everything when ``when()``; the same command goes on in an empty folder."""
     first, second = tmp_path / "first", tmp_path / "second"
     process = harness.start(first, "--storage", uri, *arguments)
-    until(process, first, when)
+    harness.wait_until(process, first, when, "what it leaves in the store")
     harness.kill(process, "everything")
     process.wait()
     process = harness.start(second, "--storage", uri, *arguments)
