@@ -191,6 +191,8 @@ def test_a_model_of_other_bytes_is_red_and_so_is_a_mode_that_cannot_be_built(mon
     assert "expected" in rows["vit_glyphs_patch4_32, nf4"].found
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_ledger_is_equal_to_the_byte_and_its_peak_near():
     _, found = rows_of(checks.ledgers, SMALL)
     assert [row.ok for row in found] == [True] * 8

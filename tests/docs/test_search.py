@@ -36,7 +36,12 @@ def without_ray(waiting, context, progress, *, search, **options):
 
 
 @pytest.mark.parametrize(
-    "in_this_process", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["quick", "ray"]
+    "in_this_process",
+    [
+        pytest.param(True, marks=[pytest.mark.slow, pytest.mark.ci]),
+        pytest.param(False, marks=pytest.mark.slow),
+    ],
+    ids=["quick", "ray"],
 )
 def test_the_simulated_commands_run(tmp_path, monkeypatch, capsys, in_this_process):
     monkeypatch.chdir(tmp_path)

@@ -99,6 +99,8 @@ def outputs(commands, monkeypatch, capsys):
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_commands_run(folder, monkeypatch, capsys):
     monkeypatch.setattr(schedule, "run", without_ray)
     monkeypatch.setattr("analysis.report.write_report", lambda folder: folder / "report")

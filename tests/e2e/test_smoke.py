@@ -60,6 +60,8 @@ def test_the_study_folder_is_as_designed(study):
     assert not list(folder.rglob(".*.tmp"))
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_second_run_trains_nothing(study):
     folder, _ = study
     before = (folder / "trials.csv").read_bytes()

@@ -110,6 +110,8 @@ def test_a_trial_with_a_graph_is_killed_and_continued_as_if_it_had_not_been(
     assert eager["train"]["resource_metrics"]["step"] == "eager"
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_continued_trial_draws_on_from_the_devices_own_generator(small, tmp_path):
     whole, _ = run(small("none"), tmp_path / "whole", "mps")
     with pytest.raises(KeyboardInterrupt):
@@ -250,6 +252,8 @@ def test_cuda_is_settled_for_trials_that_repeat(cuda_settings, monkeypatch):
     assert not torch.utils.deterministic.fill_uninitialized_memory
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_an_operation_without_a_deterministic_kernel_is_told_and_not_fatal(
     cuda_settings, small, tmp_path, monkeypatch
 ):

@@ -7,7 +7,9 @@ from tests.tune_study.trial.test_execution import killed, without_times
 from tune_study.trial.context import RunContext
 from tune_study.trial.execution import execute
 
-MODES = ["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
+QUICK = ["none", "int8", "nf4-dq"]
+SLOW = [pytest.mark.slow, pytest.mark.ci]
+MODES = [*QUICK, *(pytest.param(mode, marks=SLOW) for mode in ("nf4", "fp4", "fp4-dq"))]
 
 
 def outcome(config, folder):
@@ -32,10 +34,10 @@ def test_a_trial_is_the_same_alone_after_another_and_killed(tiny, tmp_path, mode
     ("mode", "spec"),
     [
         ("nf4", {"init_lora_weights": "pissa_niter_2", "bias": "all"}),
-        ("nf4-dq", {"init_lora_weights": "loftq", "loftq_iter": 2}),
+        pytest.param("nf4-dq", {"init_lora_weights": "loftq", "loftq_iter": 2}, marks=SLOW),
         ("int8", {"init_lora_weights": "loftq", "use_dora": True}),
-        ("none", {"init_lora_weights": "pissa", "use_dora": True}),
-        ("int8", {"lora_bias": True, "rank_pattern": {"qkv": 2}}),
+        pytest.param("none", {"init_lora_weights": "pissa", "use_dora": True}, marks=SLOW),
+        pytest.param("int8", {"lora_bias": True, "rank_pattern": {"qkv": 2}}, marks=SLOW),
     ],
 )
 def test_a_base_without_what_the_adapters_took_is_rebuilt_the_same(tiny, tmp_path, mode, spec):
@@ -46,6 +48,8 @@ def test_a_base_without_what_the_adapters_took_is_rebuilt_the_same(tiny, tmp_pat
     assert outcome(config, tmp_path / "killed") == alone
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_seed_matters(tiny, tmp_path):
     one, other = (outcome(tiny("nf4", seed=seed), tmp_path) for seed in (1, 2))
     assert one[1] != other[1]

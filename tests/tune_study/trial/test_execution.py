@@ -295,6 +295,8 @@ def out_of_memory_above(largest, monkeypatch):
     monkeypatch.setattr(train, "_forward", refuse)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(tiny, tmp_path, monkeypatch):
     config = tiny("nf4")  # micro-batches of 20
     out_of_memory_above(5, monkeypatch)
@@ -383,6 +385,8 @@ def test_checkpoints_of_a_finished_trial(tiny, tmp_path, keep, checkpoints, adap
     assert (folder / "adapter" / "adapter_model.safetensors").exists() is adapter
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_trial_that_goes_on_with_less_memory_is_measured_anew(tiny, tmp_path, monkeypatch):
     config = tiny("nf4", training={"num_train_epochs": 3})
     step = train.train_step
