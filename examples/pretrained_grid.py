@@ -3,11 +3,13 @@
     python -m tune_study.run --grid examples/pretrained_grid.py:pretrained_grid \
         --weights FOLDER_WITH_WEIGHTS --data-dir FOLDER_WITH_CIFAR
 
-Learning rate, epochs, warm-up and dropout were chosen by the search below: in full precision, with
-another seed, on one cell of twelve and by its validation images alone.
+Epochs, warm-up and dropout were chosen by the search below, and then the learning rate by a grid
+over all ranks: in full precision, with another seed and by validation images alone.
 
     python -m tune_study.run --search optuna --space examples/pretrained_grid.py:tuning \
         --num-samples 14 --objective val_accuracy --weights FOLDER_WITH_WEIGHTS --data-dir FOLDER
+    python -m tune_study.run --grid examples/pretrained_grid.py:rates \
+        --weights FOLDER_WITH_WEIGHTS --data-dir FOLDER_WITH_CIFAR
 """
 
 from typing import Any
@@ -16,6 +18,13 @@ from ray import tune
 
 MODELS = ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"]
 DATA = {"image_size": 84, "train_size": 800, "val_size": 300, "test_size": 2000}
+LORA = [{"r": r, "lora_alpha": 2 * r, "lora_dropout": 0.0} for r in (4, 8, 16)]
+TRAINING = {
+    "per_device_train_batch_size": 16,
+    "learning_rate": 1e-3,
+    "num_train_epochs": 6,
+    "warmup_steps": 50,
+}
 
 
 def tuning(trial: Any) -> dict[str, Any]:
@@ -40,21 +49,30 @@ def tuning(trial: Any) -> dict[str, Any]:
     }
 
 
+def rates() -> dict[str, Any]:
+    """How fast, over all ranks: the learning rates that the search left, in full precision.
+
+    3 rates x 3 ranks = 9 trials, of which the validation images decide.
+    """
+    return {
+        "model": MODELS[0],
+        "dataset": "cifar100",
+        "lora": tune.grid_search(LORA),
+        "quantization": "none",
+        "seed": 7,
+        "data": {**DATA, "val_size": 600, "test_size": 300},
+        "training": {**TRAINING, "learning_rate": tune.grid_search([5e-4, 7e-4, 1e-3])},
+    }
+
+
 def pretrained_grid() -> dict[str, Any]:
     """2 models x 2 data sets x 3 LoRA settings x 4 modes x 3 seeds = 144 trials."""
     return {
         "model": tune.grid_search(MODELS),
         "dataset": tune.grid_search(["cifar10", "cifar100"]),
-        "lora": tune.grid_search(
-            [{"r": r, "lora_alpha": 2 * r, "lora_dropout": 0.0} for r in (4, 8, 16)]
-        ),
+        "lora": tune.grid_search(LORA),
         "quantization": tune.grid_search(["none", "int8", "nf4", "nf4-dq"]),
         "seed": tune.grid_search([42, 123, 456]),
         "data": DATA,
-        "training": {
-            "per_device_train_batch_size": 16,
-            "learning_rate": 1.5e-3,
-            "num_train_epochs": 6,
-            "warmup_steps": 50,
-        },
+        "training": TRAINING,
     }
