@@ -81,21 +81,19 @@ class Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.shape, ctx.dtype = (codes, scales), x.shape, x.dtype
         rows = x.flatten(0, -2)
-        half = rows.to(torch.float16)
-        outliers = half.abs() >= INT8_THRESHOLD
-        columns = outliers.any(0)
+        taken, row_scales, columns = _apart(rows)
         if met is not None:
             torch.maximum(met, columns.sum(), out=met)
-        taken, row_scales, _ = int8_vectorwise_quant(half.masked_fill(outliers, 0))
-        taken.masked_fill_(columns, 0)
         is_outlier, order = columns.byte().sort(descending=True, stable=True)
         is_outlier, order = is_outlier[:room], order[:room]
-        apart = rows[:, order].masked_fill_(is_outlier == 0, 0)
-        weights = torch.ops.bitsandbytes.int8_vectorwise_dequant(codes[:, order], scales)
         out: Tensor = torch.ops.bitsandbytes.int8_scaled_mm(
             taken, codes, row_scales, scales, bias=bias, dtype=x.dtype
         )
-        return out.addmm_(apart, weights.to(x.dtype).t()).view(*x.shape[:-1], -1)
+        outliers = rows.index_select(1, order).masked_fill_(is_outlier == 0, 0)
+        weights = torch.ops.bitsandbytes.int8_vectorwise_dequant(
+            codes.index_select(1, order), scales
+        )
+        return out.addmm_(outliers, weights.to(x.dtype).t()).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -103,3 +101,12 @@ class Product(torch.autograd.Function):
         weights = codes.to(ctx.dtype).mul_(scales.unsqueeze(1).mul(1 / 127))
         gradient = gradients[0].flatten(0, -2).contiguous().to(ctx.dtype)
         return (gradient @ weights).view(ctx.shape), None, None, None, None, None
+
+
+def _apart(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(int8 codes of [n, in] ``rows``, zero in outlier columns; scales [n]; which those are)."""
+    half = rows.to(torch.float16)
+    outliers = half.abs() >= INT8_THRESHOLD
+    columns = outliers.any(0)
+    codes, scales, _ = int8_vectorwise_quant(half.masked_fill(outliers, 0))
+    return codes.masked_fill_(columns, 0), scales, columns
