@@ -63,19 +63,21 @@ def gates(settings: dict[str, Any]) -> Iterator[Row]:
 
 def _with(config: TrialConfig, **training: Any) -> TrialConfig:
     """``config`` with a graph, and ``training`` changed; of accumulated images as many."""
-    accumulated = training.get("gradient_accumulation_steps", 1)
     settings = config.training
+    micro = settings.per_device_train_batch_size // training.get("gradient_accumulation_steps", 1)
     changed = {
         "step": "graph",
-        "per_device_train_batch_size": settings.per_device_train_batch_size // accumulated,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
         **training,
     }
     return config.model_copy(update={"training": settings.model_copy(update=changed)})
 
 
 def _trial(mode: str, device: str) -> TrialConfig:
-    """Two epochs of steps before, by and after the graph."""
-    trial = _with(small_trial(mode, torch.device(device)), num_train_epochs=EPOCHS)
+    """Two epochs of steps before, by and after the graph, and evaluations of five batches."""
+    trial = small_trial(mode, torch.device(device))
+    trial = _with(trial, num_train_epochs=EPOCHS, per_device_eval_batch_size=4)
     images = (WARM_UP + 2) * trial.images_per_step + LAST
     return trial.model_copy(update={"data": trial.data.model_copy(update={"train_size": images})})
 
@@ -120,7 +122,8 @@ def _product(name: str, columns: int, device: str) -> Row:
 
 
 def _trained(config: TrialConfig, device: str) -> dict[str, Tensor]:
-    """What epochs leave: learned tensors, AdamW's, generators, and what was kept of each step."""
+    """What epochs leave: learned tensors, AdamW's, generators, what was kept of each step; and an
+    evaluation of the last state."""
     training = started(config, device, STEPS * config.images_per_step + LAST)
     training.outliers = training.outliers or make_static(training.model)
     found: dict[str, Tensor] = {}
@@ -130,8 +133,11 @@ def _trained(config: TrialConfig, device: str) -> dict[str, Tensor]:
             if watch is not None:
                 watch.end_epoch = _kept(watch, found, f"{name}, epoch {epoch + 1}")  # type: ignore[method-assign]
         train._train_epoch(training)
-    if training.graph is not None and not training.graph.captured:
-        raise RuntimeError(f"no graph: {training.graph.failure}")
+    evaluation = train.evaluate(training, training.data.train)
+    found["evaluation"] = torch.tensor(evaluation, dtype=torch.float64)
+    for graph in (training.graph, training.evaluation):
+        if graph is not None and not graph.captured:
+            raise RuntimeError(f"no graph: {graph.failure}")
     found |= {name: p.detach().cpu().clone() for name, p in training.parameters.items()}
     for number, state in training.optimizer.state_dict()["state"].items():
         found |= {f"AdamW's {key} {number}": value.cpu().clone() for key, value in state.items()}

@@ -95,11 +95,12 @@ def test_a_trial_is_built_measured_killed_continued_and_tested(kind, mode, small
 def test_a_trial_with_a_graph_is_killed_and_continued_as_if_it_had_not_been(
     mode, tiny, tmp_path, monkeypatch
 ):
-    """Five full batches an epoch, two of them by the graph, and a smaller one. In int8 the eager
-    trial's product is bitsandbytes' own."""
+    """Five full batches an epoch, two of them by the graph, and a smaller one; as many to evaluate.
+    In int8 the eager trial's product is bitsandbytes' own."""
     monkeypatch.setattr(train, "Cuda", Recorder)
-    data = {"train_size": 105, "val_size": 10, "test_size": 10}
+    data = {"train_size": 105, "val_size": 11, "test_size": 10}
     training = {"compute_dtype": "bf16", "gradient_noise_scale": True, "step": "graph"}
+    training["per_device_eval_batch_size"] = 2
     config = tiny(mode, data=data, training=training)
     whole, _ = run(config, tmp_path / "whole", "cuda")
     with pytest.raises(KeyboardInterrupt):

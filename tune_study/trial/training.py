@@ -52,6 +52,8 @@ class Training:
     """What the adapters took of the base when they began (``BuiltModel.factors``)."""
     graph: GraphedStep | None = None
     """Takes the steps on full batches, where ``training.step`` is ``graph``."""
+    evaluation: GraphedStep | None = None
+    """Takes the full batches of evaluations, in such a trial."""
     outliers: Outliers | None = None
     """What the int8 layers of such a trial have met."""
 

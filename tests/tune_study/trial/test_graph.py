@@ -71,6 +71,23 @@ def test_a_captured_step_is_the_eager_one_to_the_last_bit(tiny, monkeypatch, mod
     assert eager.step == "eager"
 
 
+def test_a_captured_evaluation_is_the_eager_one_to_the_last_bit(tiny):
+    """Six full batches, three of them eager the first time, and one of two images."""
+    config, recorder = case(tiny, "int8", per_device_eval_batch_size=3), Recorder()
+    captured, eager = started(config), started(config)
+    captured.evaluation = train.graphed_evaluation(captured, recorder)
+    found = []
+    for replays in (3, 9):
+        found.append(train.evaluate(captured, captured.data.val))
+        assert found[-1] == train.evaluate(eager, eager.data.val)
+        assert (recorder.captures, recorder.replays) == (1, replays)
+        for training in (captured, eager):  # a graph reads what was learned since
+            with torch.no_grad():
+                for parameter in training.parameters.values():
+                    parameter.add_(0.01)
+    assert found[0] != found[1]
+
+
 def test_outliers_without_room_are_found_in_replays_and_in_evaluation(tiny, monkeypatch):
     config = case(tiny, "int8")
     monkeypatch.setattr(outliers, "ROOM", 0)
