@@ -16,18 +16,19 @@ from torch import Tensor
 from benchmarks.processes import Row, attempt
 from benchmarks.repeats import repeated
 from benchmarks.steps import MODES, config_of, started
-from tune_study.checks.modes import small_trial
+from tune_study.checks.modes import drawn, quantized_layer, small_trial
 from tune_study.config import TrialConfig
-from tune_study.errors import UserError
 from tune_study.machine.resources import release_memory
+from tune_study.model.outliers import make_static
 from tune_study.trial import train
 from tune_study.trial.context import RunContext
 from tune_study.trial.execution import execute
-from tune_study.trial.graph import WARM_UP, refuse_graph
+from tune_study.trial.graph import WARM_UP
 from tune_study.trial.training import Training
 
 STEPS = 20
 EPOCHS = 2
+OUTLIERS = (0, 1, 3, 100)
 LAST = 7
 """Images of the last, smaller batch."""
 CASES = {
@@ -38,15 +39,17 @@ CASES = {
 
 
 def gates(settings: dict[str, Any]) -> Iterator[Row]:
-    """A mode's rows: equal steps, a trial twice, killed and continued, out of memory."""
+    """A mode's rows: equal steps, a trial twice, killed and continued, out of memory.
+
+    int8's begin with its products, static against bitsandbytes' own: the eager steps to which
+    captured ones are compared are static, too.
+    """
     device, folder = settings["device"], Path(settings["folder"])
     for mode in MODES:
         config = _with(config_of(settings["models"][0], mode, settings["batch"], device))
-        try:
-            refuse_graph(config, device)
-        except UserError as error:
-            yield Row(mode, None, str(error))
-            continue
+        if mode == "int8":
+            for columns in OUTLIERS:
+                yield attempt(_product, f"int8: a product with {columns} outliers", columns, device)
         for words, changed in CASES.items():
             name = f"{mode}: {words}, eager and captured"
             yield attempt(_equal, name, _with(config, **changed), device)
@@ -60,19 +63,21 @@ def gates(settings: dict[str, Any]) -> Iterator[Row]:
 
 def _with(config: TrialConfig, **training: Any) -> TrialConfig:
     """``config`` with a graph, and ``training`` changed; of accumulated images as many."""
-    accumulated = training.get("gradient_accumulation_steps", 1)
     settings = config.training
+    micro = settings.per_device_train_batch_size // training.get("gradient_accumulation_steps", 1)
     changed = {
         "step": "graph",
-        "per_device_train_batch_size": settings.per_device_train_batch_size // accumulated,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
         **training,
     }
     return config.model_copy(update={"training": settings.model_copy(update=changed)})
 
 
 def _trial(mode: str, device: str) -> TrialConfig:
-    """Two epochs of steps before, by and after the graph."""
-    trial = _with(small_trial(mode, torch.device(device)), num_train_epochs=EPOCHS)
+    """Two epochs of steps before, by and after the graph, and evaluations of five batches."""
+    trial = small_trial(mode, torch.device(device))
+    trial = _with(trial, num_train_epochs=EPOCHS, per_device_eval_batch_size=4)
     images = (WARM_UP + 2) * trial.images_per_step + LAST
     return trial.model_copy(update={"data": trial.data.model_copy(update={"train_size": images})})
 
@@ -97,9 +102,30 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.nan_to_num(-7), other.nan_to_num(-7))
 
 
+def _product(name: str, columns: int, device: str) -> Row:
+    """A layer's output and its gradient, of rows with outliers in that many columns."""
+    layer: Any = quantized_layer("int8", torch.device(device), (384, 384), torch.bfloat16)
+    rows = drawn(32, 197, 384).clamp(-5, 5)
+    rows[0, 0, :columns] = torch.linspace(6, 30, columns)
+    gradient = drawn(32, 197, 384, seed=2).to(device, torch.bfloat16)
+    found = {}
+    for which in ("bitsandbytes' own", "static"):
+        if which == "static":
+            make_static(layer)
+        leaf = rows.to(device, torch.bfloat16).requires_grad_()
+        out = layer(leaf)
+        found[which] = [out.detach(), *torch.autograd.grad(out, leaf, gradient)]
+    pairs = zip(("output", "gradient"), *found.values(), strict=True)
+    differ = {w: float((a - b).abs().max()) for w, a, b in pairs if not torch.equal(a, b)}
+    told = " and ".join(f"{what} differs by {most:.1e}" for what, most in differ.items())
+    return Row(name, not differ, told or "static and bitsandbytes' own equal to the last bit")
+
+
 def _trained(config: TrialConfig, device: str) -> dict[str, Tensor]:
-    """What epochs leave: learned tensors, AdamW's, generators, and what was kept of each step."""
+    """What epochs leave: learned tensors, AdamW's, generators, what was kept of each step; and an
+    evaluation of the last state."""
     training = started(config, device, STEPS * config.images_per_step + LAST)
+    training.outliers = training.outliers or make_static(training.model)
     found: dict[str, Tensor] = {}
     watches = {"monitor": training.monitor, "noise scale": training.noise}
     for epoch in range(EPOCHS):
@@ -107,8 +133,11 @@ def _trained(config: TrialConfig, device: str) -> dict[str, Tensor]:
             if watch is not None:
                 watch.end_epoch = _kept(watch, found, f"{name}, epoch {epoch + 1}")  # type: ignore[method-assign]
         train._train_epoch(training)
-    if training.graph is not None and not training.graph.captured:
-        raise RuntimeError(f"no graph: {training.graph.failure}")
+    evaluation = train.evaluate(training, training.data.train)
+    found["evaluation"] = torch.tensor(evaluation, dtype=torch.float64)
+    for graph in (training.graph, training.evaluation):
+        if graph is not None and not graph.captured:
+            raise RuntimeError(f"no graph: {graph.failure}")
     found |= {name: p.detach().cpu().clone() for name, p in training.parameters.items()}
     for number, state in training.optimizer.state_dict()["state"].items():
         found |= {f"AdamW's {key} {number}": value.cpu().clone() for key, value in state.items()}

@@ -16,6 +16,7 @@ from benchmarks.processes import ROOT, Row
 from tests.tune_study.pretend import pretended
 from tests.tune_study.trial.recorded import Recorder
 from tune_study.checks.modes import Verdict
+from tune_study.model import outliers
 from tune_study.trial import train
 
 from . import planted_parts
@@ -390,9 +391,22 @@ def test_the_gate_compares_what_steps_leave(recorded, monkeypatch):
     assert "head.bias" in row.figures["differ_by"]
 
 
-def test_int8_has_no_graph_and_the_gate_says_so(recorded, monkeypatch):
-    monkeypatch.setattr(gate, "MODES", ("int8",))
+def test_the_gate_holds_int8_products_against_bitsandbytes_own(recorded, monkeypatch):
+    def products():
+        return [gate._product("x", columns, "cuda") for columns in gate.OUTLIERS]
+
+    assert [row.ok for row in products()] == [True] * 4
+    compute = outliers._compute
+    monkeypatch.setattr(outliers, "_compute", lambda *a, room, met: compute(*a, room=3, met=met))
+    assert [row.ok for row in products()] == [True] * 3 + [False]
+    assert "output differs by" in products()[3].found
+
+
+def test_every_mode_has_the_gates_rows(recorded, monkeypatch):
+    for check in ("_product", "_equal", "_before_capture", "_during_capture"):
+        monkeypatch.setattr(gate, check, lambda name, *rest: Row(name, True, ""))
+    monkeypatch.setattr(gate, "repeated", lambda *given: iter([]))
     settings = {"device": "cuda", "folder": "x", **{k: SMALL[k] for k in ("models", "batch")}}
-    (row,) = gate.gates(settings)
-    assert (row.name, row.ok) == ("int8", None)
-    assert "outlier columns" in row.found
+    rows = list(gate.gates(settings))
+    counts = {mode: sum(row.name.startswith(f"{mode}: ") for row in rows) for mode in gate.MODES}
+    assert counts == {"none": 5, "int8": 9, "nf4": 5, "nf4-dq": 5}

@@ -24,7 +24,7 @@ from tune_study.folder.schema import MODES
 from tune_study.machine import device as devices
 from tune_study.machine import environment, provenance, resources
 from tune_study.memory.step import _mps
-from tune_study.model import quantize
+from tune_study.model import outliers, quantize
 from tune_study.model.build import build_model
 from tune_study.trial import train
 from tune_study.trial.context import RunContext
@@ -91,23 +91,38 @@ def test_a_trial_is_built_measured_killed_continued_and_tested(kind, mode, small
 
 @pytest.mark.slow
 @pytest.mark.ci
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
 def test_a_trial_with_a_graph_is_killed_and_continued_as_if_it_had_not_been(
-    tiny, tmp_path, monkeypatch
+    mode, tiny, tmp_path, monkeypatch
 ):
-    """Five full batches an epoch, two of them by the graph, and a smaller one."""
+    """Five full batches an epoch, two of them by the graph, and a smaller one; as many to evaluate.
+    In int8 the eager trial's product is bitsandbytes' own."""
     monkeypatch.setattr(train, "Cuda", Recorder)
-    data = {"train_size": 105, "val_size": 10, "test_size": 10}
+    data = {"train_size": 105, "val_size": 11, "test_size": 10}
     training = {"compute_dtype": "bf16", "gradient_noise_scale": True, "step": "graph"}
-    config = tiny("nf4", data=data, training=training)
+    training["per_device_eval_batch_size"] = 2
+    config = tiny(mode, data=data, training=training)
     whole, _ = run(config, tmp_path / "whole", "cuda")
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "killed", "cuda", stop_after=1)
     continued, _ = run(config, tmp_path / "killed", "cuda")
     assert without_times(continued) == without_times(whole)
     assert continued["train"]["resource_metrics"]["step"] == "graph"
-    eager, _ = run(tiny("nf4", data=data, training={**training, "step": "eager"}), tmp_path, "cuda")
+    eager, _ = run(tiny(mode, data=data, training={**training, "step": "eager"}), tmp_path, "cuda")
     assert eager["train"]["test_metrics"] == whole["train"]["test_metrics"]
     assert eager["train"]["resource_metrics"]["step"] == "eager"
+
+
+def test_a_trial_with_a_graph_fails_in_a_sentence_where_outliers_have_no_room(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "Cuda", Recorder)
+    monkeypatch.setattr(outliers, "ROOM", 0)
+    config = tiny("int8", training={"compute_dtype": "bf16", "step": "graph"})
+    with pytest.raises(UserError, match="outlier columns at once"):
+        run(config, tmp_path, "cuda")
+    error = json.loads((tmp_path / config.trial_id / "error.json").read_text())
+    assert "set training.step=eager" in json.dumps(error)
 
 
 @pytest.mark.slow

@@ -80,6 +80,7 @@ def predict(config: TrialConfig, num_classes: int, device: torch.device) -> Pred
 def of_a_step(config: TrialConfig) -> TrialConfig:
     """``config`` with only what the bytes of a training step depend on, the classes aside."""
     settings = config.training
+    static = settings.step == "graph" and "int8" in config.quantization.modes
     return TrialConfig(
         model=config.model,
         dataset="digits",
@@ -90,6 +91,7 @@ def of_a_step(config: TrialConfig) -> TrialConfig:
             "per_device_train_batch_size": settings.per_device_train_batch_size,
             "compute_dtype": settings.compute_dtype,
             "gradient_checkpointing": settings.gradient_checkpointing,
+            "step": "graph" if static else "auto",
         },
     )
 
@@ -143,6 +145,15 @@ class _Matmul8(torch.autograd.Function):
         return (gradient.to(ctx.dtype) @ weight).view(ctx.shape), None
 
 
+class _Static8(_Matmul8):
+    """The same of ``outliers.Product``, where steps are a graph: it keeps nothing of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out_features: int) -> Tensor:
+        ctx.dtype, ctx.shape, ctx.features = x.dtype, x.shape, (out_features, x.shape[-1])
+        return x.new_empty(*x.shape[:-1], out_features)
+
+
 class _Matmul4(torch.autograd.Function):
     """As ``MatMul4Bit``, which keeps nothing but the codes, and those are at rest anyway."""
 
@@ -168,7 +179,7 @@ class _StandIn(nn.Linear):
         return torch.empty(self.out_features, self.in_features, device=self.place)
 
     def with_bias(self, out: Tensor, dtype: torch.dtype) -> Tensor:
-        """As ``quantize._outside_autocast``: what learns is added, what does not is cast."""
+        """As ``quantize.outside_autocast``: what learns is added, what does not is cast."""
         if self.bias is not None and self.bias.requires_grad:
             return out + self.bias.to(out.dtype)
         self.bias_dtype = dtype
@@ -176,9 +187,11 @@ class _StandIn(nn.Linear):
 
 
 class _Int8(_StandIn, bnb.nn.Linear8bitLt):
+    product = _Matmul8
+
     def forward(self, x: Tensor) -> Tensor:
         x = autocasted(x)
-        return self.with_bias(cast(Tensor, _Matmul8.apply(x, self.out_features)), x.dtype)
+        return self.with_bias(cast(Tensor, self.product.apply(x, self.out_features)), x.dtype)
 
 
 class _FourBit(_StandIn, bnb.nn.Linear4bit):
@@ -202,6 +215,8 @@ def _stand_in(skeleton: nn.Module, config: TrialConfig, device: torch.device) ->
             layer = _Int8(
                 *shape, bias=bias, has_fp16_weights=False, threshold=INT8_THRESHOLD, device="meta"
             )
+            if config.training.step == "graph":
+                layer.product = _Static8
         else:
             dtype = COMPUTE_DTYPES[config.training.compute_dtype]
             layer = _FourBit(*shape, bias=bias, compute_dtype=dtype, device="meta")

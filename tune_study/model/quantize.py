@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, NamedTuple, cast
 
@@ -72,7 +72,7 @@ def quantize_linear(
     quantized = _int8(linear) if mode == "int8" else _four_bit(linear, mode, compute_dtype)
     if linear.bias is not None:
         quantized.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-    quantized.forward = MethodType(_outside_autocast, quantized)
+    quantized.forward = MethodType(outside_autocast, quantized)
     return quantized.to(device)
 
 
@@ -116,25 +116,28 @@ def _four_bit(linear: nn.Linear, mode: str, compute_dtype: torch.dtype) -> nn.Mo
     return layer
 
 
-def _outside_autocast(layer: Any, x: Tensor) -> Tensor:
-    """Autocast casts the input, as that of a plain layer, and ends there.
+def outside_autocast(
+    layer: Any, x: Tensor, compute: Callable[[Any, Tensor], Tensor] | None = None
+) -> Tensor:
+    """Autocast casts the input, as that of a plain layer, and ends there. ``compute`` takes layer
+    and input, in the place of bitsandbytes' own forward pass.
 
     Within, it would reach the products that bitsandbytes makes of torch's own: that of int8 codes,
     exact in fp32, was rounded to bf16 where no kernel multiplies integers (MPS, CPUs without
     AVX512).
     """
     x = autocasted(x)
-    bias = layer.bias
+    compute, bias = compute or type(layer).forward, layer.bias
     with torch.autocast(x.device.type, enabled=False):
         if bias is None or not bias.requires_grad:
-            return cast(Tensor, type(layer).forward(layer, x))
+            return compute(layer, x)
         # bitsandbytes would cast a bias that learns to the type of the input, for good.
         layer.bias = None
         try:
-            out = type(layer).forward(layer, x)
+            out = compute(layer, x)
         finally:
             layer.bias = bias
-        return cast(Tensor, out + bias.to(out.dtype))
+        return out + bias.to(out.dtype)
 
 
 def autocasted(x: Tensor) -> Tensor:
@@ -146,7 +149,7 @@ def autocasted(x: Tensor) -> Tensor:
 def dequantize(layer: nn.Module) -> Tensor:
     """The weights that ``layer`` stands for: [out, in] in float32 (float16 steps for int8)."""
     if isinstance(layer, bnb.nn.Linear8bitLt):
-        codes, scales = _int8_state(layer)
+        codes, scales = int8_state(layer)
         return codes.float() * (scales.float() / 127).view(-1, 1)
     if not isinstance(layer, bnb.nn.Linear4bit):
         raise TypeError(f"{type(layer).__name__} is not a quantized layer")
@@ -177,7 +180,7 @@ def dequantized(
     return dequantize(quantize_linear(linear, mode, compute_dtype, device))
 
 
-def _int8_state(layer: bnb.nn.Linear8bitLt) -> tuple[Tensor, Tensor]:
+def int8_state(layer: bnb.nn.Linear8bitLt) -> tuple[Tensor, Tensor]:
     """int8 codes [out, in] and row scales [out]; the first forward moves them into ``state``."""
     weight: Any = layer.weight
     state: Any = layer.state
@@ -190,7 +193,7 @@ def _int8_state(layer: bnb.nn.Linear8bitLt) -> tuple[Tensor, Tensor]:
 def state_tensors(layer: nn.Module) -> list[Tensor]:
     """What a quantized layer holds beside its weight and bias: scales, codebooks, offsets."""
     if isinstance(layer, bnb.nn.Linear8bitLt):
-        return [_int8_state(layer)[1]]
+        return [int8_state(layer)[1]]
     if not isinstance(layer, bnb.nn.Linear4bit):
         return []
     weight: Any = layer.weight

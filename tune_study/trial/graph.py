@@ -1,4 +1,5 @@
-"""The training step as a CUDA graph: captured once, then replayed for every full batch.
+"""The training step as a CUDA graph: captured once, then replayed for every full batch. So is the
+forward pass of evaluations.
 
 Nine tenths of a small batch's step on a GPU is Python launching kernels; a replay launches them all
 at once. What is captured is the step that other devices take, too: it only queues work, and reads
@@ -51,8 +52,6 @@ def refuse_graph(config: TrialConfig, device: str) -> None:
     reason = None
     if device != "cuda":
         reason = f"--device {device} has no CUDA graphs"
-    elif "int8" in config.quantization.modes:
-        reason = "int8 layers count their outlier columns while they compute, which no graph can"
     elif config.training.gradient_checkpointing:
         reason = "blocks that are computed twice turn the generator back, which no graph can"
     if reason is not None:
@@ -95,8 +94,9 @@ class Cuda:
 class GraphedStep:
     """Steps on full batches: ``WARM_UP`` eager ones, then replays of one graph.
 
-    ``step`` takes (part of the plan, images or ``None``), as ``batches.planned`` yields them, and
-    only queues work. It is always given the same two tensors, into which each batch is copied.
+    ``step`` takes (part of the plan, images or ``None``), as ``batches.planned`` yields them, or
+    (labels, images) of an evaluation, and only queues work. It is always given the same two
+    tensors, into which each batch is copied.
     ``undo`` puts away what a capture that failed has left in Python's objects.
     """
 

@@ -82,13 +82,16 @@ class Record:
         self.log(f"warning: {sentence}")
 
     def warn_of_graph(self, training: Training) -> None:
-        """Once, where the step could not be captured."""
-        if training.graph is None or training.graph.failure is None:
-            return
-        why = f"the step could not be captured as a CUDA graph ({training.graph.failure})"
-        sentence = f"{why}: steps are eager, with the same micro-batch"
-        if sentence not in self.warnings:
-            self.warn(sentence)
+        """Once each, where the step or the evaluation could not be captured."""
+        for graph, what, then in (
+            (training.graph, "the step", "steps are eager, with the same micro-batch"),
+            (training.evaluation, "the evaluation", "it is eager"),
+        ):
+            if graph is None or graph.failure is None:
+                continue
+            why = f"{what} could not be captured as a CUDA graph ({graph.failure})"
+            if f"{why}: {then}" not in self.warnings:
+                self.warn(f"{why}: {then}")
 
     def note(self, sentence: str) -> None:
         """For ``results.json``, and once for the log."""

@@ -25,6 +25,7 @@ from tune_study.data.splits import Dataset
 from tune_study.memory.step import StepMemory, measure_step
 from tune_study.model.build import COMPUTE_DTYPES, BuiltModel, trainable
 from tune_study.model.noise_scale import NoiseScale, gradients_of_first_half
+from tune_study.model.outliers import make_static
 from tune_study.trial.gradients import GradientFlowMonitor
 from tune_study.trial.graph import Capturer, Cuda, GraphedStep, refuse_graph, step_of
 from tune_study.trial.schedule import Schedule, hold_rate
@@ -85,7 +86,9 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
         factors=built.factors,
     )
     if step_of(config) == "graph":
+        training.outliers = make_static(built.model)
         training.graph = graphed(training, Cuda(device))
+        training.evaluation = graphed_evaluation(training, Cuda(device))
     return training
 
 
@@ -108,6 +111,20 @@ def graphed(training: Training, device: Capturer) -> GraphedStep:
 
     part = torch.zeros(4, size, dtype=torch.int64, device=training.device)
     return GraphedStep(step, undo, part, images, device)
+
+
+def graphed_evaluation(training: Training, device: Capturer) -> GraphedStep:
+    """The forward pass of ``evaluate`` on full batches, as a graph of ``device``."""
+    size = images_per_evaluation(training)
+    shape = (size, *training.data.val.images.shape[1:])
+    images = torch.zeros(shape, dtype=torch.uint8, device=training.device)
+    labels = torch.zeros(size, dtype=torch.int64, device=training.device)
+
+    def step(labels: Tensor, images: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert images is not None
+        return _loss_and_hits(training, images, labels)
+
+    return GraphedStep(step, lambda: None, labels, images, device)
 
 
 def finished(training: Training) -> str | None:
@@ -173,6 +190,8 @@ def _train_epoch(training: Training) -> tuple[Row, list[float]]:
         sums[number].copy_(torch.stack([loss * count, hits]))
     # The only reads of the device in the epoch. Doubles are the CPU's: MPS has none.
     losses, correct = sums.cpu().double().T.contiguous()
+    if training.outliers is not None:
+        training.outliers.refuse_more_than_room()
     gradients, layer_gradients = training.monitor.end_epoch()
     row = {
         "train_loss": float(losses.sum()) / total,
@@ -260,17 +279,32 @@ def autocast_of(config: TrialConfig, device: torch.device) -> torch.autocast:
 
 @torch.inference_mode()
 def evaluate(training: Training, split: Split) -> tuple[float, float]:
-    """(mean cross-entropy, accuracy) of the current model on ``split``, not augmented."""
+    """(mean cross-entropy, accuracy) of the current model on ``split``, not augmented.
+
+    Raises ``UserError`` as ``Outliers.refuse_more_than_room``.
+    """
     training.model.eval()
     losses, correct, sizes = [], [], []
-    for images, labels in eval_batches(split, images_per_evaluation(training)):
-        loss, scores = _forward(training, images, labels)
+    size = images_per_evaluation(training)
+    for images, labels in eval_batches(split, size):
+        if training.evaluation is not None and len(labels) == size:
+            found = training.evaluation(labels, images)
+            loss, hits = (tensor.clone() for tensor in found)  # the next batch is found there too
+        else:
+            loss, hits = _loss_and_hits(training, images, labels)
         losses.append(loss)
         sizes.append(float(len(labels)))
-        correct.append((scores.argmax(-1) == labels).sum())
+        correct.append(hits)
+    if training.outliers is not None:
+        training.outliers.refuse_more_than_room()
     total = len(split.labels)
     summed = (torch.stack(losses).cpu().double() * torch.tensor(sizes).double()).sum()
     return float(summed) / total, int(torch.stack(correct).sum()) / total
+
+
+def _loss_and_hits(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    loss, scores = _forward(training, images, labels)
+    return loss, (scores.argmax(-1) == labels).sum()
 
 
 def images_per_evaluation(training: Training) -> int:

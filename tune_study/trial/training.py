@@ -17,6 +17,7 @@ from tune_study.data.splits import Dataset
 from tune_study.machine.device import random_states, set_random_states
 from tune_study.model.initial import Factors
 from tune_study.model.noise_scale import NoiseScale
+from tune_study.model.outliers import Outliers
 from tune_study.trial.gradients import GradientFlowMonitor
 from tune_study.trial.graph import GraphedStep
 from tune_study.trial.schedule import Schedule, hold_rate
@@ -51,6 +52,10 @@ class Training:
     """What the adapters took of the base when they began (``BuiltModel.factors``)."""
     graph: GraphedStep | None = None
     """Takes the steps on full batches, where ``training.step`` is ``graph``."""
+    evaluation: GraphedStep | None = None
+    """Takes the full batches of evaluations, in such a trial."""
+    outliers: Outliers | None = None
+    """What the int8 layers of such a trial have met."""
 
     @property
     def step(self) -> str:

@@ -21,6 +21,7 @@ from tune_study.machine.device import random_states, set_random_states
 from tune_study.trial.graph import Found, Work
 
 REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "is_nonzero", "equal")
+REFUSED += ("item", "argwhere")  # inference mode does not take them apart
 
 
 class _Recording(TorchDispatchMode):

@@ -11,7 +11,9 @@ from tune_study.data.mapped import Mapped
 from tune_study.data.place import Place
 from tune_study.data.splits import load
 from tune_study.errors import UserError
+from tune_study.model import outliers
 from tune_study.model.build import build_model
+from tune_study.model.outliers import make_static
 from tune_study.trial import graph, train
 
 CPU = torch.device("cpu")
@@ -25,6 +27,7 @@ def started(config, recorder=None):
         config, build_model(config, 10), load("digits", Place(), config.data), CPU
     )
     in_a_tensor(training)
+    training.outliers = make_static(training.model)  # as of every trial with a graph
     if recorder is not None:
         training.graph = train.graphed(training, recorder)
     return training
@@ -56,7 +59,7 @@ def assert_same_epoch(captured, eager, monkeypatch):
 
 @pytest.mark.parametrize(
     ("mode", "settings"),
-    [("none", {}), ("nf4", NOISE), ("nf4-dq", {**NOISE, **ACCUMULATED})],
+    [("none", {}), ("int8", NOISE), ("nf4", NOISE), ("nf4-dq", {**NOISE, **ACCUMULATED})],
 )
 def test_a_captured_step_is_the_eager_one_to_the_last_bit(tiny, monkeypatch, mode, settings):
     config, recorder = case(tiny, mode, **settings), Recorder()
@@ -66,6 +69,44 @@ def test_a_captured_step_is_the_eager_one_to_the_last_bit(tiny, monkeypatch, mod
         assert (recorder.captures, recorder.replays) == (1, replays)
     assert captured.step == "graph"
     assert eager.step == "eager"
+
+
+def test_a_captured_evaluation_is_the_eager_one_to_the_last_bit(tiny):
+    """Six full batches, three of them eager the first time, and one of two images."""
+    config, recorder = case(tiny, "int8", per_device_eval_batch_size=3), Recorder()
+    captured, eager = started(config), started(config)
+    captured.evaluation = train.graphed_evaluation(captured, recorder)
+    found = []
+    for replays in (3, 9):
+        found.append(train.evaluate(captured, captured.data.val))
+        assert found[-1] == train.evaluate(eager, eager.data.val)
+        assert (recorder.captures, recorder.replays) == (1, replays)
+        for training in (captured, eager):  # a graph reads what was learned since
+            with torch.no_grad():
+                for parameter in training.parameters.values():
+                    parameter.add_(0.01)
+    assert found[0] != found[1]
+
+
+def test_outliers_without_room_are_found_in_replays_and_in_evaluation(tiny, monkeypatch):
+    config = case(tiny, "int8")
+    monkeypatch.setattr(outliers, "ROOM", 0)
+    replayed, evaluated = started(config, Recorder()), started(config)
+    count = train._count_step
+
+    def first_met_in_a_replay(training, images):
+        count(training, images)
+        if not training.graph.captured:
+            training.outliers.met.zero_()
+
+    monkeypatch.setattr(train, "_count_step", first_met_in_a_replay)
+    words = (
+        r"graph: blocks\.0\.\S+ has met \d+ outlier columns at once, and a graph has room for 0;"
+    )
+    with pytest.raises(UserError, match=words):
+        train._train_epoch(replayed)
+    with pytest.raises(UserError, match=words):
+        train.evaluate(evaluated, evaluated.data.val)
 
 
 def test_images_in_a_file_are_copied_to_where_the_graph_reads(tiny, monkeypatch, tmp_path):
@@ -151,8 +192,6 @@ def test_a_recording_computes_nothing_and_a_replay_leaves_everything_in_its_plac
     [
         ("cpu", {}, "--device cpu has no CUDA graphs"),
         ("mps", {}, "--device mps has no CUDA graphs"),
-        ("cuda", {"quantization": "int8"}, "outlier columns"),
-        ("cuda", {"quantization": {"mode": "none", "overrides": {"*qkv": "int8"}}}, "outlier"),
         ("cuda", {"training": {"gradient_checkpointing": True}}, "computed twice"),
     ],
 )

@@ -54,6 +54,7 @@ def training(history, best_epoch=1, best_accuracy=0.5):
         best_accuracy=best_accuracy,
         step="eager",
         graph=None,
+        evaluation=None,
         layer_gradients=[[7.0, 8.0]],
         parameters={"a": torch.zeros(2, 3), "b": torch.zeros(5)},
         data=Dataset(split(7), split(4), split(5), ["x", "y", "z"], "a digest"),
@@ -284,7 +285,14 @@ def test_a_graph_that_failed_is_told_once(record):
     for _ in range(2):
         record.warn_of_graph(told)
     (warning,) = record.warnings
-    assert "could not be captured as a CUDA graph (planted)" in warning
+    assert "step could not be captured as a CUDA graph (planted): steps are eager" in warning
+    told.evaluation = SimpleNamespace(failure="too")
+    for _ in range(2):
+        record.warn_of_graph(told)
+    assert record.warnings[0] == warning
+    assert record.warnings[1:] == [
+        "the evaluation could not be captured as a CUDA graph (too): it is eager"
+    ]
 
 
 def test_auto_tells_on_cuda_why_it_is_eager(record):
