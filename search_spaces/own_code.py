@@ -100,7 +100,7 @@ def function_of(setting: str, name: str, code: Code | None) -> Callable[..., Any
         raise UserError(
             f"{setting}: {code.file} has no function {name}; define it there, or name another"
         )
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def given(setting: str, code: Code | None) -> Code:

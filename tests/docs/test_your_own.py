@@ -198,7 +198,8 @@ def they_were_trained_on(folder):
     assert set(drawn["train_images"]) == {43}
     noisy = pd.read_csv(folder / "ray_results" / "noisy" / "trials.csv")
     assert list(noisy["status"]) == ["completed"] * 2
-    assert noisy["test_loss"].nunique() == 2
+    epochs = pd.read_csv(folder / "ray_results" / "noisy" / "epochs.csv")
+    assert epochs["train_loss"].nunique() == 4  # two trials that see other images in each epoch
 
 
 def test_changed_images_and_transforms_are_refused(folder, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from search_spaces.own_code import Code
 from tune_study.config import CODE
 from tune_study.data import cache, decoding
 from tune_study.data.folders import touched
+from tune_study.data.labels import Label, numbered
 from tune_study.data.listed import Images, rows_of
 from tune_study.data.place import Place
 from tune_study.errors import UserError, first_line
@@ -31,8 +32,6 @@ from tune_study.folder.files import write_json, write_whole
 READER = 1
 """Goes up when an image would be kept as other bytes than before."""
 PARTS = ("train", "val", "test")
-
-Label = int | str
 
 
 class _Recorded(cache.Sealed):
@@ -169,31 +168,26 @@ def _draw(reading: Reading, function: Callable[[str], Any], path: Path) -> None:
     """Calls the function and keeps what it gives, an image at a time. Raises ``UserError``."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
         left.unlink()
-    lengths: list[int] = []
-    labels: dict[str, list[Label]] = {}
-    classes: list[str] | None = None
+    record: dict[str, Any] = {}
 
     def write(temporary: Path) -> None:
-        nonlocal classes
+        lengths: list[int] = []
+        labels: dict[str, list[Label]] = {}
+        classes: list[str] | None = None
         with temporary.open("wb") as file:
             for part in PARTS:
                 with reading.its_own_errors(part):
                     images = function(part)
-                    if part == "train":
-                        named = getattr(images, "classes", None)
-                        classes = None if named is None else [str(name) for name in named]
+                    if part == "train" and hasattr(images, "classes"):
+                        classes = [str(name) for name in images.classes]
                 if images is not None:
                     labels[part] = _keep(reading, part, images, file, lengths)
+        places, names, unused = numbered(labels, classes, reading.source, reading.refused)
+        record["labels"] = {part: _text(some) for part, some in places.items()}
+        record.update(class_names=names, lengths=_text(lengths), unused=unused)
 
     write_whole(path, write)
-    values, names, unused = _classes(reading, labels, classes)
-    record = _Recorded(
-        class_names=names,
-        labels={part: _text(some) for part, some in values.items()},
-        lengths=_text(lengths),
-        unused=unused,
-    )
-    write_json(_record_of(path), record.sealed())
+    write_json(_record_of(path), _Recorded(**record).sealed())
 
 
 def _keep(
@@ -207,9 +201,10 @@ def _keep(
             "data set or another iterable of (image, label)"
         )
     labels: list[Label] = []
-    count = len(images) if hasattr(images, "__len__") else None
+    with reading.its_own_errors(part):
+        count = len(images) if hasattr(images, "__len__") else None
     # torchvision's data sets have no __iter__, and some no end for Python's own way round that.
-    pairs = images if isinstance(images, Iterable) else (images[at] for at in range(len(images)))
+    pairs = images if isinstance(images, Iterable) else (images[at] for at in range(count or 0))
     title = f"drawing the {part} images of {reading.dataset}"
     with cache.progress(title, count, shown=True) as advance:
         for pair in _guarded(pairs, reading, part):
@@ -275,57 +270,3 @@ def _described(value: Any) -> str:
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{dtype} {list(value.shape)} ({kind})"
     return "None" if value is None else kind
-
-
-def _classes(
-    reading: Reading, labels: dict[str, list[Label]], classes: list[str] | None
-) -> tuple[dict[str, list[int]], list[str], list[str]]:
-    """({part: places among the names}, names, what is passed over). Raises ``UserError``.
-
-    Classes are those of the training images: by their own names, in that order, else the labels.
-    """
-    if not labels.get("train"):
-        raise reading.refused(f"{reading.name}('train') of {reading.file} gives no images")
-    labels = {part: some for part, some in labels.items() if some}  # an empty one is split off
-    if classes is not None:
-        labels = {part: _places(reading, part, some, classes) for part, some in labels.items()}
-    trained = set(labels["train"])
-    if len({type(label) for label in trained}) > 1:
-        raise reading.refused(
-            f"{reading.source} gives numbers and text as labels; give one of the two"
-        )
-    if len(trained) < 2:
-        raise reading.refused(
-            f"it needs images of two classes to train on, and {reading.source} gives {len(trained)}"
-        )
-    known = sorted(trained)  # type: ignore[type-var]
-    for part, some in labels.items():
-        if (
-            at := next((at for at, label in enumerate(some) if label not in trained), None)
-        ) is not None:
-            raise reading.refused(
-                f"{part}[{at}] of {reading.source} has label {some[at]!r:.100}, and no training "
-                "image has; add one, or leave it out"
-            )
-    numbers = {label: number for number, label in enumerate(known)}
-    places = {part: [numbers[label] for label in some] for part, some in labels.items()}
-    if classes is None:
-        return places, [str(label) for label in known], []
-    names = [classes[label] for label in known if isinstance(label, int)]
-    without = len(classes) - len(names)
-    return places, names, [f"{without} classes without images"] if without else []
-
-
-def _places(reading: Reading, part: str, labels: list[Label], classes: list[str]) -> list[Label]:
-    """The labels as places in ``classes``. Raises ``UserError``."""
-    by_name = {name: place for place, name in enumerate(classes)}
-    places: list[Label] = []
-    for at, label in enumerate(labels):
-        place = by_name.get(label, -1) if isinstance(label, str) else label
-        if not 0 <= place < len(classes):
-            raise reading.refused(
-                f"{part}[{at}] of {reading.source} has label {label!r:.100}, and its classes are "
-                f"{len(classes)}, numbered from 0; correct the label, or its classes"
-            )
-        places.append(place)
-    return places

@@ -247,8 +247,12 @@ def leaves(split):
             r"leaves\('train'\) of my_images\.py fails \(ZeroDivisionError",
         ),
         ("return ((open('/nowhere'), 1) for at in (1, 0))", r"fails \(FileNotFoundError: "),
-        ("return None", r"leaves\('train'\) of my_images\.py gives no images"),
-        ("return []", r"leaves\('train'\) of my_images\.py gives no images"),
+        ("return None", r"leaves in my_images\.py gives no images to train on"),
+        ("return []", r"leaves in my_images\.py gives no images to train on"),
+        (
+            "return type('Odd', (), {'__len__': lambda s: 1 // 0, '__getitem__': None})()",
+            r"fails \(ZeroDivisionError",
+        ),
         ("return 7", r"returns int; return a data set or another iterable of \(image, label\)"),
         ("return ['cat']", r"train\[0\] of leaves in my_images\.py is str; give \(image, label\)"),
         (
@@ -281,7 +285,7 @@ def test_what_is_no_data_set_is_one_sentence(written, place, body, words):
     with pytest.raises(UserError, match=f"^dataset code:leaves: .*{words}") as refused:
         loaded(written(f"def leaves(split):\n    {body}\n"))
     assert "\n" not in str(refused.value)
-    assert not list(place.cache_dir.rglob("*drawn.json"))  # the next start calls it again
+    assert not list(place.cache_dir.rglob("*drawn*"))
 
 
 def test_a_name_that_is_no_function_and_a_grid_without_a_file(written, place):
@@ -293,31 +297,24 @@ def test_a_name_that_is_no_function_and_a_grid_without_a_file(written, place):
         loaded(place)
 
 
-def test_memory_holds_a_few_images_at_a_time(written, monkeypatch):
-    """The file takes an image before the next is asked for."""
+def test_an_image_is_kept_before_the_next_is_made(written, tmp_path, monkeypatch):
     where = written("""
 def leaves(split):
     if split == "train":
-        for at in range(40):
-            yield square(at, 64), at % 2
+        for at in range(20):
+            called("made")
+            yield square(at), at % 2
 """)
-    ahead, read, keep = [0], [0], drawn._as_file
+    keep = drawn._as_file
 
-    def counted(image):
-        ahead[0] += 1
+    def kept(image):
+        with (tmp_path / "calls.txt").open("a") as file:
+            file.write("kept\n")
         return keep(image)
 
-    monkeypatch.setattr(drawn, "_as_file", counted)
-    monkeypatch.setattr(drawn, "_guarded", lambda items, *_: watched(items))
-
-    def watched(items):
-        for item in items:
-            read[0] += 1
-            assert read[0] == ahead[0] + 1
-            yield item
-
+    monkeypatch.setattr(drawn, "_as_file", kept)
     loaded(where)
-    assert read[0] == 40
+    assert calls(tmp_path) == ["made", "kept"] * 20
 
 
 def test_a_cache_that_cannot_be_written_is_told_as_that(written, tmp_path):
