@@ -177,15 +177,21 @@ def test_changed_code_of_a_model_is_refused(folder, monkeypatch, capsys):
 
 def test_images_and_transforms_of_ones_own_are_trained_on(folder, monkeypatch, capsys):
     monkeypatch.setattr(schedule, "run", without_ray)
-    first, _ = outputs(OWN_IMAGES, monkeypatch, capsys)
-    assert "code:specks: 60 images of 2 classes" in first
+    (output,) = outputs(OWN_IMAGES[:1], monkeypatch, capsys)
+    assert "code:specks: 60 images of 2 classes" in output
+    report = (folder / "ray_results" / "drawn" / "report" / "report.md").read_text()
+    assert "code:specks: 60 images of 2 classes" in report
+    monkeypatch.setattr("analysis.report.write_report", lambda folder: folder / "report")
+    outputs(OWN_IMAGES[1:], monkeypatch, capsys)
     they_were_trained_on(folder)
     code = provenance("noisy")["code"]["my_noise.py"]
     assert code["transforms"] == ["noise"]
     assert provenance("drawn")["code"]["my_images.py"]["transforms"] == []
-    for report in (folder / "ray_results").glob("*/report/report.md"):
-        assert ("code:specks" in report.read_text()) == (report.parts[-3] == "drawn")
-        assert ("augment code:noise" in report.read_text()) == (report.parts[-3] == "noisy")
+    trials = pd.read_csv(folder / "ray_results" / "noisy" / "trials.csv")
+    assert [text.rpartition(", ")[2] for text in trials["configuration"]] == [
+        "augment crop",
+        "augment code:noise",
+    ]
 
 
 def provenance(study):

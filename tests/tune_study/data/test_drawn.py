@@ -194,7 +194,7 @@ def test_an_image_that_is_turned_is_kept_upright(written):
     image = Image.fromarray(noise(1, 20, 10))
     image.getexif()[0x0112] = 6
     file = io.BytesIO()
-    image.save(file, "TIFF", exif=image.getexif())
+    image.save(file, "PNG", exif=image.getexif())
     kept = drawn._as_file(Image.open(file))
     assert Image.open(io.BytesIO(kept)).size == (20, 10)
 
