@@ -175,6 +175,8 @@ def test_changed_code_of_a_model_is_refused(folder, monkeypatch, capsys):
     assert "continuing: 2 of 3 trials have ended" in output
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_images_and_transforms_of_ones_own_are_trained_on(folder, monkeypatch, capsys):
     monkeypatch.setattr(schedule, "run", without_ray)
     (output,) = outputs(OWN_IMAGES[:1], monkeypatch, capsys)

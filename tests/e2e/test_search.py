@@ -147,7 +147,7 @@ def test_asha_prunes_on_a_cluster_with_a_bucket_and_goes_on_after_a_kill(tmp_pat
         with nodes.cluster(3) as cluster:
             options += ["--address", cluster["address"], "--storage", f"s3://{s3.BUCKET}/searches"]
             process = start(first, *options)
-            wait_for(process, first, "[3/9]", patience_s=900)
+            harness.wait_for(process, first, "[3/9]")
             harness.kill(process, "driver")
             process.wait()
             code, output = harness.finish(start(second, *options), second)
