@@ -1,7 +1,8 @@
 """A file of the user's (``--grid FILE.py:FUNCTION``, ``--space``): code that runs where trials run.
 
-The command runs it for its function, and every worker that has a trial runs it again for the models
-that it registers with timm. It travels as text, so that no node needs the file.
+The command runs it for its functions: a grid or a space, and the images of a data set. Every worker
+that has a trial runs it again for the models that it registers with timm, and for the functions
+that transform images in training. It travels as text, so that no node needs the file.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ class Code(NamedTuple):
     """Of the file."""
     models: tuple[str, ...] = ()
     """That it registers with timm."""
+    transforms: tuple[str, ...] = ()
+    """Its functions that the trials transform images with (``data.augment=code:FUNCTION``)."""
+
+    @property
+    def acts_in_trials(self) -> bool:
+        """Whether it does anything where trials run; else it is the command's alone."""
+        return bool(self.models or self.transforms)
 
     @property
     def file(self) -> str:
@@ -38,7 +46,8 @@ class Code(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """What study.json keeps of it."""
-        return {**self._asdict(), "models": list(self.models), "path": self.file}
+        lists = {"models": list(self.models), "transforms": list(self.transforms)}
+        return {**self._asdict(), **lists, "path": self.file}
 
 
 def read(path: str, function: str) -> Code:
@@ -79,10 +88,34 @@ _MODELS = "__models_registered_with_timm__"
 
 def run_where_trials_run(code: Code | None) -> None:
     """Makes the models of ``code`` known to this worker. Raises ``UserError``."""
-    if code is None or not code.models:
-        return
+    if code is not None and code.acts_in_trials:
+        _module_there(code)
+
+
+def function_of(setting: str, name: str, code: Code | None) -> Callable[..., Any]:
+    """The function ``name`` of the user's file, which ``setting`` names. Raises ``UserError``."""
+    code = given(setting, code)
+    function = getattr(_module_there(code), name, None)
+    if not callable(function):
+        raise UserError(
+            f"{setting}: {code.file} has no function {name}; define it there, or name another"
+        )
+    return function
+
+
+def given(setting: str, code: Code | None) -> Code:
+    """The user's file, of which ``setting`` names a function. Raises ``UserError`` without one."""
+    if code is None:
+        raise UserError(
+            f"{setting}: it means a function of the grid's own file, and there is none; name one "
+            "with --grid FILE.py:FUNCTION (of a search, with --space)"
+        )
+    return code
+
+
+def _module_there(code: Code) -> ModuleType:
     try:
-        module_of(code)
+        return module_of(code)
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(
             f"{code.file} runs for the command and not where trials run "
@@ -112,7 +145,7 @@ def _sha256(content: bytes) -> str:
 
 
 def differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two records may make other models of the same name.
+    """Whether two records may make other models of the same name, or transform otherwise.
 
     Comments and layout do not count, nor do the functions that the commands named: what a grid or
     a space returns is compared by itself.

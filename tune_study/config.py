@@ -34,6 +34,10 @@ from tune_study.folder.schema import MODES
 
 Mode = Literal["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
 BUILT_IN_DATASETS = ("digits", "cifar10", "cifar100")
+AUGMENTATIONS = ("auto", "flip-crop", "crop", "none")
+CODE = "code:"
+"""What names a function of the grid's own file: its images, or what transforms them."""
+CODE_NAME = f"{CODE}FUNCTION"
 SPLIT_SEED = 2024
 """The one seed of the train / validation / test split, the same for every trial of a data set."""
 
@@ -202,6 +206,11 @@ class QuantizationConfig(_Record):
         return {self.mode, *self.overrides.values()}
 
 
+def is_code(value: str) -> bool:
+    """Whether ``value`` is ``code:`` and the name of a function."""
+    return value.startswith(CODE) and value.removeprefix(CODE).isidentifier()
+
+
 class Columns(NamedTuple):
     """Of a table of images, as the user names them; ``None`` finds them by what they hold."""
 
@@ -217,13 +226,25 @@ class DataConfig(_Record):
     test_size: Annotated[int, Field(ge=1)] | None = None
     image_size: Annotated[int, Field(ge=8, le=2048)] | None = None
     """Side in pixels; ``None`` is the model's own."""
-    augment: Literal["auto", "flip-crop", "crop", "none"] = "auto"
+    augment: str = Field(default="auto", json_schema_extra={"enum": [*AUGMENTATIONS, CODE_NAME]})
     """``auto`` is ``flip-crop`` for CIFAR, else ``crop``: of digits, and of images that are not
-    known, a mirror image may be of another class."""
+    known, a mirror image may be of another class. ``code:`` names a function of the grid's file."""
     image_column: str | None = Field(default=None, min_length=1, max_length=200)
     """Of a data set of the hub's kind; ``None`` is its only one of images."""
     label_column: str | None = Field(default=None, min_length=1, max_length=200)
     """The same of labels; ``None`` is the only one of classes, or the one called so."""
+
+    @field_validator("augment")
+    @classmethod
+    def _known_augment(cls, value: str) -> str:
+        if value not in AUGMENTATIONS and not is_code(value):
+            raise ValueError(f"choose one of {', '.join(AUGMENTATIONS)} or {CODE_NAME}")
+        return value
+
+    @property
+    def transform(self) -> str | None:
+        """The function of the user's in place of an augmentation, where one is named."""
+        return self.augment.removeprefix(CODE) if is_code(self.augment) else None
 
     @property
     def columns(self) -> Columns:
@@ -306,9 +327,11 @@ class TrialConfig(_Record):
     @field_validator("dataset")
     @classmethod
     def _known_dataset(cls, value: str) -> str:
-        if value not in BUILT_IN_DATASETS and not value.startswith(("folder:", "hf:")):
+        known = value in BUILT_IN_DATASETS or value.startswith(("folder:", "hf:"))
+        if not known and not is_code(value):
             raise ValueError(
-                f"choose one of {', '.join(BUILT_IN_DATASETS)}, folder:PATH, hf:NAME or hf:./PATH"
+                f"choose one of {', '.join(BUILT_IN_DATASETS)}, folder:PATH, hf:NAME, hf:./PATH or "
+                f"{CODE_NAME}"
             )
         return value
 
@@ -402,7 +425,9 @@ class TrialConfig(_Record):
         dataset = self.dataset
         if dataset.startswith("hf:"):
             dataset = "hf_" + Path(dataset.removeprefix("hf:")).name
-        elif ":" in dataset:  # folder:leaves is folder_folder_leaves, as it always was
+        elif ":" in dataset and not is_code(
+            dataset
+        ):  # folder:leaves is folder_folder_leaves, as it always was
             dataset = "folder_" + Path(dataset).name
         words = (
             _slug(self.model),

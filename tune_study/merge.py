@@ -27,9 +27,9 @@ from tune_study.folder.schema import FINISHED_STATUSES, PLANNED_ENDS
 from tune_study.study import protocol
 from tune_study.study.manifest import (
     FORMAT,
-    INPUTS,
     changed_code,
     changed_inputs,
+    joined,
     listed_changes,
     planned,
     read_manifest,
@@ -180,14 +180,9 @@ def merged_manifest(
     """study.json of the merged study. It says where each trial comes from, and all sessions."""
     first = sources[0].manifest
     cells = {cell["trial_id"]: cell for s in reversed(sources) for cell in s.manifest["plan"]}
-    inputs = {
-        kind: {
-            name: entry
-            for source in reversed(sources)
-            for name, entry in source.manifest["provenance"].get(kind, {}).items()
-        }
-        for kind in INPUTS
-    }
+    inputs: dict[str, Any] = {}
+    for source in reversed(sources):
+        inputs = joined(inputs, source.manifest["provenance"])
     return {
         **first,
         "format": FORMAT,

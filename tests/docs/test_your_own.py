@@ -15,7 +15,6 @@ import typer.main
 from PIL import Image
 
 from tune_study import merge, run
-from tune_study.data.folders import find
 from tune_study.study import schedule
 from tune_study.trial import execution, simulate
 
@@ -26,12 +25,13 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 OWN_MODEL = [command for command in COMMANDS if "my_model.py:mirrors" in command]
-COMMANDS = [command for command in COMMANDS if command not in OWN_MODEL]
+OWN_IMAGES = [c for c in COMMANDS if {"my_images.py:drawn", "my_noise.py:noisy"} & {*c}]
+COMMANDS = [command for command in COMMANDS if command not in OWN_MODEL + OWN_IMAGES]
 
 
 def test_every_option_on_the_page_exists():
     known = {name for p in typer.main.get_command(run.app).params for name in p.opts}
-    assert (len(COMMANDS), len(OWN_MODEL)) == (13, 2)
+    assert (len(COMMANDS), len(OWN_MODEL), len(OWN_IMAGES)) == (13, 2, 2)
     assert {command[2] for command in COMMANDS} == {"tune_study.run", "tune_study.merge"}
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE):
         assert option in known | {"--output"}, option
@@ -54,23 +54,12 @@ def folder(tmp_path, monkeypatch):
             folder / f"{number}.png"
         )
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    (model,) = (block for block in blocks if "register_model" in block)
-    blocks.remove(model)
-    grid, draw, client = blocks
-    (tmp_path / "draw.py").write_text(draw)
-    (tmp_path / "my_grid.py").write_text(grid)
-    (tmp_path / "my_model.py").write_text(model)
-    (tmp_path / "use_adapter.py").write_text(client)
+    names = ("my_grid.py", "my_model.py", "my_images.py", "my_noise.py", "use_adapter.py")
+    for name, block in zip(names, blocks, strict=True):
+        (tmp_path / name).write_text(block)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
-
-
-def test_the_images_that_code_makes_are_a_data_set(folder):
-    runpy.run_path("draw.py")
-    found = find(Path("drawn"))
-    assert found.class_names == ["class_0", "class_1"]
-    assert len(found.paths) == 40
 
 
 def without_ray(waiting, context, progress, **options):
@@ -184,6 +173,72 @@ def test_changed_code_of_a_model_is_refused(folder, monkeypatch, capsys):
     path.write_text("# mine\n" + began.replace('["none", "nf4"]', '["none", "nf4", "int8"]'))
     (output,) = outputs([simulated], monkeypatch, capsys)
     assert "continuing: 2 of 3 trials have ended" in output
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_images_and_transforms_of_ones_own_are_trained_on(folder, monkeypatch, capsys):
+    monkeypatch.setattr(schedule, "run", without_ray)
+    (output,) = outputs(OWN_IMAGES[:1], monkeypatch, capsys)
+    assert "code:specks: 60 images of 2 classes" in output
+    report = (folder / "ray_results" / "drawn" / "report" / "report.md").read_text()
+    assert "code:specks: 60 images of 2 classes" in report
+    monkeypatch.setattr("analysis.report.write_report", lambda folder: folder / "report")
+    outputs(OWN_IMAGES[1:], monkeypatch, capsys)
+    they_were_trained_on(folder)
+    code = provenance("noisy")["code"]["my_noise.py"]
+    assert code["transforms"] == ["noise"]
+    assert provenance("drawn")["code"]["my_images.py"]["transforms"] == []
+    trials = pd.read_csv(folder / "ray_results" / "noisy" / "trials.csv")
+    assert [text.rpartition(", ")[2] for text in trials["configuration"]] == [
+        "augment crop",
+        "augment code:noise",
+    ]
+
+
+def provenance(study):
+    return json.loads(Path("ray_results", study, "study.json").read_text())["provenance"]
+
+
+def they_were_trained_on(folder):
+    drawn = pd.read_csv(folder / "ray_results" / "drawn" / "trials.csv")
+    assert list(drawn["status"]) == ["completed"] * 2
+    assert set(drawn["train_images"]) == {43}
+    noisy = pd.read_csv(folder / "ray_results" / "noisy" / "trials.csv")
+    assert list(noisy["status"]) == ["completed"] * 2
+    epochs = pd.read_csv(folder / "ray_results" / "noisy" / "epochs.csv")
+    assert epochs["train_loss"].nunique() == 4  # two trials that see other images in each epoch
+
+
+def test_changed_images_and_transforms_are_refused(folder, monkeypatch, capsys):
+    """Another text of the same images, or of the same transform, goes on."""
+    monkeypatch.setattr(schedule, "run", without_ray)
+    monkeypatch.setattr("analysis.report.write_report", lambda folder: folder / "report")
+    outputs(OWN_IMAGES, monkeypatch, capsys)
+    for command, file, change, words in (
+        (OWN_IMAGES[0], "my_images.py", ("size=60", "size=61"), "the data of code:specks (sha256"),
+        (OWN_IMAGES[1], "my_noise.py", ("20 *", "30 *"), "the code of noise in my_noise.py (sha"),
+    ):
+        path = folder / file
+        began = path.read_text()
+        path.write_text(f"# mine\n{began}")
+        (output,) = outputs([command], monkeypatch, capsys)
+        assert "nothing to do: all 2 trials of this command have ended" in output
+        path.write_text(began.replace(*change))
+        monkeypatch.setattr("sys.argv", ["command", *command[3:]])
+        with pytest.raises(SystemExit) as refused:
+            run.main()
+        assert refused.value.code == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_images_and_transforms_of_ones_own_reach_rays_workers(folder, monkeypatch, capsys):
+    outputs(OWN_IMAGES, monkeypatch, capsys)
+    they_were_trained_on(folder)
 
 
 @pytest.mark.slow

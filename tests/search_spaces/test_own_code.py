@@ -95,6 +95,8 @@ def test_what_fails_where_trials_run_is_one_sentence() -> None:
         "my_model.py runs for the command and not where trials run (ModuleNotFoundError: No module "
         "named 'not_on_this_node'); what it imports and opens must be there, too"
     )
+    with pytest.raises(UserError, match="runs for the command and not where trials run"):
+        own_code.run_where_trials_run(code._replace(models=(), transforms=("noise",)))
     own_code.run_where_trials_run(code._replace(models=()))  # it is the command's alone
     own_code.run_where_trials_run(None)
 

@@ -89,7 +89,18 @@ def test_id_is_a_plain_file_name_whatever_the_names_are(name):
     [
         ({"lora": {"r": 0}}, ["lora.r", "0", "greater than or equal to 1"]),
         ({"quantization": "nf5"}, ["quantization.mode", "nf5", "int8", "nf4-dq", "fp4-dq"]),
-        ({"dataset": "mnist"}, ["dataset", "mnist", "cifar10", "folder:PATH"]),
+        ({"dataset": "mnist"}, ["dataset", "mnist", "cifar10", "folder:PATH", "code:FUNCTION"]),
+        ({"dataset": "code:"}, ["dataset = 'code:': choose one of", "or code:FUNCTION"]),
+        ({"dataset": "code:a.b"}, ["dataset = 'code:a.b': choose one of"]),
+        (
+            {"data": {"augment": "mirror"}},
+            ["data.augment = 'mirror': choose one of auto, flip-crop, crop, none or code:FUNCTION"],
+        ),
+        ({"data": {"augment": "code:"}}, ["data.augment = 'code:': choose one of auto"]),
+        (
+            {"data": {"label_column": "kind"}, "dataset": "code:x"},
+            ["data.label_column = kind: code:x has no columns"],
+        ),
         (
             {"data": {"label_column": "kind"}},
             ["data.label_column = kind: cifar10 has no columns", "name a data set with hf:"],
@@ -445,7 +456,7 @@ def test_a_field_that_is_missing_or_unknown_is_named():
 def test_what_a_sentence_repeats_of_the_user_is_cut():
     with pytest.raises(UserError) as refused:
         parse_trial({**GOOD, "dataset": "x" * 1000})
-    assert 200 <= len(str(refused.value)) < 300
+    assert 200 <= len(str(refused.value)) < 310
     with pytest.raises(UserError, match="a int that is too long to print"):
         parse_trial({**GOOD, "seed": 10**5000})
 

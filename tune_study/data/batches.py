@@ -100,7 +100,9 @@ def augment(images: Tensor, how: str, draws: Tensor) -> Tensor:
 
 
 def augmentation(dataset: str, config: DataConfig) -> str:
-    """The augmentation that ``auto`` stands for."""
+    """The augmentation that ``auto`` stands for; none where a function of the user's is named."""
+    if config.transform is not None:
+        return "none"
     if config.augment != "auto":
         return config.augment
     return "flip-crop" if dataset in ("cifar10", "cifar100") else "crop"

@@ -8,6 +8,7 @@ files a data set had when they were last read, and when they were touched, stand
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -53,6 +54,25 @@ AT_ONCE_BYTES = 8 * 2**20
 """Of image files in memory: a thread then takes fewer."""
 SETTLES_NS = 2_000_000_000
 """What was written so shortly before it was read may change again under the same time."""
+
+
+class Sealed(BaseModel):
+    """A record that is none when other hands have changed it."""
+
+    digest: str = ""
+
+    def sealed(self) -> dict[str, Any]:
+        """All of it, as it is written."""
+        return {**self.model_dump(), "digest": self._seal()}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is what was written."""
+        return self.digest == self._seal()
+
+    def _seal(self) -> str:
+        values = json.dumps(self.model_dump(exclude={"digest"}))
+        return hashlib.sha256(values.encode()).hexdigest()
 
 
 class _Files(BaseModel):
@@ -348,13 +368,13 @@ def _each(found: Listed, title: str, do: Callable[[int, File, str], None]) -> No
 
 
 @contextmanager
-def progress(title: str, count: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+def progress(title: str, count: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
     """Takes how many more of ``count`` are done: a bar in a terminal, if it is to be ``shown``.
 
-    Elsewhere a line says that very many begin.
+    Elsewhere a line says that very many begin. ``None`` is a number that is not known.
     """
     console = Console(stderr=True)
-    if count >= MANY and not console.is_terminal:
+    if count is not None and count >= MANY and not console.is_terminal:
         print(f"{title}: {count:,}", file=sys.stderr, flush=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)

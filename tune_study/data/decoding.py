@@ -98,6 +98,16 @@ def rgb(data: bytes) -> np.ndarray:
         raise Unreadable(_reason(error)) from error
 
 
+def as_file(image: Image.Image) -> bytes:
+    """A PPM or PGM file of what is shown of ``image``, with the pixels that ``square`` would see.
+
+    The same on every machine, as a PNG of another zlib is not. Raises what Pillow does.
+    """
+    shown = _plain(_upright(image), image.format)
+    kind = b"P5" if shown.mode == "L" else b"P6"
+    return b"%s\n%d %d\n255\n" % (kind, *shown.size) + shown.tobytes()
+
+
 def _opened(file: File) -> Image.Image:
     """Its head is read. Raises ``Unreadable``."""
     if isinstance(file, Unreadable):

@@ -8,8 +8,6 @@ library is not asked, nor is the network.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -17,13 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel
 
 from tune_study.config import Columns
 from tune_study.data import cache, tables
 from tune_study.data.decoding import File, Unreadable
 from tune_study.data.folders import PARTS, touched
-from tune_study.data.listed import Images
+from tune_study.data.listed import Images, rows_of
 from tune_study.data.names import Hub, hub_of
 from tune_study.data.place import Place
 from tune_study.data.tables import Tables
@@ -36,10 +33,9 @@ SPLITS = {**PARTS, "dev": "val"}
 """Names of splits in lower case, and the part that each of them is."""
 
 
-class _Recorded(BaseModel):
-    """Fields of ``Rows``; ``labels`` as text. One that was changed by other hands is none."""
+class _Recorded(cache.Sealed):
+    """Fields of ``Rows``; ``labels`` as text."""
 
-    digest: str = ""
     reader: int
     stamp: str
     class_names: list[str]
@@ -49,10 +45,6 @@ class _Recorded(BaseModel):
     arrow: dict[str, list[str]]
     outside: list[str]
     unused: list[str]
-
-    def with_digest(self) -> _Recorded:
-        values = json.dumps(self.model_dump(exclude={"digest"}))
-        return self.model_copy(update={"digest": hashlib.sha256(values.encode()).hexdigest()})
 
 
 class Rows(NamedTuple):
@@ -136,7 +128,7 @@ def find(dataset: str, wanted: Columns, place: Place, *, dry: bool = False) -> R
     stamp, newest = rows.stamp()
     if not dry and cache.settled(newest, began):
         with cache.writable(place):
-            write_json(record, _record(rows, stamp).with_digest().model_dump())
+            write_json(record, _record(rows, stamp).sealed())
     return rows
 
 
@@ -158,10 +150,10 @@ def _record(rows: Rows, stamp: str) -> _Recorded:
 def _known(record: Path, dataset: str, wanted: Columns) -> Rows | None:
     """What the record tells, unless something was touched since."""
     known = cache.recorded(_Recorded, record)
-    if known is None or known != known.with_digest() or known.reader != READER:
+    if known is None or not known.is_whole or known.reader != READER:
         return None
     parts = {
-        part: _rows_of(known.splits[part], np.array(labels.split(), dtype=np.int64))
+        part: rows_of(known.splits[part], np.array(labels.split(), dtype=np.int64))
         for part, labels in known.labels.items()
     }
     rows = Rows(
@@ -169,10 +161,6 @@ def _known(record: Path, dataset: str, wanted: Columns) -> Rows | None:
         known.arrow, known.outside, known.unused,
     )  # fmt: skip
     return rows if rows.stamp()[0] == known.stamp else None
-
-
-def _rows_of(split: str, labels: np.ndarray) -> Images:
-    return Images([f"{split}[{row}]" for row in range(len(labels))], labels)
 
 
 def _looked_at(dataset: str, wanted: Columns, found: Tables) -> Rows:
@@ -197,7 +185,7 @@ def _looked_at(dataset: str, wanted: Columns, found: Tables) -> Rows:
     if without := [name for name in named if name not in class_names]:
         unused.append(f"{len(without)} classes without images")
     parts = {
-        part: _rows_of(split, np.array([numbers[value] for value in values[part]], dtype=np.int64))
+        part: rows_of(split, np.array([numbers[value] for value in values[part]], dtype=np.int64))
         for part, split in splits.items()
     }
     root = _root(hub_of(dataset))

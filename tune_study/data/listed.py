@@ -22,8 +22,15 @@ class Images(NamedTuple):
     """int64 [N], places in ``class_names``."""
 
 
+def rows_of(split: str, labels: np.ndarray) -> Images:
+    """The rows of a table's split, whose labels these are."""
+    return Images([f"{split}[{row}]" for row in range(len(labels))], labels)
+
+
 class Listed(Protocol):
-    """Images that lie somewhere: of a folder (``Found``), or in a table's rows (``Rows``)."""
+    """Images that lie somewhere: of a folder (``Found``), in a table's rows (``Rows``), or drawn by
+    code (``Drawn``).
+    """
 
     @property
     def dataset(self) -> str:

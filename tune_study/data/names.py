@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from tune_study.config import CODE
 from tune_study.folder.remote import is_uri
 
 FOLDER = "folder:"
 HUB = "hf:"
-DECODED = (FOLDER, HUB)
+DECODED = (FOLDER, HUB, CODE)
 """How data sets begin whose images are decoded into the cache."""
 
 

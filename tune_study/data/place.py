@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from search_spaces.own_code import Code
 from tune_study.errors import UserError
 
 
@@ -18,6 +19,8 @@ class Place(NamedTuple):
     """Downloads and decoded images; ``None`` is the user's own cache."""
     leave_out_broken: bool = False
     """Whether a folder's images that cannot be read are left out, instead of refused."""
+    code: Code | None = None
+    """The user's own file, whose functions ``code:`` means."""
 
     def cache(self) -> Path:
         """The folder of what can be made again. Raises ``UserError`` where there is no home."""

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tune_study.config import Columns
-from tune_study.data import cache, hub
+from tune_study.config import CODE, Columns
+from tune_study.data import cache, drawn, hub
 from tune_study.data.buckets import folder_of
 from tune_study.data.decoding import Unreadable, rgb
 from tune_study.data.folders import find
@@ -135,7 +135,10 @@ def read_source(
 def _listed(
     dataset: str, place: Place, columns: Columns, *, dry: bool = False
 ) -> Iterator[Listed | None]:
-    """Its images. A ``dry`` look fetches none: ``None`` where a data set of the hub is not here."""
+    """Its images. A ``dry`` look fetches and draws none: ``None`` where they are not here."""
+    if dataset.startswith(CODE):
+        yield drawn.find(dataset, place, dry=dry)
+        return
     if dataset.startswith(HUB):
         yield hub.find(dataset, columns, place, dry=dry)
         return
@@ -148,7 +151,8 @@ def count(
 ) -> Counted | None:
     """What can be told without a download, and without writing anything.
 
-    ``None`` for a data set of the hub's that is not on this machine. Raises ``UserError`` for what
+    ``None`` for a data set of the hub's that is not on this machine, or that code has not drawn
+    yet. Raises ``UserError`` for what
     is no data set, or not a large one with broken images.
     """
     if dataset == "digits":

@@ -183,6 +183,7 @@ class _Code(BaseModel):
     text: str
     sha256: str
     models: list[str]
+    transforms: list[str] = []
 
 
 class _Provenance(BaseModel):
@@ -253,9 +254,21 @@ def names_in(study_dir: Path) -> Names:
 def _merged(
     old: Mapping[str, Any] | None, checksums: Mapping[str, Any], context: RunContext
 ) -> dict[str, Any]:
-    before = old["provenance"] if old else {}
-    now = {**checksums, **code_record(context)}
-    return {kind: {**before.get(kind, {}), **now.get(kind, {})} for kind in INPUTS}
+    return joined(old["provenance"] if old else {}, {**checksums, **code_record(context)})
+
+
+def joined(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The ``INPUTS`` of two ``provenance``; of what both have, those of ``now``.
+
+    But of a file that ``now`` has no transforms of, and ``before`` some: they are what must stay.
+    """
+    inputs = {kind: {**before.get(kind, {}), **now.get(kind, {})} for kind in INPUTS}
+    for file, then in before.get("code", {}).items():
+        if transforms := then.get("transforms"):
+            entry = inputs["code"][file] if inputs["code"][file].get("transforms") else then
+            used = sorted({*transforms, *entry["transforms"]})
+            inputs["code"][file] = {**entry, "transforms": used}
+    return inputs
 
 
 def _refuse_mixture(folder: Path, old: Mapping[str, Any], context: RunContext) -> None:
@@ -337,17 +350,27 @@ def code_record(context: RunContext) -> dict[str, Any]:
 
 
 def changed_code(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The user's own models whose code differs: ``the code of leaf_vit in my_model.py (...)``.
+    """The user's own models and transforms whose code differs: ``the code of leaf_vit in
+    my_model.py (...)``.
 
-    A file without models does nothing where trials run: its plan is compared, and no more. Both are
-    the ``provenance`` of a study.json; one of an earlier version has no code.
+    A file without them does nothing where trials run: its plan is compared, and no more. Transforms
+    are compared wherever a file has been used for some, also where ``now`` has no trial of them:
+    one text stands for all. Both are the ``provenance`` of a study.json; one of an earlier version
+    has no code, or no transforms.
     """
     return [
-        f"the code of {model} in {file} (sha256 {entry['sha256'][:12]}, then {then['sha256'][:12]})"
+        f"the code of {name} in {file} (sha256 {entry['sha256'][:12]}, then {then['sha256'][:12]})"
         for file, entry in now.get("code", {}).items()
-        for then in before.get("code", {}).values()
-        for model in entry["models"]
-        if model in then["models"] and own_code.differ(then, entry)
+        for then_file, then in before.get("code", {}).items()
+        for name in [
+            *(model for model in entry["models"] if model in then["models"]),
+            *(
+                transform
+                for transform in then.get("transforms", [])
+                if file == then_file or transform in entry.get("transforms", [])
+            ),
+        ]
+        if own_code.differ(then, entry)
     ]
 
 

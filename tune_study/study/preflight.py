@@ -14,6 +14,7 @@ from tune_study.data.names import DECODED, is_bucket
 from tune_study.data.place import Preprocessing
 from tune_study.data.sources import CIFAR_CLASSES
 from tune_study.data.splits import Outline, load, outline
+from tune_study.data.transform import transform_of, try_out
 from tune_study.errors import UserError
 from tune_study.folder.files import file_sha256
 from tune_study.memory.estimate import refuse_any_that_cannot_fit
@@ -69,6 +70,7 @@ def check(
         return Checked({}, {"data": {}, "weights": {}})
     for trial in trials:
         refuse_graph(trial, context.device)
+        transform_of(trial, context.code)  # there is such a function
     data: dict[str, Outline] = {}
     seen: dict[str, Outline] = {}
     sha256: dict[str, Any] = {"data": {}, "weights": {}}
@@ -121,6 +123,7 @@ def _look_at_images(
     if dry and (downloaded or trial.dataset.startswith(DECODED)):
         return outline(trial.dataset, context.place, trial.data, how), {}
     images = load(trial.dataset, context.place, trial.data, how)
+    try_out(trial, context.code, images.train.images[:2])
     seen = images.outline
     kept: dict[str, Any] = {"sha256": images.sha256}
     if seen.told:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from analysis.load import Study, rebuild, write_tables
 from search_spaces.lookup import code_of
+from search_spaces.own_code import Code
 from tune_study.cluster.connection import check_options
 from tune_study.cluster.stop import Stop
 from tune_study.config import TrialConfig
@@ -128,7 +129,7 @@ def execute(given: Options) -> int:
 
 def _command(given: Options) -> Command:
     settings, grid_name, trials = trials_of(given)
-    context = _context(given, grid_name, _simulation(given))
+    context = _context(given, grid_name, trials, _simulation(given))
     auto = auto_batch.wanted(
         given.batch,
         context,
@@ -194,7 +195,10 @@ def _dry_run(command: Command, checked: Checked, choices: Mapping[str, Any]) -> 
     if command.auto and len(choices) < len(trials):
         notes = [*notes, auto_batch.NOT_YET]
     if missing := [f"the {k} of {' and '.join(n)}" for k, n in checked.not_here.items() if n]:
-        notes = [*notes, f"a dry run downloads nothing, and did not look at {'; '.join(missing)}"]
+        notes = [
+            *notes,
+            f"a dry run downloads and draws nothing, and did not look at {'; '.join(missing)}",
+        ]
     if any(not seen.is_known for seen in checked.data.values()):
         notes = [
             *notes,
@@ -237,19 +241,20 @@ def _simulation(given: Options) -> Simulation | None:
     return None
 
 
-def _context(given: Options, grid_name: str, simulation: Simulation | None) -> RunContext:
+def _context(
+    given: Options, grid_name: str, trials: Sequence[TrialConfig], simulation: Simulation | None
+) -> RunContext:
     default_name = f"{grid_name}-simulated" if simulation else grid_name
     folder = safe_name(default_name) if given.name is None else given.name
     study_dir = resolved("--output-dir", given.output_dir / folder)
     check_options(given.address, given.storage)
-    named = ("--space", given.space) if given.search else ("--grid", given.grid)
     return RunContext(
         study_dir=study_dir,
         data_dir=given.data_dir,
         cache_dir=given.cache_dir,
         leave_out_broken=given.leave_out_broken,
         weights=given.weights,
-        code=code_of(*named),
+        code=_code(given, trials),
         device=device.choose_device(given.device),
         num_threads=given.cpus_per_trial or _threads(given),
         simulation=simulation,
@@ -258,6 +263,13 @@ def _context(given: Options, grid_name: str, simulation: Simulation | None) -> R
         on_cluster=given.address != "local",
         epoch_s=given.epoch_s or 0,
     )
+
+
+def _code(given: Options, trials: Sequence[TrialConfig]) -> Code | None:
+    """The user's own file, with those of its functions that transform these trials' images."""
+    code = code_of(*(("--space", given.space) if given.search else ("--grid", given.grid)))
+    transforms = {trial.data.transform for trial in trials} - {None}
+    return code and code._replace(transforms=tuple(sorted(filter(None, transforms))))
 
 
 def _threads(given: Options) -> int:

@@ -108,7 +108,7 @@ class RunContext(BaseModel):
     leave_out_broken: bool = False
     weights: Path | None = None
     code: Code | None = None
-    """The user's own file, whose models the trials may be of."""
+    """The user's own file, whose models, images and transforms the trials may have."""
     device: str = "cpu"
     num_threads: int = 1
     simulation: Simulation | None = None
@@ -125,4 +125,4 @@ class RunContext(BaseModel):
     @property
     def place(self) -> Place:
         """Where this machine has images."""
-        return Place(self.data_dir, self.cache_dir, self.leave_out_broken)
+        return Place(self.data_dir, self.cache_dir, self.leave_out_broken, self.code)

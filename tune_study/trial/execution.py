@@ -119,7 +119,7 @@ def _train(context: RunContext, report: Report, record: Record) -> None:
     data = load(config.dataset, context.place, config.data, preprocessing(config))
     _refuse_to_start(config, context, len(data.class_names))
     built = build_model(config, len(data.class_names), weights=context.weights, device=device)
-    training = train.start(config, built, data, device)
+    training = train.start(config, built, data, device, context.code)
     record.built(built, training)
     _continue(training, built, context, record)
     for row in training.history:

@@ -52,6 +52,8 @@ def refuse_graph(config: TrialConfig, device: str) -> None:
     reason = None
     if device != "cuda":
         reason = f"--device {device} has no CUDA graphs"
+    elif config.data.transform is not None:
+        reason = f"data.augment={config.data.augment} is code of yours, which no graph can hold"
     elif config.training.gradient_checkpointing:
         reason = "blocks that are computed twice turn the generator back, which no graph can"
     if reason is not None:

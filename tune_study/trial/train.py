@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from search_spaces.own_code import Code
 from tune_study.config import TrialConfig
 from tune_study.data.batches import (
     augmentation,
@@ -22,6 +23,7 @@ from tune_study.data.batches import (
 from tune_study.data.mapped import Mapped
 from tune_study.data.sources import Split
 from tune_study.data.splits import Dataset
+from tune_study.data.transform import transform_of
 from tune_study.memory.step import StepMemory, measure_step
 from tune_study.model.build import COMPUTE_DTYPES, BuiltModel, trainable
 from tune_study.model.noise_scale import NoiseScale, gradients_of_first_half
@@ -38,10 +40,16 @@ NO_NOISE_SCALE = dict.fromkeys(
 )
 
 
-def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.device) -> Training:
+def start(
+    config: TrialConfig,
+    built: BuiltModel,
+    data: Dataset,
+    device: torch.device,
+    code: Code | None = None,
+) -> Training:
     """A trial before its first epoch. The images move to ``device``, as uint8.
 
-    Raises ``UserError`` as ``refuse_graph``.
+    Raises ``UserError`` as ``refuse_graph`` and ``transform_of``, which looks into ``code``.
     """
     refuse_graph(config, device.type)
     settings = config.training
@@ -84,6 +92,7 @@ def start(config: TrialConfig, built: BuiltModel, data: Dataset, device: torch.d
         ),
         noise=NoiseScale(parameters, steps=steps_per_epoch) if noise else None,
         factors=built.factors,
+        transform=transform_of(config, code),
     )
     if step_of(config) == "graph":
         training.outliers = make_static(built.model)
@@ -186,7 +195,10 @@ def _train_epoch(training: Training) -> tuple[Row, list[float]]:
             loss, hits = training.graph(part, images)
             _count_step(training, count)
         else:
-            loss, hits = train_step(training, *make_batch(split, part, images, policy))
+            batch, labels = make_batch(split, part, images, policy)
+            if training.transform is not None:
+                batch = training.transform(batch, len(training.history) + 1, number)
+            loss, hits = train_step(training, batch, labels)
         sums[number].copy_(torch.stack([loss * count, hits]))
     # The only reads of the device in the epoch. Doubles are the CPU's: MPS has none.
     losses, correct = sums.cpu().double().T.contiguous()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tune_study.config import TrialConfig
 from tune_study.data.batches import Preprocessing, normalisation
 from tune_study.data.splits import Dataset
+from tune_study.data.transform import Transform
 from tune_study.machine.device import random_states, set_random_states
 from tune_study.model.initial import Factors
 from tune_study.model.noise_scale import NoiseScale
@@ -50,6 +51,8 @@ class Training:
     best_epoch: int = 0
     factors: Mapping[str, Factors] = field(default_factory=dict)
     """What the adapters took of the base when they began (``BuiltModel.factors``)."""
+    transform: Transform | None = None
+    """The user's own, in the place of an augmentation."""
     graph: GraphedStep | None = None
     """Takes the steps on full batches, where ``training.step`` is ``graph``."""
     evaluation: GraphedStep | None = None

@@ -1,5 +1,6 @@
 """Data and weights on their way to a node."""
 
+import hashlib
 import pickle
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import ray
 import torch
 from safetensors.torch import save_file
 
+from search_spaces.own_code import Code
 from tests.tune_study.data.pictures import class_folders
 from tune_study.cluster import inputs
 from tune_study.config import DataConfig
@@ -117,6 +119,35 @@ def test_a_folders_images_go_to_the_nodes_cache_piece_by_piece(
     assert (tmp_path / "nodes" / "images" / name).read_bytes() == (
         tmp_path / "drivers" / "images" / name
     ).read_bytes()
+
+
+def test_images_of_code_reach_a_node_that_does_not_run_it(object_store, tiny, tmp_path):
+    (tmp_path / "there").write_text("here")
+    text = (
+        "import numpy as np\n"
+        "from pathlib import Path\n"
+        "def leaves(split):\n"
+        f"    assert Path({str(tmp_path / 'there')!r}).read_text() == 'here'\n"
+        "    some = range(24) if split == 'train' else ()\n"
+        "    return ((np.full((40, 40), 9 * at, np.uint8), at % 2) for at in some)\n"
+    )
+    code = Code("m.py", "grid", text, hashlib.sha256(text.encode()).hexdigest())
+    config = tiny("nf4", dataset="code:leaves").model_copy(update={"data": DataConfig()})
+    context = RunContext(study_dir=tmp_path / "study", cache_dir=tmp_path / "drivers", code=code)
+    how = preprocessing(config)
+    before = splits.load(config.dataset, context.place, config.data, how)
+    shipped = inputs.ship([config], context)
+    sources.read_source.cache_clear()
+    (tmp_path / "there").unlink()
+
+    on_node = context.model_copy(update={"cache_dir": tmp_path / "nodes"})
+    there = inputs.receive(shipped, config, on_node, tmp_path / "node")
+    after = splits.load(config.dataset, there.place, config.data, how)
+    assert (after.sha256, after.class_names) == (before.sha256, ["0", "1"])
+    for ours, theirs in zip(after[:3], before[:3], strict=True):
+        assert torch.equal(ours.images[:], theirs.images[:])
+        assert torch.equal(ours.labels, theirs.labels)
+    assert not list((tmp_path / "nodes").rglob("*drawn*"))  # what was decoded is all it has
 
 
 @pytest.mark.parametrize("change", ["", "other bytes", "longer", "gone", "bucket"])

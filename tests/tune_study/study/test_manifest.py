@@ -71,12 +71,45 @@ def test_the_code_of_own_models_is_kept_and_not_changed(tiny, tmp_path):
         "text": "DEPTH = 1",
         "sha256": first.sha256,
         "models": ["vit"],
+        "transforms": [],
     }
     assert opened()["code"]["mine.py"] == kept
     assert set(opened(own("DEPTH = 2", "other", file="b.py"))["code"]) == {"mine.py", "b.py"}
     for changed in (own("DEPTH = 2", "vit"), own("DEPTH = 2", "vit", file="c.py")):
         with pytest.raises(UserError, match=r"the code of vit in .\w*\.py \(sha256 \w{12}, then"):
             opened(changed)
+
+
+def test_the_code_of_transforms_is_kept_and_not_changed(tiny, tmp_path):
+    trials = [tiny("none")]
+
+    def opened(text, *transforms, file="mine.py"):
+        code = own(text, file=file)._replace(transforms=transforms)
+        return open_study(trials, context(tmp_path, code=code))["provenance"]["code"]
+
+    assert (
+        opened(
+            "def grid():\n    return 1",
+        )["mine.py"]["transforms"]
+        == []
+    )
+    assert opened("NOISE = 1", "b")["mine.py"]["transforms"] == ["b"]  # the study is extended
+    assert opened("NOISE=1 # as b", "a")["mine.py"]["transforms"] == ["a", "b"]
+    kept = opened("NOISE  =  1")["mine.py"]  # of a command that names none of their trials
+    assert (kept["transforms"], kept["text"]) == (["a", "b"], "NOISE=1 # as b")
+    assert opened("NOISE = 2", "c", file="c.py")["c.py"]["transforms"] == ["c"]
+    for transforms, file in ((("a",), "mine.py"), ((), "mine.py"), (("a",), "d.py")):
+        with pytest.raises(UserError, match=r"the code of a in \w*\.py \(sha256 \w{12}, then"):
+            opened("NOISE = 3", *transforms, file=file)
+
+
+def test_of_two_studies_the_text_stays_that_trials_were_transformed_by():
+    plain = {"code": {"m.py": own("A = 1", file="m.py").record()}}
+    used = {"code": {"m.py": own("A = 2", file="m.py")._replace(transforms=("f",)).record()}}
+    for pair in ((plain, used), (used, plain)):
+        kept = manifest.joined(*pair)["code"]["m.py"]
+        assert (kept["text"], kept["transforms"]) == ("A = 2", ["f"])
+    assert manifest.joined({}, plain)["code"] == plain["code"]
 
 
 def test_continuing_with_something_else_is_said_and_recorded(tiny, tmp_path, monkeypatch):

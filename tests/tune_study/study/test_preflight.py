@@ -46,6 +46,8 @@ def test_preflight_finds_the_inputs_and_their_checksums(tiny, tmp_path):
         ({"data": {"image_size": 33}}, "multiple"),
         ({"quantization": {"mode": "nf4", "skip_layers": ["x"]}}, "matches no layer"),
         ({"training": {"step": "graph"}}, "--device cpu has no CUDA graphs"),
+        ({"dataset": "code:leaves"}, "dataset code:leaves: it means a function of the grid's own"),
+        ({"data": {"augment": "code:mine"}}, "data.augment = code:mine: it means a function"),
     ],
 )
 def test_preflight_refuses_before_anything_is_written(tiny, tmp_path, fields, words):
@@ -71,6 +73,51 @@ def test_a_model_of_ones_own_says_where_its_weights_come_from(tiny, tmp_path):
     random = tiny("none", model="without_weights", pretrained=False)
     checked = preflight.check([random], where)
     assert checked.checksums["weights"]["without_weights"]["pretrained"] is False
+
+
+def test_a_transform_of_ones_own_is_tried_before_a_trial(tiny, tmp_path):
+    text = "def mine(images, generator):\n    assert len(images) == 2\n    return images / 255\n"
+    where = context(tmp_path, code=Code("m.py", "grid", text, "sha of a transform"))
+    trial = tiny("none", data={"augment": "code:mine"})
+    with pytest.raises(UserError, match=r"data\.augment = code:mine: it made values from 0 to 1;"):
+        preflight.check([trial], where)
+    other = tiny("none", data={"augment": "code:other"})
+    with pytest.raises(UserError, match=r"code:other: m\.py has no function other"):
+        preflight.check([other], where, dry=True)
+
+
+def test_images_of_code_are_drawn_by_the_first_start_and_not_by_a_dry_run(tiny, tmp_path):
+    text = (
+        "import numpy as np\n"
+        "def leaves(split):\n"
+        "    rows = {'train': 30, 'val': 10, 'test': 0}[split]\n"
+        "    return ((np.full((40, 40), at, np.uint8), at % 2) for at in range(rows))\n"
+    )
+    code = Code("m.py", "grid", text, hashlib.sha256(text.encode()).hexdigest())
+    where = context(tmp_path, code=code, cache_dir=tmp_path / "cache")
+    trial = tiny(
+        "none",
+        dataset="code:leaves",
+        data={"train_size": None, "val_size": None, "test_size": None},
+    )
+    dry = preflight.check([trial], where, dry=True)
+    assert (dry.not_here["images"], dry.checksums["data"]) == (["code:leaves"], {})
+    assert dry.data[trial.trial_id] is UNKNOWN
+    checked = preflight.check([trial], where)
+    entry = checked.checksums["data"]["code:leaves"]
+    assert len(entry["sha256"]) == 64
+    assert (
+        entry["images"]
+        == checked.told[0]
+        == (
+            "code:leaves: 40 images of 2 classes; 24 to train on, 10 for validation, 6 for the "
+            "test (split off train); drawn by leaves in m.py"
+        )
+    )
+    again = preflight.check([trial], where, dry=True)
+    assert again.not_here["images"] == []
+    assert again.data[trial.trial_id] == checked.data[trial.trial_id]
+    assert trial.trial_id.startswith("vit_glyphs_patch4_32-code_leaves-r4-none-s42-")
 
 
 def test_a_model_that_does_not_take_its_images_is_refused(tiny, tmp_path):

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import math
 import shutil
@@ -241,6 +242,26 @@ def test_own_code_that_fails_on_a_worker_is_one_sentence(tiny, tmp_path):
     assert results["status"] == "error"
     assert results["error"].startswith("my_model.py runs for the command and not where trials run")
     assert "'not_on_this_node'" in results["error"]
+
+
+def test_a_transform_of_ones_own_runs_where_the_trial_does_and_survives_a_kill(tiny, tmp_path):
+    text = (
+        "import torch\n"
+        "def mine(images, generator):\n"
+        "    return images + 90 * torch.rand(images.shape, generator=generator)\n"
+    )
+    code = Code("mine.py", "grid", text, hashlib.sha256(text.encode()).hexdigest())
+    config = tiny("nf4", data={"augment": "code:mine"}, training={"num_train_epochs": 3})
+    whole, _ = run(config, tmp_path / "whole", code=code)
+    assert whole["status"] == "completed"
+    with pytest.raises(KeyboardInterrupt):
+        execute(
+            config,
+            RunContext(study_dir=tmp_path / "killed", code=code),
+            kill_after(2, []),
+        )
+    again, _ = run(config, tmp_path / "killed", code=code)
+    assert without_times(again) == without_times(whole)
 
 
 def test_quantization_that_does_not_happen_is_an_error_and_no_result(tiny, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import math
 from types import SimpleNamespace
 
@@ -6,6 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from search_spaces import own_code
+from search_spaces.own_code import Code
 from tune_study.data.batches import preprocess
 from tune_study.data.place import Place, Preprocessing
 from tune_study.data.sources import Split
@@ -64,6 +67,47 @@ def test_the_same_trial_twice_and_resumed_is_equal_to_the_last_bit(tiny, mode):
     for name, parameter in whole.parameters.items():
         assert torch.equal(parameter, resumed.parameters[name]), name
     assert train.test(whole) == train.test(resumed)
+
+
+def test_a_transform_of_ones_own_is_repeated_and_resumed_to_the_last_bit(tiny):
+    """In the place of the crops: what it sees are the images themselves, and nothing else is."""
+    text = (
+        "import torch\n"
+        "SEEN = []\n"
+        "def noisy(images, generator):\n"
+        "    SEEN.append(images.clone())\n"
+        "    return images + 90 * torch.rand(images.shape, generator=generator)\n"
+    )
+    code = Code("/me/mine.py", "grid", text, hashlib.sha256(text.encode()).hexdigest())
+    training = {"num_train_epochs": 3, "per_device_train_batch_size": 16}
+    config = tiny("nf4", data={"augment": "code:noisy"}, training=training)
+    data = load("digits", Place(), config.data)
+
+    def begun(config=config):
+        return train.start(config, build_model(config, 10), data, CPU, code)
+
+    whole = begun()
+    rows = list(train.fit(whole))
+    seen = own_code.module_of(code).SEEN
+    assert [len(images) for images in seen] == [16, 16, 8] * 3  # in training alone
+    images = [torch.cat(seen[start : start + 3]).flatten(1) for start in (0, 3, 6)]
+    expected = data.train.images.flatten(1).unique(dim=0)
+    assert all(torch.equal(epoch.unique(dim=0), expected) for epoch in images)
+
+    first = begun()
+    next(iter(train.fit(first)))
+    state = copy.deepcopy(first.state_dict())
+    torch.manual_seed(999)
+    resumed = begun()
+    resumed.load_state_dict(state)
+    list(train.fit(resumed))
+    assert comparable(resumed.history) == comparable(rows)
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(parameter, resumed.parameters[name]), name
+
+    plain = begun(tiny("nf4", data={"augment": "none"}, training=training))
+    assert plain.transform is None
+    assert comparable(train.fit(plain)) != comparable(rows)
 
 
 def test_seeds_differ(tiny):
