@@ -199,7 +199,7 @@ def test_a_recording_computes_nothing_and_a_replay_leaves_everything_in_its_plac
 def test_a_graph_that_cannot_be_is_refused_in_a_sentence(tiny, device, change, reason):
     fields = {"training": {"step": "graph", **change.get("training", {})}}
     fields["data"] = change.get("data", {})
-    config = tiny(change.get("quantization", "nf4"), **fields)
+    config = tiny("nf4", **fields)
     with pytest.raises(UserError, match=f"training.step = graph: .*{reason}.*training.step=eager"):
         graph.refuse_graph(config, device)
     for step in ("eager", "auto"):
