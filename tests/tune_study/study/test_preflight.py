@@ -81,7 +81,9 @@ def test_a_transform_of_ones_own_is_tried_before_a_trial(tiny, tmp_path):
     trial = tiny("none", data={"augment": "code:mine"})
     with pytest.raises(UserError, match=r"data\.augment = code:mine: it made values from 0 to 1;"):
         preflight.check([trial], where)
-    other = tiny("none", data={"augment": "code:other"})
+    sizes = dict.fromkeys(("train_size", "val_size", "test_size"))
+    folder = class_folders(tmp_path / "d", cat=10, dog=10)  # no image of it is loaded
+    other = tiny("none", dataset=f"folder:{folder}", data={**sizes, "augment": "code:other"})
     with pytest.raises(UserError, match=r"code:other: m\.py has no function other"):
         preflight.check([other], where, dry=True)
 
