@@ -27,6 +27,7 @@ TIMES = (
     "epoch_time_s",
     "train_time_s",
     "train_energy_j",
+    "energy_source",
     "eval_time_s",
     "measuring_time_s",
     "images_per_s",
