@@ -29,7 +29,7 @@ from tune_study.folder.remote import masked
 
 METRICS = (
     "test_accuracy", "val_accuracy", "weights_bytes", "peak_train_bytes", "rss_peak_bytes",
-    "images_per_s", "train_time_s",
+    "images_per_s", "train_time_s", "train_energy_j",
 )  # fmt: skip
 CELL = ["configuration", "quantization", "seed"]
 

@@ -26,6 +26,8 @@ from tune_study.trial.execution import execute
 TIMES = (
     "epoch_time_s",
     "train_time_s",
+    "train_energy_j",
+    "energy_source",
     "eval_time_s",
     "measuring_time_s",
     "images_per_s",

@@ -6,7 +6,7 @@ import pandas as pd
 
 from analysis.findings.findings import Findings
 from analysis.measures.memory import LEDGER, why_no_peak
-from analysis.statistics.cells import machines_of
+from analysis.statistics.cells import finished, machines_of
 from analysis.text.layout import Cell, Section, Table, count, notes, size, table_of, text
 from analysis.text.wording import listing, megabytes, number, percent, signed, span
 
@@ -100,17 +100,44 @@ def speed(found: Findings) -> Section:
     ]
     if not found.speed["ratio"].notna().any():
         paragraphs.append("No finished pair of trials recorded its throughput.")
-    table = table_of(
-        "speed",
-        "Training speed against the unquantized model",
-        found.speed,
+    tables = [_ratios("speed", "Training speed", "times the speed", found.speed)]
+    if why := _why_no_energy(found):
+        paragraphs.append(f"The energy of training can't be compared: {why}.")
+    else:
+        measured = finished(found.study.trials, "train_energy_j")
+        sources = listing(sorted(measured["energy_source"].dropna().unique()))
+        paragraphs.append(
+            "Energy is what the device's own counter says of the same seconds, whatever the device "
+            f"took it for ({sources}). Below 1 is less."
+        )
+        tables.append(_ratios("energy", "Energy of training", "times the energy", found.energy))
+    figures = ("pareto_energy",) if len(found.energy_front) else ()
+    return Section("speed", "Speed", paragraphs, tables, figures)
+
+
+def _why_no_energy(found: Findings) -> str:
+    """Why no mode's energy can be set against the baseline's; "" where it can."""
+    if found.energy["ratio"].notna().any():
+        return ""
+    good = finished(found.study.trials)
+    if good["train_energy_j"].notna().any():
+        return "no unquantized trial has it beside a quantized one"
+    reasons = sorted({str(source) for source in good["energy_source"].dropna()})
+    return "; ".join(reasons[:3]) or "no trial recorded it"
+
+
+def _ratios(key: str, what: str, times: str, table: pd.DataFrame) -> Table:
+    """``table`` is ``ratios.metric_ratios``."""
+    return table_of(
+        key,
+        f"{what} against the unquantized model",
+        table,
         {
             "mode": text("quantization"),
-            "times the speed": lambda r: number(r["ratio"]),
+            times: lambda r: number(r["ratio"]),
             "interval": lambda r: span(r["ci_low"], r["ci_high"], 2),
             "configurations": count("n_configurations"),
             "pairs": count("n_pairs"),
         },
-        note=notes(found.speed),
+        note=notes(table),
     )
-    return Section("speed", "Speed", paragraphs, [table])

@@ -10,7 +10,7 @@ from analysis.chapters import search
 from analysis.findings.findings import Findings
 from analysis.statistics.cells import varying
 from analysis.text.layout import Cell, Section, Table, count, size, table_of, text
-from analysis.text.wording import MISSING, number, percent, plural, seconds, short
+from analysis.text.wording import MISSING, kilojoules, number, percent, plural, seconds, short
 from tune_study.folder import schema
 from tune_study.folder.files import mapping
 from tune_study.folder.names import field_in_words
@@ -75,6 +75,7 @@ def every_trial(frame: pd.DataFrame) -> Table:
         "peak_train_bytes": ("peak", size("peak_train_bytes")),
         "images_per_s": ("images per s", lambda r: number(r["images_per_s"], 1)),
         "train_time_s": ("training", lambda r: seconds(r["train_time_s"])),
+        "train_energy_j": ("energy", lambda r: kilojoules(r["train_energy_j"])),
     }
     cells |= {title: cell for name, (title, cell) in measured.items() if frame[name].notna().any()}
     cells["trial"] = text("trial_id")

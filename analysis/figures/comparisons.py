@@ -4,7 +4,7 @@ statistics and returns a :class:`Drawn`; one with nothing to show says why inste
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,14 +132,26 @@ def _draw_margin(axis: Axes, edge: float) -> None:
 
 
 def plot_pareto(
-    table: pd.DataFrame, *, key: str, title: str, caption: str, label: str, empty: str
+    table: pd.DataFrame,
+    *,
+    key: str,
+    title: str,
+    caption: str,
+    label: str,
+    empty: str,
+    one: float = 1e6,
+    words: Callable[[Any], str] = megabytes,
 ) -> Drawn:
-    """Accuracy against bytes; ``table`` is ``pareto.pareto_front``, a panel per data set."""
+    """Accuracy against a cost; ``table`` is ``pareto.pareto_front``, a panel per data set.
+
+    ``one`` is the axis' unit in the cost's own; ``words`` says a cost beside a mark.
+    """
     if table.empty:
         return Drawn(key, title, caption, None, empty)
     from matplotlib.lines import Line2D
 
     models = list(dict.fromkeys(str(model) for model in table["model"]))
+    table = table.assign(told=table["cost"].map(words), cost=table["cost"] / one)
     panels = panels_of(table, ["dataset"])
     tips: dict[str, list[str]] = {}
     with settings():
@@ -149,7 +161,7 @@ def plot_pareto(
             axis.set_title(short(dataset))
             axis.margins(y=0.09)
             axis.set_xscale("log")
-            low, high = table["cost"].min() / 1e6, table["cost"].max() / 1e6
+            low, high = table["cost"].min(), table["cost"].max()
             plain_log(axis.xaxis, low, high)
             pad = max((high / low) ** 0.08, 1.08)
             axis.set_xlim(low / pad, high * pad)
@@ -173,16 +185,14 @@ def _draw_cells(
 ) -> None:
     """The front, a line per configuration through its modes, and a marker per cell."""
     for _, own in group.sort_values("cost").groupby("configuration"):
-        axis.plot(own["cost"] / 1e6, own["score"] * 100, color="#d0d0d0", lw=0.7, zorder=1)
+        axis.plot(own["cost"], own["score"] * 100, color="#d0d0d0", lw=0.7, zorder=1)
     front = group[group["on_front"]].sort_values("cost")
-    axis.step(
-        front["cost"] / 1e6, front["score"] * 100, where="post", color="#666666", lw=1.2, zorder=1
-    )
+    axis.step(front["cost"], front["score"] * 100, where="post", color="#666666", lw=1.2, zorder=1)
     for (mode, model), cells in group.groupby(["quantization", "model"], observed=True):
         colour, marker, _ = style(str(mode))
         gid = f"cells-{len(tips)}"
         axis.plot(
-            cells["cost"] / 1e6, cells["score"] * 100, marker, color=colour, ms=6.5,
+            cells["cost"], cells["score"] * 100, marker, color=colour, ms=6.5,
             fillstyle=_fill(models, str(model)), mec=colour, mew=1.2, ls="", alpha=0.9, gid=gid,
         )  # fmt: skip
         tips[gid] = [_cell_tip(row) for row in cells.to_dict("records")]
@@ -193,11 +203,10 @@ def _fill(models: list[str], model: str) -> Any:
 
 
 def _cell_tip(row: dict[Any, Any]) -> str:
-    """A cell in words: what it is, how accurate, how large."""
+    """A cell in words: what it is, how accurate, how costly."""
     return (
         f"{short(row['configuration'], 100)} · {row['quantization']}: {percent(row['score'], 2)}, "
-        f"{megabytes(row['cost'])}, {plural(row['n'], 'seed')}"
-        + ("; on the front" if row["on_front"] else "")
+        f"{row['told']}, {plural(row['n'], 'seed')}" + ("; on the front" if row["on_front"] else "")
     )
 
 

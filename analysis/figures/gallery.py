@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
 from analysis.figures import comparisons, curves, dependence, search
 from analysis.figures.style import Drawn, mark_simulated, styles_of
 from analysis.findings.findings import Findings
@@ -19,6 +17,7 @@ KEYS = (
     "axes",
     "pareto_weights",
     "pareto_peak",
+    "pareto_energy",
     "learning_curves",
     "learning_gap",
     "gradient_norm",
@@ -42,7 +41,7 @@ def draw_all(found: Findings) -> dict[str, Drawn]:
             drawn = [_forest(found), comparisons.plot_seeds(found.seed_spread, found.seed_sds)]
             if len(found.axes.tests):
                 drawn.append(dependence.plot_axes(found.axes.levels, found.axes.points))
-            drawn += [*_over_epochs(found), *_pareto(found.study.trials)]
+            drawn += [*_over_epochs(found), *_pareto(found)]
             drawn.append(comparisons.plot_qlora(found.qlora, simulated=found.simulated))
         drawn.append(comparisons.plot_ledger(found.ledger))
     if found.simulated:
@@ -123,10 +122,12 @@ def _over_epochs(found: Findings) -> list[Drawn]:
     ]
 
 
-def _pareto(trials: pd.DataFrame) -> list[Drawn]:
+def _pareto(found: Findings) -> list[Drawn]:
+    """That of the energy only where a trial has it: most devices tell none."""
+    trials = found.study.trials
     front = "Dark line: the cells that no other beats in both; differences smaller than the "
     front += "intervals above are noise."
-    return [
+    drawn = [
         comparisons.plot_pareto(
             pareto_front(trials),
             key="pareto_weights",
@@ -145,3 +146,16 @@ def _pareto(trials: pd.DataFrame) -> list[Drawn]:
             empty="no trial measured the peak of a training step on this machine",
         ),
     ]
+    if len(found.energy_front):
+        energy = comparisons.plot_pareto(
+            found.energy_front,
+            key="pareto_energy",
+            title="Accuracy against the energy of training",
+            caption=f"As before, but against the energy of the training. {front}",
+            label="energy, kJ",
+            empty="",
+            one=1e3,
+            words=wording.kilojoules,
+        )
+        drawn.append(energy)
+    return drawn

@@ -13,6 +13,7 @@ from analysis.literature import claims, qlora, vision
 from analysis.load import Study
 from analysis.measures import convergence, curves
 from analysis.measures.memory import memory_ledger, memory_ratios, peak_ratios, quantized_parameters
+from analysis.measures.pareto import pareto_front
 from analysis.measures.search import Searched, searched
 from analysis.statistics import ratios
 from analysis.statistics.cells import (
@@ -61,6 +62,8 @@ class Findings(NamedTuple):
     ledger: pd.DataFrame
     peaks: pd.DataFrame
     speed: pd.DataFrame
+    energy: pd.DataFrame
+    energy_front: pd.DataFrame
     convergence: pd.DataFrame
     convergence_comparison: pd.DataFrame
     early_stopping: pd.DataFrame
@@ -110,6 +113,8 @@ def compute(study: Study) -> Findings:
         ledger=ledger,
         peaks=peak_ratios(ledger if asked is None else ledger[:0], trials),
         speed=speed,
+        energy=ratios.metric_ratios(paired, metric="train_energy_j"),
+        energy_front=pareto_front(paired, cost="train_energy_j"),
         convergence=per_trial,
         convergence_comparison=convergence.compare_convergence(per_trial),
         early_stopping=convergence.early_stopping(per_trial),

@@ -156,6 +156,7 @@ def detailed_analysis(found: Findings) -> dict[str, Any]:
         "ledger": "no trial recorded its memory",
         "peaks": "no peak was measured beside an unquantized one",
         "speed": "no quantized mode was planned",
+        "energy": "no quantized mode was planned",
         "convergence": "no trial has finished an epoch",
         "convergence_comparison": "no pair has finished an epoch",
         "early_stopping": "no quantized mode was planned",

@@ -17,6 +17,8 @@ from tune_study.folder.files import mapping
 
 _SHARED = {c.name for c in schema.TRIALS} & {c.name for c in schema.EPOCHS} - {"trial_id"}
 _TRIAL_ONLY = {c.name for c in schema.TRIALS} - _SHARED - {"trial_id", "error"}
+_SUMS = ("train_time_s", "train_energy_j")
+"""Told by every report, for its epoch; what the last one alone tells is the trial's."""
 _EPOCH_COLUMNS = [c.name for c in schema.EPOCHS if c.name != "trial_id"]
 
 
@@ -76,7 +78,8 @@ def trial_record(trial: TuneTrial) -> dict[str, Any]:
 
     The last report is read by column name. Names that both tables share (``val_accuracy``, the
     gradient columns) mean an epoch there, so those of the trial are ``val_accuracy`` at the best
-    epoch and the median ``images_per_s``, worked out here, and stay missing otherwise.
+    epoch, the median ``images_per_s`` and the sums of ``_SUMS``, worked out here, and stay missing
+    otherwise.
     """
     metrics = trial.metrics
     row = {k: metrics[k] for k in _TRIAL_ONLY if metrics.get(k) is not None}
@@ -89,6 +92,9 @@ def trial_record(trial: TuneTrial) -> dict[str, Any]:
         row["val_accuracy"] = best.iloc[0] if len(best) else history["val_accuracy"].max()
     if "images_per_s" in history and len(history):
         row["images_per_s"] = history["images_per_s"].median()
+    for name in _SUMS:
+        if name in history and history[name].notna().sum() > 1:
+            row[name] = history[name].sum(skipna=False)
     return row
 
 

@@ -33,6 +33,7 @@ MACHINE_BOUND = {
     "peak_train_bytes",
     "rss_peak_bytes",
     "train_time_s",
+    "train_energy_j",
     "eval_time_s",
     "epoch_time_s",
     "images_per_s",

@@ -111,10 +111,19 @@ def p_value(value: Any) -> str:
 
 def megabytes(value: Any) -> str:
     """Decimal megabytes with a useful number of digits."""
+    return _in(value, 1e6, "MB")
+
+
+def kilojoules(value: Any) -> str:
+    """Joules as kilojoules, likewise."""
+    return _in(value, 1e3, "kJ")
+
+
+def _in(value: Any, one: float, unit: str) -> str:
     if not known(value):
         return MISSING
-    size = float(value) / 1e6
-    return f"{size:,.0f} MB" if size >= 100 else f"{size:.3g} MB"
+    size = float(value) / one
+    return f"{size:,.0f} {unit}" if size >= 100 else f"{size:.3g} {unit}"
 
 
 def seconds(value: Any) -> str:

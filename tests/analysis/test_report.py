@@ -74,7 +74,7 @@ def test_everything_is_written(finished: tuple[Path, Document]) -> None:
                  summary.DETAILS_FILE, "report/tables/accuracy.tex"):  # fmt: skip
         assert (path / name).stat().st_size > 500
     for kind in ("png", "pdf"):
-        assert len(list((path / "report/figures").glob(f"*.{kind}"))) == 11
+        assert len(list((path / "report/figures").glob(f"*.{kind}"))) == 12
     assert not list(path.rglob("*.tmp"))
 
 
@@ -88,7 +88,7 @@ def test_the_page_needs_nothing_else(finished: tuple[Path, Document]) -> None:
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert all(image["alt"] for image in document.named("img"))
     drawings = document.named("svg")
-    assert len(drawings) == 4
+    assert len(drawings) == 5
     assert all(one["role"] == "img" and one["aria-label"] for one in drawings)
     page = (finished[0] / "report/report.html").read_text()
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
@@ -109,7 +109,7 @@ def test_only_our_script_may_run(finished: tuple[Path, Document]) -> None:
 
 
 def test_a_full_grid_is_light(finished: tuple[Path, Document]) -> None:
-    assert len(finished[1].named("svg")) == 4
+    assert len(finished[1].named("svg")) == 5
     assert (finished[0] / "report/report.html").stat().st_size < 2_000_000
 
 
@@ -226,7 +226,7 @@ def test_the_empty_cell_of_qlora_stays_empty(finished: tuple[Path, Document]) ->
 def test_names_from_data_are_text(evil: tuple[Path, Document]) -> None:
     path, document = evil
     assert len(document.named("script")) == 1
-    assert len(document.named("svg")) == 4
+    assert len(document.named("svg")) == 5
     assert all((image["src"] or "").startswith("data:") for image in document.named("img"))
     assert not any(name.startswith("on") for _, own in document.tags for name in own)
     assert "<script>alert(1)</script>" in document.text

@@ -43,6 +43,8 @@ class Slots(NamedTuple):
     limit: int | None = None
     """For Tune, where fewer than fit are wanted and no resource says so. Tune then creates trials
     one by one, and starts a worker for each: 20 s that a reused one does not take."""
+    on_device: int = 1
+    """Trials on a GPU, or on a node's CPUs, at a time, at most."""
 
 
 def parse_address(address: str) -> str:
@@ -89,13 +91,20 @@ def connect(
         class_cache.ENV_VARS_TO_PROPAGATE.clear()
         class_cache.DEFAULT_ENV_VARS.clear()
         told = placement.told([room], room.trials) if room.card else ""
-        return Slots(resources, room.trials, told)
+        return Slots(resources, room.trials, told, on_device=_on_device(resources, [room]))
     _join(address)
     resources, rooms = _there(address, context, gpus_per_trial)
     fits = sum(room.trials for room in rooms)
     at_a_time = min(fits, max_concurrent or fits)
     limit = at_a_time if at_a_time < fits else None
-    return Slots(resources, at_a_time, placement.told(rooms, at_a_time), limit)
+    on_device = min(at_a_time, _on_device(resources, rooms))
+    return Slots(resources, at_a_time, placement.told(rooms, at_a_time), limit, on_device)
+
+
+def _on_device(resources: Mapping[str, float], rooms: Sequence[Room]) -> int:
+    """``Slots.on_device``; of a node with several GPUs it is not known which trials share one."""
+    most, share = max(room.trials for room in rooms), resources["GPU"]
+    return min(most, max(1, int(1 / share + 1e-9))) if share else most
 
 
 def _here(

@@ -145,6 +145,8 @@ TRIALS: tuple[Column, ...] = (
     Column("batch_size", "int", "images", "micro-batch of one forward pass"),
     Column("gradient_accumulation_steps", "int", "", "micro-batches per optimizer step"),
     Column("train_time_s", "float", "s", "training, without evaluation"),
+    Column("train_energy_j", "float", "J", "the device's, during train_time_s"),
+    Column("energy_source", "str", "", "what counted the energy, or why nothing could"),
     Column("eval_time_s", "float", "s", "validation and test"),
     Column("images_per_s", "float", "images/s", "median over the epochs, training only"),
     *_GRADIENT_COLUMNS,

@@ -68,6 +68,7 @@ def run(
         gpus_per_trial=gpus_per_trial,
         dashboard=dashboard,
     )
+    context = context.model_copy(update={"trials_on_device": slots.on_device})
     if slots.told:
         progress.say(slots.told)
     deaths = Deaths(context.study_dir, progress.say)

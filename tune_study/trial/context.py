@@ -111,6 +111,8 @@ class RunContext(BaseModel):
     """The user's own file, whose models, images and transforms the trials may have."""
     device: str = "cpu"
     num_threads: int = 1
+    trials_on_device: int = 1
+    """At a time, at most: what a device counts is a trial's own where it is alone."""
     simulation: Simulation | None = None
     """Draws the trials instead of training them."""
     keep_checkpoints: Keep = "best"

@@ -18,6 +18,7 @@ from tune_study.folder.files import mapping, read_json, write_folder_whole, writ
 from tune_study.folder.remote import RemoteError
 from tune_study.machine.device import lacks_deterministic_kernel, settle
 from tune_study.machine.disk import disk_full, refuse_full_disk
+from tune_study.machine.energy import EnergyMeter
 from tune_study.machine.environment import spare_imports_from_collection
 from tune_study.machine.resources import (
     ResourceMonitor,
@@ -121,11 +122,13 @@ def _train(context: RunContext, report: Report, record: Record) -> None:
     built = build_model(config, len(data.class_names), weights=context.weights, device=device)
     training = train.start(config, built, data, device, context.code)
     record.built(built, training)
+    meter = record.meter = EnergyMeter(device, context.trials_on_device)
+    training.joules = meter.joules
     _continue(training, built, context, record)
     for row in training.history:
         report(record.report_row(row))
     record.write("interrupted")
-    with ResourceMonitor(device) as resources:
+    with ResourceMonitor(device, also=meter.joules) as resources:
         for row in train.fit(training):
             row |= resources.read()  # the history holds the same row
             record.warn_of_graph(training)

@@ -15,6 +15,7 @@ from tune_study.config import TrialConfig
 from tune_study.errors import UserError, first_line
 from tune_study.folder.files import now, write_json
 from tune_study.folder.results import read_results
+from tune_study.machine.energy import EnergyMeter
 from tune_study.machine.provenance import commit, hardware, versions
 from tune_study.machine.resources import rss_peak_bytes
 from tune_study.model.build import BuiltModel
@@ -61,6 +62,7 @@ class Record:
         self.settings: dict[str, Any] = {}
         """What ``device.settle`` set."""
         self.training: Training | None = None
+        self.meter: EnergyMeter | None = None
         self.content: dict[str, Any] = {}
         self._started_at = now()
 
@@ -195,11 +197,25 @@ class Record:
             return f"the loss was not finite in epoch {len(self._history())}"
         return None if error is None else _sentence(error)
 
+    def _energy(self, history: list[Row]) -> tuple[float, str | None]:
+        """Joules of the epochs that count, and what counted them, or why they are not known."""
+        if self.meter is None:
+            return math.nan, None
+        joules = [row.get("train_energy_j", math.nan) for row in history]
+        total, unknown = math.fsum(joules), sum(map(math.isnan, joules))
+        if unknown or not history:
+            without = f"{unknown} of {len(joules)} epochs were trained without a reading"
+            return math.nan, self.meter.why_not or (without if unknown else self.meter.source)
+        if total == 0:
+            return math.nan, f"the counter did not move ({self.meter.source})"
+        return total, self.meter.source or "a counter that an earlier run of the trial had"
+
     def _resources(self) -> dict[str, Any]:
         settings = self.effective.training
         return {
             **self.memory,
             "rss_peak_bytes": rss_peak_bytes(),
+            "energy_source": self._energy(self._history())[1],
             "batch_halvings": len(out_of_memory_events(self.folder)),
             "batch_size": settings.per_device_train_batch_size,
             "gradient_accumulation_steps": settings.gradient_accumulation_steps,
@@ -226,6 +242,7 @@ class Record:
             "best_epoch": training.best_epoch or None,
             "val_accuracy": training.best_accuracy,
             "train_time_s": train_time,
+            "train_energy_j": self._energy(history)[0],
             "eval_time_s": epoch_time - train_time + self.test_time_s,
             "images_per_s": statistics.median(row["images_per_s"] for row in history),
             **_over_epochs(history),

@@ -126,7 +126,9 @@ def results_of(
                 "weights_bytes_fp32": bytes_at(tensors, 4),
                 "weights_bytes_16bit": bytes_at(tensors, 2),
             },
-            "resource_metrics": {"peak_source": "simulated: nothing was run"},
+            "resource_metrics": dict.fromkeys(
+                ("peak_source", "energy_source"), "simulated: nothing was run"
+            ),
             "epochs": rows,
         },
         "meta": {"versions": versions(), "commit": commit(), "hardware": hardware()},

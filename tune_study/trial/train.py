@@ -156,15 +156,17 @@ def finished(training: Training) -> str | None:
 def fit(training: Training) -> Iterator[Row]:
     """Trains to the end, yielding the row of each finished epoch (``schema.EPOCHS`` columns)."""
     while finished(training) is None:
-        started = time.perf_counter()
+        joules, started = training.joules(), time.perf_counter()
         row, layer_gradients = _train_epoch(training)
         trained = time.perf_counter()
+        joules = training.joules() - joules
         row["val_loss"], row["val_accuracy"] = evaluate(training, training.data.val)
         ended = time.perf_counter()
         row |= {
             "epoch": len(training.history) + 1,
             "epoch_time_s": ended - started,
             "train_time_s": trained - started,
+            "train_energy_j": joules,
             "images_per_s": len(training.data.train.labels) / (trained - started),
         }
         training.history.append(row)

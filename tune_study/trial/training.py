@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -59,6 +59,8 @@ class Training:
     """Takes the full batches of evaluations, in such a trial."""
     outliers: Outliers | None = None
     """What the int8 layers of such a trial have met."""
+    joules: Callable[[], float] = lambda: math.nan
+    """What the device has taken so far (``EnergyMeter``); NaN where nothing counts it."""
 
     @property
     def step(self) -> str:

@@ -48,13 +48,15 @@ def test_nothing_has_run_yet(tmp_path: Path) -> None:
 def test_missing_columns_are_explained(tmp_path: Path) -> None:
     cells = synthetic.plan(models=TINY, datasets=("cifar10",))
     missing = ("peak_train_bytes", "activation_bytes", "gradient_cosine", "gradient_norm_ratio",
-               "images_per_s", "grad_norm_mean", "peak_source")  # fmt: skip
+               "images_per_s", "grad_norm_mean", "peak_source", "train_energy_j")  # fmt: skip
     path = synthetic.write_study(tmp_path / "s", cells, missing=missing, gradients=False)
     text = written(path)[1].text
     assert "no trial measured the peak of a training step on this machine" in text
     assert "Gradient fidelity was not measured" in text
     assert "no gradients.json holds per-layer norms" in text
     assert "No finished pair of trials recorded its throughput" in text
+    assert "The energy of training can't be compared: a counter." in text  # its reason, as planted
+    assert "Accuracy against the energy" not in text
     assert "nan" not in re.findall(r"[a-z]+", text.lower())
 
 

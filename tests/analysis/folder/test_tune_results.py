@@ -107,6 +107,16 @@ def test_a_retried_epoch_in_a_grid_counts_once(folder: Path) -> None:
     assert own["val_accuracy"].iloc[1] == 0.5
 
 
+def test_what_each_report_tells_of_its_epoch_is_added_up(folder: Path) -> None:
+    trials = fake_trials(load.read_study(folder), "columns")
+    trials[0].history = trials[0].history.assign(train_time_s=2.5, train_energy_j=[1.0, 2, 3, 4])
+    trials[1].history = trials[1].history.assign(train_energy_j=[float("nan"), 2, 3, 4])
+    got = load.from_result_grid(FakeAnalysis(trials))
+    assert (row(got, 0)["train_time_s"], row(got, 0)["train_energy_j"]) == (10, 10)
+    assert row(got, 1)["train_time_s"] == 100  # the trial's, in its last report
+    assert pd.isna(row(got, 1)["train_energy_j"])
+
+
 def test_tune_cannot_say_that_a_trial_is_complete(folder: Path) -> None:
     trials = fake_trials(load.read_study(folder), "none")
     trials[1].get_error = lambda: ValueError("Traceback\n  line\nRuntimeError: out of luck")

@@ -71,6 +71,7 @@ def test_on_this_machine_a_trial_takes_a_slot_and_no_cpu(
         )
         assert found.resources == {"CPU": 0, "GPU": gpus, "trial_slot": 1}
         assert (found.at_a_time, found.limit) == (most or 1, None)
+        assert found.on_device == {0: most or 1, 1: 1, 0.5: 2 if most else 1}[gpus]
     connection.connect("local", context, max_concurrent=None, gpus_per_trial=None)
     assert started == [(1, False), (4, True), (1, False)]
     assert not environment.ENV_VARS_TO_PROPAGATE
@@ -117,11 +118,12 @@ def joined(tmp_path, most=None, cpus=2, gpus=None):
 
 def test_trials_at_a_time_are_what_the_living_nodes_hold(tmp_path, cluster, environment):
     told = "6 trials at a time: 4 on node aaaaaaaa (h), 2 on node bbbbbbbb (h)"
-    assert joined(tmp_path) == connection.Slots({"CPU": 2, "GPU": 0}, 6, told, None)
+    assert joined(tmp_path) == connection.Slots({"CPU": 2, "GPU": 0}, 6, told, None, 4)
     assert cluster.asked == [("a" * 56, False), ("b" * 56, False)]  # the others run none
     assert joined(tmp_path, 6).limit is None
     told = told.replace("6 trials at a time", "5 trials at a time, of 6 that have room")
-    assert joined(tmp_path, 5)[1:] == (5, told, 5)
+    assert joined(tmp_path, 5)[1:] == (5, told, 5, 4)
+    assert joined(tmp_path, 3).on_device == 3
     assert {"AWS_REGION"} == environment.ENV_VARS_TO_PROPAGATE
     assert environment.DEFAULT_ENV_VARS
     assert joined(tmp_path, cpus=8).at_a_time == 1
@@ -157,7 +159,7 @@ def test_the_smallest_card_of_a_cluster_decides_how_many_trials_share_one(tmp_pa
     need = Need(7 * 10**9, 10**9)
     found = joined(tmp_path, cpus=1, gpus=need)
     assert found.resources == {"CPU": 1, "GPU": 0.3333}
-    assert found.at_a_time == 6 + 3
+    assert (found.at_a_time, found.on_device) == (6 + 3, 3)
     assert found.told == (
         "9 trials at a time: 6 on node aaaaaaaa (h) with L4, 3 on node bbbbbbbb (h) with H100"
     )

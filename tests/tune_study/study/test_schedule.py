@@ -140,7 +140,7 @@ def run(tmp_path, monkeypatch):
         schedule.connection,
         "connect",
         lambda address, context, **options: (
-            calls.append((address, options)) or Slots({"CPU": 1}, 2, told="where they run")
+            calls.append((address, options)) or Slots({"CPU": 1}, 2, "where they run", on_device=2)
         ),
     )
     monkeypatch.setattr(schedule.ray, "shutdown", lambda: calls.append("shutdown"))
@@ -186,6 +186,7 @@ def test_dead_trials_run_again_until_none_is_left(run):
         {"max_concurrent": None, "gpus_per_trial": None, "dashboard": False},
     )
     assert calls[1]["inputs"] is None
+    assert calls[1]["context"]["trials_on_device"] == 2
     assert calls[2:] == [(print, []), "shutdown"]
 
 

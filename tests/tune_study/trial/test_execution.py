@@ -15,7 +15,7 @@ from tune_study.errors import UserError
 from tune_study.folder import schema
 from tune_study.folder.remote import RemoteError
 from tune_study.folder.results import PLANNED
-from tune_study.machine import resources
+from tune_study.machine import energy, resources
 from tune_study.machine.disk import DiskFull
 from tune_study.memory.step import StepMemory
 from tune_study.trial import checkpoint, execution, train
@@ -182,7 +182,7 @@ def test_the_saved_adapter_names_its_base_and_has_a_card_of_ours(finished):
 
 def test_an_interrupted_trial_continues_and_ends_equal(finished, tmp_path):
     config, _, whole, _ = finished
-    times = ("epoch_time_s", "train_time_s", "images_per_s", *resources.COLUMNS)
+    times = ("epoch_time_s", "train_time_s", "train_energy_j", "images_per_s", *resources.COLUMNS)
 
     def comparable(results):
         epochs = results["train"]["epochs"]
@@ -201,6 +201,51 @@ def test_an_interrupted_trial_continues_and_ends_equal(finished, tmp_path):
     assert "continues after epoch 2, from epoch-00002\n" in log  # it was saved, then reported
     assert comparable(results) == comparable(whole)
     assert results["train"]["test_metrics"] == whole["train"]["test_metrics"]
+
+
+def test_energy_is_that_of_the_epochs_that_count(tiny, tmp_path, monkeypatch):
+    joules, burned = [5000.0], iter([7.0, 100.0, 8.0, 9.0])
+    counter = energy.Counter(lambda: joules[0])
+    monkeypatch.setattr(energy, "_counters", lambda device: ("planted", [counter]))
+    train_epoch, evaluate = train._train_epoch, train.evaluate
+
+    def trains(training):
+        joules[0] += (burns := next(burned))
+        if burns == 100:
+            raise KeyboardInterrupt
+        return train_epoch(training)
+
+    def evaluates(training, split):
+        joules[0] += 1000
+        return evaluate(training, split)
+
+    monkeypatch.setattr(train, "_train_epoch", trains)
+    monkeypatch.setattr(train, "evaluate", evaluates)
+    watched = []
+
+    def monitor(device, also):
+        watched.append(also)
+        return resources.ResourceMonitor(device)
+
+    monkeypatch.setattr(execution, "ResourceMonitor", monitor)
+    config = tiny("none", data={"train_size": 16}, training={"num_train_epochs": 3})
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path)
+    joules[0] = 0.0  # another machine, or its driver was loaded anew
+    parts = run(config, tmp_path)[0]["train"]
+    assert [row["train_energy_j"] for row in parts["epochs"]] == [7.0, 8.0, 9.0]
+    assert parts["training_results"]["train_energy_j"] == 24.0
+    assert parts["resource_metrics"]["energy_source"] == "planted"
+    assert watched[-1]() == joules[0]  # once a second: a counter that begins anew misses nothing
+
+
+def test_trials_that_share_a_device_have_no_energy_of_their_own(tiny, tmp_path, monkeypatch):
+    counter = energy.Counter(lambda: 1.0)
+    monkeypatch.setattr(energy, "_counters", lambda device: ("planted", [counter]))
+    config = tiny("none", data={"train_size": 16}, training={"num_train_epochs": 1})
+    parts = run(config, tmp_path, trials_on_device=2)[0]["train"]
+    assert math.isnan(parts["training_results"]["train_energy_j"])
+    assert parts["resource_metrics"]["energy_source"] == energy.SHARED
 
 
 def test_a_broken_checkpoint_falls_back_to_the_one_before(finished, tmp_path):

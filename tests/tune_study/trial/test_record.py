@@ -158,6 +158,33 @@ def test_the_columns_of_training(record):
     assert record._training_results([]) == {"epochs_completed": 0}
 
 
+METER = SimpleNamespace(source="a counter", why_not=None)
+
+
+@pytest.mark.parametrize(
+    ("joules", "meter", "total", "source"),
+    [
+        ([3.0, 4.5], METER, 7.5, "a counter"),
+        ([0.0, 4.5], METER, 4.5, "a counter"),
+        ([], METER, None, "a counter"),
+        ([math.nan, 4.5], METER, None, "1 of 2 epochs were trained without a reading"),
+        ([None, None], METER, None, "2 of 2 epochs were trained without a reading"),
+        ([0.0, 0.0], METER, None, "the counter did not move (a counter)"),
+        ([3.0, math.nan], SimpleNamespace(source="a counter", why_not="gone"), None, "gone"),
+        ([3.0, 4.5], SimpleNamespace(source="a counter", why_not="gone"), 7.5, "a counter"),
+        ([3.0], SimpleNamespace(source="", why_not="none"), 3.0,
+         "a counter that an earlier run of the trial had"),
+        ([], None, None, None),
+    ],
+)  # fmt: skip
+def test_energy_is_known_where_every_epoch_was_read(record, joules, meter, total, source):
+    history = [row(n) if j is None else row(n, train_energy_j=j) for n, j in enumerate(joules, 1)]
+    record.training, record.meter = training(history), meter
+    found = record._training_results(history).get("train_energy_j", math.nan)
+    assert found == total if total is not None else math.isnan(found)
+    assert record._resources()["energy_source"] == source
+
+
 def test_tune_gets_the_best_accuracy_until_the_epoch(record):
     history = [row(1, 0.2), row(2, 0.6), row(3, 0.4)]
     record.built(BUILT, training(history))
@@ -211,6 +238,7 @@ def test_results_say_what_is_known(record):
     assert taken.pop("rss_peak_bytes") > 2**20
     assert taken == {
         "peak_train_bytes": 9,
+        "energy_source": None,
         "batch_halvings": 1,
         "batch_size": 5,
         "gradient_accumulation_steps": 4,

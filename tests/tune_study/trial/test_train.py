@@ -25,7 +25,7 @@ def started(config):
 
 
 def comparable(rows):
-    timed = ("epoch_time_s", "train_time_s", "images_per_s")
+    timed = ("epoch_time_s", "train_time_s", "train_energy_j", "images_per_s")
     return [{k: repr(v) for k, v in row.items() if k not in timed} for row in rows]
 
 
@@ -345,6 +345,8 @@ def test_times_and_speed_of_an_epoch(tiny, monkeypatch):
     training = bare(tiny, training={"num_train_epochs": 1})
     clock, asked = iter([100.0, 104.0, 105.0]), []
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    counter = iter([70.0, 82.0])
+    training.joules = lambda: next(counter)
     monkeypatch.setattr(train, "_train_epoch", lambda t: ({"train_loss": 1.0}, [2.0]))
     monkeypatch.setattr(train, "evaluate", lambda t, split: asked.append(split) or (0.5, 0.75))
     (row,) = train.fit(training)
@@ -355,6 +357,7 @@ def test_times_and_speed_of_an_epoch(tiny, monkeypatch):
         "val_accuracy": 0.75,
         "epoch_time_s": 5.0,
         "train_time_s": 4.0,
+        "train_energy_j": 12.0,
         "images_per_s": 45 / 4,
     }
     assert training.layer_gradients == [[2.0]]
