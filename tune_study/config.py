@@ -425,10 +425,8 @@ class TrialConfig(_Record):
         dataset = self.dataset
         if dataset.startswith("hf:"):
             dataset = "hf_" + Path(dataset.removeprefix("hf:")).name
-        elif ":" in dataset and not is_code(
-            dataset
-        ):  # folder:leaves is folder_folder_leaves, as it always was
-            dataset = "folder_" + Path(dataset).name
+        elif ":" in dataset and not is_code(dataset):
+            dataset = "folder_" + Path(dataset).name  # folder_folder_leaves, as it always was
         words = (
             _slug(self.model),
             _slug(dataset),

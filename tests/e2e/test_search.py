@@ -10,8 +10,7 @@ import optuna
 import pandas as pd
 import pytest
 
-from tests.e2e import harness, nodes, s3, test_cluster
-from tune_study.folder import remote
+from tests.e2e import harness, nodes, test_cluster
 
 SEARCH = ["--search", "optuna", "--space", "qlora", "--num-samples", "16", "--simulate"]
 SEARCH += ["--set", "training.num_train_epochs=2", "--name", "s"]
@@ -132,39 +131,3 @@ def test_on_a_cluster_several_run_at_a_time_and_survive_a_node(tmp_path):
     assert "all 6 trials ended well" in output
     plan, learned, trials = read(folder / "s")
     assert len(plan) == len(learned) == len(trials) == 6
-
-
-@pytest.mark.slow
-def test_asha_prunes_on_a_cluster_with_a_bucket_and_goes_on_after_a_kill(tmp_path, monkeypatch):
-    """Pruned trials are the same in Optuna, in the study's folder and in the bucket."""
-    options = ["--num-samples", 9, "--objective", "val_accuracy", "--scheduler", "asha"]
-    options += ["--set", "training.num_train_epochs=4", "--epoch-s", 2, "--cpus-per-trial", 1]
-    first, second = tmp_path / "first", tmp_path / "second"
-    with s3.server(tmp_path / "s3.txt") as endpoint:
-        for name, value in s3.environment(endpoint).items():  # the nodes' own, and the commands'
-            monkeypatch.setenv(name, value)
-            monkeypatch.setitem(harness.ENVIRONMENT, name, value)
-        with nodes.cluster(3) as cluster:
-            options += ["--address", cluster["address"], "--storage", f"s3://{s3.BUCKET}/searches"]
-            process = start(first, *options)
-            harness.wait_for(process, first, "[3/9]")
-            harness.kill(process, "driver")
-            process.wait()
-            code, output = harness.finish(start(second, *options), second)
-        assert code == 0, output
-        assert "of 9 trials have ended" in output
-        plan, _, trials = read(second / "s")
-        bucket = remote.open_remote(f"s3://{s3.BUCKET}/searches/s")
-        there = {trial: json.loads(remote.read(bucket, f"{trial}/results.json")) for trial in plan}
-    assert len(plan) == 9
-    pruned = trials[trials["status"] == "pruned"]
-    assert 1 <= len(pruned) < 9
-    assert pruned["epochs_completed"].between(1, 3).all()
-    assert set(trials["status"]) <= {"completed", "early_stopped", "pruned"}
-    status = dict(zip(trials["trial_id"], trials["status"], strict=True))
-    assert {trial: results["status"] for trial, results in there.items()} == status
-    storage = f"sqlite:///{second / 's' / 'optuna.sqlite3'}"
-    asked = optuna.load_study(study_name="search", storage=storage).trials
-    told = {t.user_attrs["trial_id"]: t.state.name for t in asked if t.state.name != "FAIL"}
-    ends = {"completed": "COMPLETE", "early_stopped": "COMPLETE", "pruned": "PRUNED"}
-    assert told == {trial: ends[end] for trial, end in status.items()}
