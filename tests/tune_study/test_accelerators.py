@@ -378,5 +378,5 @@ def test_the_doctor_is_well_on_a_sound_device_and_finds_a_planted_fault(monkeypa
             return [doctor.settings(there), modes.epoch("int8", there), products.resize(there)]
 
     assert all(verdict.ok for verdict in verdicts())
-    monkeypatch.setattr(quantize, "_int8_state", lambda layer: 1 / 0)
+    monkeypatch.setattr(quantize, "int8_state", lambda layer: 1 / 0)
     assert [verdict.ok for verdict in verdicts()] == [True, False, True]

@@ -42,7 +42,7 @@ def test_a_simulation_is_what_the_options_plant():
 
 def context(monkeypatch, simulation=None, **given):
     monkeypatch.setattr(session, "cores", lambda: 7)
-    return session._context(Options(device="cpu", **given), "grid", simulation)
+    return session._context(Options(device="cpu", **given), "grid", [], simulation)
 
 
 def test_where_a_study_runs_by_default(monkeypatch, tmp_path):

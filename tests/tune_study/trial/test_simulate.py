@@ -268,6 +268,7 @@ def test_where_a_trial_runs_unless_told(tmp_path):
         "code": None,
         "device": "cpu",
         "num_threads": 1,
+        "trials_on_device": 1,
         "simulation": None,
         "keep_checkpoints": "best",
         "storage": None,
