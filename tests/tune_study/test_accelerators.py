@@ -90,8 +90,7 @@ def test_a_trial_is_built_measured_killed_continued_and_tested(kind, mode, small
 
 
 @pytest.mark.slow
-@pytest.mark.ci
-@pytest.mark.parametrize("mode", ["nf4", "int8"])
+@pytest.mark.parametrize("mode", ["nf4", pytest.param("int8", marks=pytest.mark.ci)])
 def test_a_trial_with_a_graph_is_killed_and_continued_as_if_it_had_not_been(
     mode, tiny, tmp_path, monkeypatch
 ):
