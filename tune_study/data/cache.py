@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -73,6 +73,16 @@ class Sealed(BaseModel):
     def _seal(self) -> str:
         values = json.dumps(self.model_dump(exclude={"digest"}))
         return hashlib.sha256(values.encode()).hexdigest()
+
+
+def as_text(numbers: Iterable[int]) -> str:
+    """Very many integers, as one text of a record."""
+    return " ".join(map(str, numbers))
+
+
+def from_text(text: str) -> np.ndarray:
+    """int64 [N] of what ``as_text`` made."""
+    return np.array(text.split(), dtype=np.int64)
 
 
 class _Files(BaseModel):

@@ -12,6 +12,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -24,7 +25,7 @@ from tune_study.config import CODE
 from tune_study.data import cache, decoding
 from tune_study.data.folders import touched
 from tune_study.data.labels import Label, numbered
-from tune_study.data.listed import Images, rows_of
+from tune_study.data.listed import Images, InParts, rows_of
 from tune_study.data.place import Place
 from tune_study.errors import UserError, first_line
 from tune_study.folder.files import write_json, write_whole
@@ -43,7 +44,8 @@ class _Recorded(cache.Sealed):
     unused: list[str]
 
 
-class Drawn(NamedTuple):
+@dataclass(frozen=True)
+class Drawn(InParts):
     """What a function has drawn."""
 
     dataset: str
@@ -59,15 +61,8 @@ class Drawn(NamedTuple):
     """What is not looked at, in words."""
 
     @property
-    def paths(self) -> list[str]:
-        return [path for part in self.parts.values() for path in part.paths]
-
-    @property
     def key(self) -> bytes:
         return os.fsencode(self.path.name)
-
-    def shown(self, path: str) -> str:
-        return path
 
     def told(self) -> list[str]:
         said = [f"drawn by {self.source}"]
@@ -147,21 +142,13 @@ def _known(path: Path, reading: Reading) -> Drawn | None:
     known = cache.recorded(_Recorded, _record_of(path))
     if known is None or not known.is_whole or not path.is_file():
         return None
-    lengths = _numbers(known.lengths)
+    lengths = cache.from_text(known.lengths)
     if path.stat().st_size != lengths.sum():
         return None
-    parts = {part: rows_of(part, _numbers(text)) for part, text in known.labels.items()}
+    parts = {part: rows_of(part, cache.from_text(text)) for part, text in known.labels.items()}
     return Drawn(
         reading.dataset, reading.source, path, known.class_names, parts, lengths, known.unused
     )
-
-
-def _numbers(text: str) -> np.ndarray:
-    return np.array(text.split(), dtype=np.int64)
-
-
-def _text(numbers: Iterable[int]) -> str:
-    return " ".join(map(str, numbers))
 
 
 def _draw(reading: Reading, function: Callable[[str], Any], path: Path) -> None:
@@ -183,8 +170,8 @@ def _draw(reading: Reading, function: Callable[[str], Any], path: Path) -> None:
                 if images is not None:
                     labels[part] = _keep(reading, part, images, file, lengths)
         places, names, unused = numbered(labels, classes, reading.source, reading.refused)
-        record["labels"] = {part: _text(some) for part, some in places.items()}
-        record.update(class_names=names, lengths=_text(lengths), unused=unused)
+        record["labels"] = {part: cache.as_text(some) for part, some in places.items()}
+        record.update(class_names=names, lengths=cache.as_text(lengths), unused=unused)
 
     write_whole(path, write)
     write_json(_record_of(path), _Recorded(**record).sealed())

@@ -7,13 +7,13 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from tune_study.data.decoding import suffixes
-from tune_study.data.listed import Images
+from tune_study.data.listed import Images, InParts
 from tune_study.errors import UserError
 
 PARTS = {
@@ -37,7 +37,8 @@ ERRORS = "surrogateescape"
 """Names that are no text are what Python makes of their bytes."""
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True)
+class Found(InParts):
     """What lies in a folder."""
 
     root: Path
@@ -54,10 +55,6 @@ class Found(NamedTuple):
     @property
     def dataset(self) -> str:
         return f"folder:{self.root}"
-
-    @property
-    def paths(self) -> list[str]:
-        return [path for part in self.parts.values() for path in part.paths]
 
     @property
     def key(self) -> bytes:
@@ -274,7 +271,7 @@ def at(found: Found, root: Path) -> Found:
         part: images._replace(paths=[str(root / found.shown(path)) for path in images.paths])
         for part, images in found.parts.items()
     }
-    return found._replace(root=root, parts=parts)
+    return replace(found, root=root, parts=parts)
 
 
 def sizes(found: Found) -> list[int]:

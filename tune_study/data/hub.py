@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from tune_study.config import Columns
 from tune_study.data import cache, tables
 from tune_study.data.decoding import File, Unreadable
 from tune_study.data.folders import PARTS, touched
-from tune_study.data.listed import Images, rows_of
+from tune_study.data.listed import Images, InParts, rows_of
 from tune_study.data.names import Hub, hub_of
 from tune_study.data.place import Place
 from tune_study.data.tables import Tables
@@ -47,7 +48,8 @@ class _Recorded(cache.Sealed):
     unused: list[str]
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows(InParts):
     """What lies in a data set of the hub's kind."""
 
     dataset: str
@@ -67,15 +69,8 @@ class Rows(NamedTuple):
     """What is not looked at, in words."""
 
     @property
-    def paths(self) -> list[str]:
-        return [path for part in self.parts.values() for path in part.paths]
-
-    @property
     def key(self) -> bytes:
         return _key(self.dataset, self.wanted)
-
-    def shown(self, path: str) -> str:
-        return path
 
     def told(self) -> list[str]:
         said = [f"images in column {self.columns[0]}, classes in {self.columns[1]}"]
@@ -140,7 +135,7 @@ def _key(dataset: str, wanted: Columns) -> bytes:
 
 
 def _record(rows: Rows, stamp: str) -> _Recorded:
-    labels = {part: " ".join(map(str, images.labels)) for part, images in rows.parts.items()}
+    labels = {part: cache.as_text(images.labels) for part, images in rows.parts.items()}
     return _Recorded(reader=READER, stamp=stamp, labels=labels, **{
         name: getattr(rows, name)
         for name in ("class_names", "splits", "columns", "arrow", "outside", "unused")
@@ -153,7 +148,7 @@ def _known(record: Path, dataset: str, wanted: Columns) -> Rows | None:
     if known is None or not known.is_whole or known.reader != READER:
         return None
     parts = {
-        part: rows_of(known.splits[part], np.array(labels.split(), dtype=np.int64))
+        part: rows_of(known.splits[part], cache.from_text(labels))
         for part, labels in known.labels.items()
     }
     rows = Rows(

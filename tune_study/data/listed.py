@@ -27,6 +27,19 @@ def rows_of(split: str, labels: np.ndarray) -> Images:
     return Images([f"{split}[{row}]" for row in range(len(labels))], labels)
 
 
+class InParts:
+    """Images by part; those of a table's rows are told as they are called."""
+
+    parts: Mapping[str, Images]
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for part in self.parts.values() for path in part.paths]
+
+    def shown(self, path: str) -> str:
+        return path
+
+
 class Listed(Protocol):
     """Images that lie somewhere: of a folder (``Found``), in a table's rows (``Rows``), or drawn by
     code (``Drawn``).

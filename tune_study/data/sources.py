@@ -152,8 +152,7 @@ def count(
     """What can be told without a download, and without writing anything.
 
     ``None`` for a data set of the hub's that is not on this machine, or that code has not drawn
-    yet. Raises ``UserError`` for what
-    is no data set, or not a large one with broken images.
+    yet. Raises ``UserError`` for what is no data set, or not a large one with broken images.
     """
     if dataset == "digits":
         source = read_source(dataset, place)

@@ -83,8 +83,7 @@ def outline(
     """What ``load`` would have, without a download and without writing anything.
 
     ``UNKNOWN`` for a data set of the hub's that is not on this machine, or that code has not drawn
-    yet. Raises ``UserError`` as far
-    as it can be told so.
+    yet. Raises ``UserError`` as far as it can be told so.
     """
     if (counted := count(dataset, place, how, sizes.columns)) is None:
         return UNKNOWN
