@@ -45,19 +45,12 @@ class Study:
 
     def wait(self, process: subprocess.Popen, text: str) -> None:
         """Until the command has printed ``text`` since it began."""
-        end = time.monotonic() + PATIENCE_S
-        while text not in self.output():
-            if process.poll() is not None or time.monotonic() > end:
-                raise SystemExit(f"it never said {text!r}:\n{self.output()}")
-            time.sleep(0.2)
-
-    def output(self) -> str:
-        return (self.place / "output.txt").read_text()
+        harness.wait_for(process, self.place, text, timeout_s=PATIENCE_S)
 
     def row(self, fault: str, process: subprocess.Popen) -> None:
         """Waits for the command's end and prints the fault's row."""
-        code = process.wait(timeout=PATIENCE_S)
-        lines = [line for line in self.output().splitlines() if not ORDINARY.search(line)]
+        code, output = harness.finish(process, self.place, PATIENCE_S)
+        lines = [line for line in output.splitlines() if not ORDINARY.search(line)]
         said = "; ".join(f"`{line}`" for line in lines).replace("|", "\\|")
         said = said.replace(str(self.folder), "…").replace(str(self.place), "…")
         print(f"| {fault} | {code} | {said.replace(str(self.root), '…')} |", flush=True)

@@ -72,16 +72,26 @@ def said(folder: Path) -> str:
     return (folder / "output.txt").read_text()
 
 
-def wait_for(process: subprocess.Popen, folder: Path, text: str, times: int = 1) -> None:
+def wait_for(
+    process: subprocess.Popen,
+    folder: Path,
+    text: str,
+    times: int = 1,
+    timeout_s: float = PATIENCE_S,
+) -> None:
     """Until the study has printed ``text`` so often. Raises as ``wait_until``."""
-    wait_until(process, folder, lambda: said(folder).count(text) >= times, text)
+    wait_until(process, folder, lambda: said(folder).count(text) >= times, text, timeout_s)
 
 
 def wait_until(
-    process: subprocess.Popen, folder: Path, condition: Callable[[], bool], what: str
+    process: subprocess.Popen,
+    folder: Path,
+    condition: Callable[[], bool],
+    what: str,
+    timeout_s: float = PATIENCE_S,
 ) -> None:
     """Raises ``AssertionError`` where the study ends before, or is stuck."""
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, f"it ended before {what}:\n{said(folder)}"
         assert time.monotonic() < end, f"it waits for {what}:\n{stuck(process, folder)}"
@@ -91,12 +101,12 @@ def wait_until(
 def stuck(process: subprocess.Popen, folder: Path) -> str:
     """Kills a study that does not go on: its output, and where each thread of its command was."""
     others = descendants(process)
-    process.send_signal(signal.SIGABRT)  # Python's fault handler prints the stacks
-    process.wait()
-    for other in others:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            other.kill()
     names = ", ".join(sorted(map(_name, others)))
+    process.send_signal(signal.SIGABRT)  # Python's fault handler prints the stacks
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=60)
+    process.kill()
+    _kill_all(others)
     return f"{said(folder)}\nits processes: {names}"
 
 
@@ -125,12 +135,14 @@ def kill(process: subprocess.Popen, target: str) -> bool:
     victims = descendants(process, names.get(target, ""))
     if target in ("everything", "power"):
         process.kill()
-    for victim in victims:
-        try:
-            victim.kill()
-        except psutil.NoSuchProcess:
-            continue  # it went first
+    _kill_all(victims)
     return bool(victims) or target in ("everything", "power")
+
+
+def _kill_all(victims: list[psutil.Process]) -> None:
+    for victim in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it went first
+            victim.kill()
 
 
 def cut_power(study_dir: Path, rng: random.Random, most: int = 3) -> list[str]:
