@@ -25,21 +25,25 @@ TRAINING = {
     "num_train_epochs": 6,
     "warmup_steps": 50,
 }
+TUNED = {
+    "model": MODELS[0],
+    "dataset": "cifar100",
+    "quantization": "none",
+    "seed": 7,
+    "data": {**DATA, "val_size": 600, "test_size": 300},
+}
+"""What the settings were chosen on."""
 
 
 def tuning(trial: Any) -> dict[str, Any]:
     """``--space examples/pretrained_grid.py:tuning``: how long, how fast, how much dropout."""
     return {
-        "model": MODELS[0],
-        "dataset": "cifar100",
+        **TUNED,
         "lora": {
             "r": 8,
             "lora_alpha": 16,
             "lora_dropout": trial.suggest_categorical("lora.lora_dropout", [0.0, 0.1]),
         },
-        "quantization": "none",
-        "seed": 7,
-        "data": {**DATA, "val_size": 600, "test_size": 300},
         "training": {
             "per_device_train_batch_size": 16,
             "learning_rate": trial.suggest_float("training.learning_rate", 5e-4, 5e-3, log=True),
@@ -55,12 +59,8 @@ def rates() -> dict[str, Any]:
     3 rates x 3 ranks = 9 trials, of which the validation images decide.
     """
     return {
-        "model": MODELS[0],
-        "dataset": "cifar100",
+        **TUNED,
         "lora": tune.grid_search(LORA),
-        "quantization": "none",
-        "seed": 7,
-        "data": {**DATA, "val_size": 600, "test_size": 300},
         "training": {**TRAINING, "learning_rate": tune.grid_search([5e-4, 7e-4, 1e-3])},
     }
 

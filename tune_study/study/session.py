@@ -268,8 +268,8 @@ def _context(
 def _code(given: Options, trials: Sequence[TrialConfig]) -> Code | None:
     """The user's own file, with those of its functions that transform these trials' images."""
     code = code_of(*(("--space", given.space) if given.search else ("--grid", given.grid)))
-    transforms = {trial.data.transform for trial in trials} - {None}
-    return code and code._replace(transforms=tuple(sorted(filter(None, transforms))))
+    transforms = {name for trial in trials if (name := trial.data.transform) is not None}
+    return code and code._replace(transforms=tuple(sorted(transforms)))
 
 
 def _threads(given: Options) -> int:
