@@ -31,16 +31,21 @@ from tune_study.config import TrialConfig
 from tune_study.data.batches import preprocess
 from tune_study.memory.step import Ledger
 from tune_study.model.build import (
-    COMPUTE_DTYPES,
     add_lora,
     checkpoint_blocks,
     choose_attention,
+    hold_in,
     learning_biases,
     preprocessing_of,
     trainable,
 )
 from tune_study.model.footprint import expected_state_bytes, expected_weights_bytes
-from tune_study.model.layers import plan_layers, skeleton_of
+from tune_study.model.layers import (
+    COMPUTE_DTYPES,
+    held_in_compute_dtype,
+    plan_layers,
+    skeleton_of,
+)
 from tune_study.model.quantize import INT8_THRESHOLD, autocasted, tell_peft
 
 ADAM_STEP_BYTES = 4
@@ -164,8 +169,7 @@ class _Matmul4(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        weight = gradients[0].new_empty(ctx.features, dtype=torch.float32)
-        return gradients[0] @ weight.to(gradients[0].dtype), None
+        return gradients[0] @ gradients[0].new_empty(ctx.features), None
 
 
 class _StandIn(nn.Linear):
@@ -206,6 +210,8 @@ def _stand_in(skeleton: nn.Module, config: TrialConfig, device: torch.device) ->
     base = copy.deepcopy(skeleton)
     base.requires_grad_(False)
     choose_attention(base, config, device)
+    dtype = COMPUTE_DTYPES[config.training.compute_dtype]
+    hold_in(dtype, held_in_compute_dtype(base, config))
     modes = plan_layers(base, config.quantization)
     for name, mode in modes.items():
         plain = cast(nn.Linear, base.get_submodule(name))
@@ -218,7 +224,6 @@ def _stand_in(skeleton: nn.Module, config: TrialConfig, device: torch.device) ->
             if config.training.step == "graph":
                 layer.product = _Static8
         else:
-            dtype = COMPUTE_DTYPES[config.training.compute_dtype]
             layer = _FourBit(*shape, bias=bias, compute_dtype=dtype, device="meta")
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, layer.requires_grad_(False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -29,9 +29,11 @@ from tune_study.model.initial import (
     take,
 )
 from tune_study.model.layers import (
+    COMPUTE_DTYPES,
     adapted_layers,
     block_linears,
     block_ranges,
+    held_in_compute_dtype,
     refuse_without_effect,
     skeleton_of,
 )
@@ -47,7 +49,6 @@ from tune_study.model.quantize import (
 )
 from tune_study.model.weights import classifier_names, load_base
 
-COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PEFT_CLASSES = {
     "none": "peft.tuners.lora.layer.Linear",
     "int8": "peft.tuners.lora.bnb.Linear8bitLt",
@@ -55,8 +56,10 @@ PEFT_CLASSES = {
 }
 
 
-ROUNDING = 1e-4
-"""Relative error of float32 weights that were taken apart and added again; measured: under 1e-6."""
+ROUNDING = {"fp32": 1e-4, "bf16": 2**-8}
+"""Relative error of weights that were taken apart and added again, by the compute dtype.
+
+Measured in fp32: under 1e-6; bf16 rounds each number by at most 2^-8 of it."""
 
 
 class BuiltModel(NamedTuple):
@@ -71,7 +74,9 @@ class BuiltModel(NamedTuple):
     bytes_16bit: int
     """Of the same base model with 4 and 2 bytes a number; integers keep their own width."""
     weights_bytes: int
-    """Base model as built: weights, quantization state, and the residue at full precision."""
+    """Base model as built: weights, quantization state, and the residue at full precision.
+
+    Block layers that stay plain are held in the compute dtype, in which they compute."""
 
     quantizable_bytes: int
     """Of the block layers' weights as built, quantization state included: all that it can touch."""
@@ -143,14 +148,15 @@ def build_model(
     tensors = [*base.parameters(), *base.buffers()]
     block_weights = {f"{name}.weight" for name in block_linears(base)}
     residue = [p for n, p in base.named_parameters() if n not in block_weights]
-    residue_bytes = tensor_bytes([*residue, *base.buffers()])
     base_parameters = sum(tensor.numel() for tensor in tensors)
     full_bytes = bytes_at(tensors, 4), bytes_at(tensors, 2)
     refuse_without_effect(base, config)
     compute_dtype = COMPUTE_DTYPES[config.training.compute_dtype]
     beginning = take(base, config, device, compute_dtype, factors)
+    hold_in(compute_dtype, held_in_compute_dtype(base, config))
     layers = quantize_model(base, config.quantization, compute_dtype, device)
     weights_bytes = base_bytes(base)
+    residue_bytes = tensor_bytes([*residue, *base.buffers()])
     preprocessing = preprocessing_of(base, config)
     if config.training.gradient_checkpointing:
         checkpoint_blocks(base, config.model)
@@ -173,6 +179,12 @@ def build_model(
     _prove(built, config)
     _prove_beginning(built, config)
     return built
+
+
+def hold_in(dtype: torch.dtype, parameters: Iterable[Tensor]) -> None:
+    """Casts ``parameters`` in place: they stay the same objects."""
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
 
 
 def choose_attention(model: nn.Module, config: TrialConfig, device: torch.device) -> None:
@@ -348,10 +360,11 @@ def _prove_beginning(built: BuiltModel, config: TrialConfig) -> None:
     modes = {layer.name: layer.mode for layer in built.layers}
     for name, found in built.initial.items():
         relative, mode = found.error_norm / found.weight_norm, modes.get(name, "none")
-        if not relative < WEIGHT_ERROR_LIMITS.get(mode, ROUNDING):
+        limit = WEIGHT_ERROR_LIMITS.get(mode, ROUNDING[config.training.compute_dtype])
+        if not relative < limit:
             raise QuantizationFailed(
                 f"{name}: it begins with a weight error of {relative:.2g} with {mode} and "
-                f"lora.init_lora_weights = {how}, over {WEIGHT_ERROR_LIMITS.get(mode, ROUNDING)}"
+                f"lora.init_lora_weights = {how}, over {limit:.2g}"
             )
         closer = found.error_norm < found.alone_norm
         if name in built.factors and mode != "none" and how != "olora" and not closer:

@@ -9,7 +9,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from tune_study.config import QuantizationConfig, TrialConfig
-from tune_study.model.layers import plan_layers
+from tune_study.model.layers import COMPUTE_DTYPES, held_in_compute_dtype, plan_layers
 from tune_study.model.quantize import (
     BLOCKSIZE,
     state_tensors,
@@ -44,13 +44,16 @@ def base_bytes(model: nn.Module) -> int:
 
 
 def expected_weights_bytes(skeleton: nn.Module, config: TrialConfig) -> int:
-    """Bytes of the base model as it will be built: quantized layers, and the residue at fp32."""
+    """Bytes of the base model as it will be built: quantized layers, plain ones in the compute
+    dtype, and the residue at fp32."""
     total = bytes_at([*skeleton.parameters(), *skeleton.buffers()], 4)
     for name, mode in plan_layers(skeleton, config.quantization).items():
         layer = cast(nn.Linear, skeleton.get_submodule(name))
         full = 4 * layer.weight.numel()
         total += linear_bytes(layer.out_features, layer.in_features, mode) - full
-    return total
+    narrower = 4 - COMPUTE_DTYPES[config.training.compute_dtype].itemsize
+    held = held_in_compute_dtype(skeleton, config)
+    return total - narrower * sum(parameter.numel() for parameter in held)
 
 
 def expected_state_bytes(skeleton: nn.Module, quantization: QuantizationConfig) -> int:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from tune_study.config import LoraSpec, QuantizationConfig, TrialConfig, ends_as
 from tune_study.errors import UserError, first_line
@@ -26,6 +26,8 @@ from tune_study.model.hub import refuse_unknown_model
 from tune_study.model.weights import classifier_names
 
 BLOCK_LAYERS = re.compile(r"(.*\.)?blocks\.\d+\..+")
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 _BLOCK = re.compile(r"(?:(.*)\.)?blocks\.(\d+)\.")
 
@@ -250,6 +252,25 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
         for name, module in model.named_modules()
         if type(module) is nn.Linear and BLOCK_LAYERS.fullmatch(name)
     }
+
+
+def held_in_compute_dtype(model: nn.Module, config: TrialConfig) -> list[Tensor]:
+    """The frozen weights and biases of block layers that stay plain and compute under autocast.
+
+    It would cast them anew in every step, and autograd would keep the copies. ``model`` is the timm
+    model of ``config`` before quantization, or its skeleton. Biases that ``lora.bias`` lets learn
+    are left out, and so are DoRA's layers, whose weights PEFT reads at full precision.
+    """
+    quantized = plan_layers(model, config.quantization)
+    called = called_linears(config.model, config.data.image_size)
+    dora = adapted_layers(model, config.lora, config.model)[1] if config.lora.use_dora else []
+    held = []
+    for name, layer in block_linears(model).items():
+        if name in called and name not in quantized and name not in dora:
+            held.append(layer.weight)
+            if layer.bias is not None and config.lora.bias == "none":
+                held.append(layer.bias)
+    return held
 
 
 def plan_layers(model: nn.Module, config: QuantizationConfig) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -73,7 +74,10 @@ def quantize_linear(
     if linear.bias is not None:
         quantized.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
     quantized.forward = MethodType(outside_autocast, quantized)
-    return quantized.to(device)
+    quantized.to(device)
+    if mode != "int8":  # for backward, which would dequantize to float32 and cast
+        cast(Any, quantized.weight).quant_state.dtype = compute_dtype
+    return quantized
 
 
 def _shape(linear: nn.Linear) -> dict[str, Any]:
@@ -154,7 +158,9 @@ def dequantize(layer: nn.Module) -> Tensor:
     if not isinstance(layer, bnb.nn.Linear4bit):
         raise TypeError(f"{type(layer).__name__} is not a quantized layer")
     weight: Any = layer.weight
-    return dequantize_4bit(weight.data, weight.quant_state).float()
+    state = copy.copy(weight.quant_state)
+    state.dtype = torch.float32  # not that of backward
+    return dequantize_4bit(weight.data, state)
 
 
 def offer_dequantize(model: nn.Module) -> None:

@@ -25,7 +25,8 @@ from tune_study.data.sources import Split
 from tune_study.data.splits import Dataset
 from tune_study.data.transform import transform_of
 from tune_study.memory.step import StepMemory, measure_step
-from tune_study.model.build import COMPUTE_DTYPES, BuiltModel, trainable
+from tune_study.model.build import BuiltModel, trainable
+from tune_study.model.layers import COMPUTE_DTYPES
 from tune_study.model.noise_scale import NoiseScale, gradients_of_first_half
 from tune_study.model.outliers import make_static
 from tune_study.trial.gradients import GradientFlowMonitor
