@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 from tune_study.errors import UserError
@@ -13,7 +14,7 @@ from tune_study.model.footprint import base_bytes
 from tune_study.model.quantize import QuantizationFailed, dequantize
 
 MODES = ["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
-# DESIGN.md's table: whole-model bytes, the residue at fp32, 10 classes.
+# DESIGN.md's table: whole-model bytes, the residue at fp32, 10 classes; "none" computes in fp32.
 WHOLE_MODEL_BYTES = {
     ("deit_tiny_patch16_224", "none"): 22_105_384,
     ("deit_tiny_patch16_224", "int8"): 6_263_080,
@@ -28,10 +29,72 @@ WHOLE_MODEL_BYTES = {
 
 @pytest.mark.parametrize(("name", "mode"), WHOLE_MODEL_BYTES)
 def test_whole_model_bytes(tiny, name, mode):
-    built = build_model(tiny(mode, model=name, pretrained=False, dataset="cifar10"), 10)
+    training = {"compute_dtype": "fp32"} if mode == "none" else {}
+    config = tiny(mode, model=name, pretrained=False, dataset="cifar10", training=training)
+    built = build_model(config, 10)
     assert built.weights_bytes == WHOLE_MODEL_BYTES[name, mode]
     assert built.base_parameters * 4 == WHOLE_MODEL_BYTES[name, "none"]
     assert len(built.layers) == (0 if mode == "none" else 48)
+
+
+def fresh_gradients(model, images):
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = model.train()(images)
+    nn.functional.cross_entropy(scores.float(), torch.arange(len(images))).backward()
+    found = {name: p.grad for name, p in trainable(model).items()}
+    for parameter in trainable(model).values():
+        parameter.grad = None
+    return scores, found
+
+
+def stirred(config):
+    model = build_model(config, 10).model
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model
+
+
+def assert_bits_stay(model, change):
+    images = torch.randn(3, 3, 32, 32)
+    scores, gradients = fresh_gradients(model, images)
+    change()
+    again, others = fresh_gradients(model, images)
+    assert torch.equal(scores, again)
+    assert all(torch.equal(gradient, others[name]) for name, gradient in gradients.items())
+
+
+def test_weights_in_the_compute_dtype_give_the_bits_that_autocast_gives(tiny):
+    plain = {"lora_dropout": 0.0}
+    model = stirred(tiny("none", lora=plain))
+    fp32 = tiny("none", lora=plain, training={"compute_dtype": "fp32"})
+    full = build_model(fp32, 10).model.state_dict()
+    held = {n: p for n, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert len(held) == 2 * 4 * 6
+    assert all(n.endswith(("base_layer.weight", "base_layer.bias")) for n in held)
+    assert all(torch.equal(p, full[n].bfloat16()) for n, p in held.items())
+    assert not all(torch.equal(p.float(), full[n]) for n, p in held.items())
+
+    def at_full_precision():
+        for name, parameter in held.items():
+            parameter.data = full[name]
+
+    assert_bits_stay(model, at_full_precision)
+
+
+def test_backward_of_4_bit_dequantizes_into_the_compute_dtype_to_the_same_bits(tiny):
+    model = stirred(tiny("nf4-dq", lora={"lora_dropout": 0.0}))
+    layers = [m for m in model.modules() if type(m) is Linear4bit]
+    states = [layer.weight.quant_state for layer in layers]
+    assert len(states) == 24
+    assert all(state.dtype == torch.bfloat16 for state in states)
+
+    def by_fp32():
+        for state in states:
+            state.dtype = torch.float32
+
+    assert_bits_stay(model, by_fp32)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -190,7 +253,7 @@ def test_bytes_at_other_widths_and_of_what_can_be_quantized(tiny, mode):
     assert built.bytes_16bit == 2 * built.base_parameters
     weights = 6 * (128 * 384 + 128 * 128 + 2 * 128 * 512)  # of the six blocks
     if mode == "none":
-        assert built.quantizable_bytes == 4 * weights
+        assert built.quantizable_bytes == 2 * weights
     else:
         layers = built.layers
         expected = sum(layer.weight_bytes + layer.state_bytes for layer in layers)

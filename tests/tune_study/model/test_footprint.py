@@ -16,7 +16,8 @@ MODES = ["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"]
 
 @pytest.mark.parametrize(("name", "mode"), WHOLE_MODEL_BYTES)
 def test_expected_bytes_are_the_designs(tiny, name, mode):
-    config = tiny(mode, model=name, dataset="cifar10")
+    training = {"compute_dtype": "fp32"} if mode == "none" else {}
+    config = tiny(mode, model=name, dataset="cifar10", training=training)
     assert (
         expected_weights_bytes(skeleton_of(name, 10, None), config)
         == (WHOLE_MODEL_BYTES[name, mode])
@@ -24,9 +25,15 @@ def test_expected_bytes_are_the_designs(tiny, name, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_expected_bytes_equal_the_built_model_to_the_byte(tiny, mode):
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("lora", [{}, {"bias": "all"}, {"use_dora": True}])
+def test_expected_bytes_equal_the_built_model_to_the_byte(tiny, mode, dtype, lora):
+    skipped = ["blocks.0.*"] if mode != "none" else []
     config = tiny(
-        mode, quantization={"mode": mode, "skip_layers": ["blocks.0.*"] if mode != "none" else []}
+        mode,
+        quantization={"mode": mode, "skip_layers": skipped},
+        lora=lora,
+        training={"compute_dtype": dtype},
     )
     skeleton = skeleton_of(config.model, 10, None)
     assert expected_weights_bytes(skeleton, config) == build_model(config, 10).weights_bytes
@@ -42,6 +49,22 @@ def test_expected_bytes_equal_the_built_model_to_the_byte(tiny, mode):
 )
 def test_bytes_of_a_layer_whose_weights_fill_no_block(mode, size):
     assert linear_bytes(5, 13, mode) == size
+
+
+BLOCKS = 6 * (128 * 384 + 128 * 128 + 2 * 128 * 512)
+BIASES = 6 * (384 + 128 + 512 + 128)
+
+
+@pytest.mark.parametrize(
+    ("lora", "numbers"),
+    [({}, BLOCKS + BIASES), ({"bias": "all"}, BLOCKS), ({"use_dora": True}, 0)],
+)
+def test_plain_layers_of_a_bf16_trial_hold_two_bytes_a_number(tiny, lora, numbers):
+    """Weights and biases of the blocks; not biases that learn, nor the layers of DoRA."""
+    config = tiny("none", lora=lora)
+    skeleton = skeleton_of(config.model, 10, None)
+    full = bytes_at([*skeleton.parameters(), *skeleton.buffers()], 4)
+    assert full - expected_weights_bytes(skeleton, config) == 2 * numbers
 
 
 def test_scales_of_scales_come_in_blocks_of_256():

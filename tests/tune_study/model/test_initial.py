@@ -41,10 +41,13 @@ def stirred(built):
 
 @pytest.mark.parametrize("how", ["pissa", "olora"])
 def test_at_full_precision_it_is_pefts_own_to_the_bit(tiny, how):
-    config = tiny("none", lora={"init_lora_weights": how, "rank_pattern": {"qkv": 2}})
+    lora = {"init_lora_weights": how, "rank_pattern": {"qkv": 2}}
+    config = tiny("none", lora=lora, training=FP32)
     ours = dict(lora_layers(build_model(config, 10).model))
+    in_bf16 = dict(lora_layers(build_model(tiny("none", lora=lora), 10).model))
     theirs = pefts(config)
     for name, layer in lora_layers(theirs):
+        assert torch.equal(in_bf16[name].base_layer.weight, layer.base_layer.weight.bfloat16())
         assert torch.equal(ours[name].base_layer.weight, layer.base_layer.weight), name
         for part in ("lora_A", "lora_B"):
             mine, other = (getattr(one, part)["default"].weight for one in (ours[name], layer))

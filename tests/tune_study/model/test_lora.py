@@ -72,7 +72,8 @@ def test_in_bf16_it_is_as_near_to_fp32_as_pefts(
     mode: str, tiny: Callable[..., TrialConfig]
 ) -> None:
     config = tiny(mode, lora={"lora_dropout": 0.0}, training={"compute_dtype": "bf16"})
-    exact, exact_grad = outputs_and_gradients(built(config, pefts=True), bf16=False)
+    exactly = tiny(mode, lora={"lora_dropout": 0.0}, training={"compute_dtype": "fp32"})
+    exact, exact_grad = outputs_and_gradients(built(exactly, pefts=True), bf16=False)
     errors = []
     for pefts in (False, True):
         scores, grads = outputs_and_gradients(built(config, pefts), bf16=True)
@@ -155,7 +156,8 @@ def test_the_seed_decides_the_masks() -> None:
 
 
 def test_nothing_is_dropped_in_evaluation(tiny: Callable[..., TrialConfig]) -> None:
-    model = built(tiny("none", lora={"lora_dropout": 0.5}), pefts=False).eval()
+    config = tiny("none", lora={"lora_dropout": 0.5}, training={"compute_dtype": "fp32"})
+    model = built(config, pefts=False).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         assert torch.equal(model(images), model(images))

@@ -79,7 +79,7 @@ def test_the_windows_of_a_swin_lie_image_by_image():
 
 
 def test_nothing_is_left_outside(tiny):
-    parameters, loss_of = built(tiny("none"))
+    parameters, loss_of = built(tiny("none"), bf16=True)
     images = torch.randn(IMAGES, 3, 32, 32)
     with gradients_of_first_half() as found:
         pass
