@@ -29,7 +29,7 @@ from tune_study.data.place import Place, Preprocessing
 from tune_study.data.splits import load
 from tune_study.model import quantize
 from tune_study.model.build import build_model, trainable
-from tune_study.model.lora import draw_mask, speed_up
+from tune_study.model.lora import dropped, kept_share, speed_up
 
 BLOCK_SHAPES = {"qkv": (192, 576), "proj": (192, 192), "fc1": (192, 768), "fc2": (768, 192)}
 """(in_features, out_features) of DeiT-tiny's block layers."""
@@ -155,8 +155,8 @@ def lora_layer(device: torch.device) -> str:
             y = layer(leaf)
         ours = [y, *torch.autograd.grad(y, [leaf, a, b], gradient.to(device, y.dtype))]
         torch.manual_seed(0)  # the same mask again
-        mask, kept = draw_mask(leaf.detach().to(dtype), p)
-        factor = mask.cpu().double() / kept
+        _, mask = dropped(leaf.detach().to(dtype), p)
+        factor = mask.cpu().double() / kept_share(p, device)
         weight, bias = (t.detach().cpu().double() for t in (base.weight, base.bias))
 
         def plain(x: Tensor, a: Tensor, b: Tensor, w=weight, c=bias, f=factor) -> Tensor:

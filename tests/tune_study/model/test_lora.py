@@ -11,9 +11,11 @@ from scipy import stats
 from torch import Tensor, nn
 
 from tune_study.config import TrialConfig
+from tune_study.model import lora
 from tune_study.model.build import build_model, trainable
-from tune_study.model.lora import _AddAdapter, draw_mask, drop
+from tune_study.model.lora import _AddAdapter, draw_mask, drop, kept_share
 
+CPU = torch.device("cpu")
 ONES = torch.ones(250_001)
 MODES = ["none", "int8", "nf4", "nf4-dq"]
 
@@ -26,8 +28,7 @@ class SameMasks(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        mask, kept = draw_mask(x, self.p)
-        return x * mask / kept
+        return x * draw_mask(x, self.p) / kept_share(self.p, x.device)
 
 
 def built(config: TrialConfig, pefts: bool) -> nn.Module:
@@ -84,7 +85,12 @@ def test_in_bf16_it_is_as_near_to_fp32_as_pefts(
     assert ours_worst < 1.5 * theirs_worst + 0.01
 
 
-def test_the_gradients_are_those_of_finite_differences() -> None:
+@pytest.mark.parametrize("devices", [set(), {"cpu"}])
+def test_the_gradients_are_those_of_finite_differences(
+    devices: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "ONE_KERNEL", devices)
+
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, requires_grad=True)
 
@@ -113,11 +119,50 @@ def test_without_the_adapter_it_is_the_base_model(tiny: Callable[..., TrialConfi
     assert torch.equal(*features)
 
 
+def test_torchs_own_dropout_gives_what_the_definition_gives(
+    tiny: Callable[..., TrialConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one kernel draws, drops and divides: here the CPU's stands in for CUDA's."""
+    monkeypatch.setattr(lora, "ONE_KERNEL", {"cpu"})
+    config = tiny("none", lora={"lora_dropout": 0.3}, training={"compute_dtype": "fp32"})
+    ours, theirs = built(config, pefts=False), built(config, pefts=True)
+    for layer in (m for m in theirs.modules() if isinstance(m, LoraLayer)):
+        layer.lora_dropout["default"] = nn.Dropout(0.3)
+    scores, gradients = outputs_and_gradients(ours, bf16=False)
+    others, their_gradients = outputs_and_gradients(theirs, bf16=False)
+    assert relative(scores, others) < 1e-5
+    assert all(relative(gradients[name], g) < 1e-5 for name, g in their_gradients.items())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_all_adapters_at_once_give_the_bits_of_each_for_itself(
+    bf16: bool, tiny: Callable[..., TrialConfig]
+) -> None:
+    spec = {"lora_dropout": 0.3, "rank_pattern": {"qkv": 2}, "alpha_pattern": {"proj": 3}}
+    training = {"compute_dtype": "bf16" if bf16 else "fp32"}
+    model = built(tiny("none", lora=spec, training=training), pefts=False)
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    seen = []
+    layers[5].base_layer.register_forward_hook(
+        lambda *_: seen.append(vars(layers[5]).get("prepared"))
+    )
+    together = outputs_and_gradients(model, bf16)
+    assert not any("prepared" in vars(layer) for layer in layers)  # they learn before the next pass
+    for parameter in model.parameters():
+        parameter.grad = None
+    model._forward_pre_hooks.clear()
+    alone = outputs_and_gradients(model, bf16)
+    assert [found is None for found in seen] == [False, True]
+    assert seen[0][0].dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert torch.equal(together[0], alone[0])
+    assert all(torch.equal(gradient, alone[1][name]) for name, gradient in together[1].items())
+
+
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9, 0.995])
 def test_each_element_is_kept_with_probability_1_minus_p(p: float) -> None:
     torch.manual_seed(0)
     for ones in (ONES, ONES[:250_000].view(-1, 50)):  # each a number of its own, and rows share it
-        mask, share = draw_mask(ones, p)
+        mask, share = draw_mask(ones, p), kept_share(p, CPU)
         assert stats.binomtest(int(mask.sum()), mask.numel(), 1 - p).pvalue > 0.001
         assert share == pytest.approx(1 - p, abs=1e-9)
 
@@ -125,20 +170,20 @@ def test_each_element_is_kept_with_probability_1_minus_p(p: float) -> None:
 def test_a_feature_is_dropped_with_probability_p_over_many_calls() -> None:
     """Within a call its rows share a bound, which is off by at most one 256th."""
     torch.manual_seed(0)
-    kept = sum(int(draw_mask(ONES[:1000].view(1000, 1), 0.1)[0].sum()) for _ in range(400))
+    kept = sum(int(draw_mask(ONES[:1000].view(1000, 1), 0.1).sum()) for _ in range(400))
     assert stats.binomtest(kept, 400_000, 0.9).pvalue > 0.001
 
 
 def test_more_than_a_256th_is_always_kept_and_the_share_says_so() -> None:
     torch.manual_seed(0)
-    mask, share = draw_mask(ONES, 0.9999)
+    mask, share = draw_mask(ONES, 0.9999), kept_share(0.9999, CPU)
     assert share == 1 / 256
     assert stats.binomtest(int(mask.sum()), len(ONES), share).pvalue > 0.001
 
 
 def test_masks_are_independent_of_their_neighbours_and_of_the_next_call() -> None:
     torch.manual_seed(0)
-    first, second = (draw_mask(ONES, 0.3)[0] for _ in range(2))
+    first, second = (draw_mask(ONES, 0.3) for _ in range(2))
     # The eight elements of one 64-bit draw, and the same element of two calls.
     pairs = [(first[:-lag], first[lag:]) for lag in range(1, 9)] + [(first, second)]
     for a, b in pairs:
@@ -150,7 +195,7 @@ def test_the_seed_decides_the_masks() -> None:
     masks = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        masks.append(draw_mask(ONES, 0.4)[0])
+        masks.append(draw_mask(ONES, 0.4))
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
 
@@ -167,7 +212,7 @@ def test_nothing_is_dropped_in_evaluation(tiny: Callable[..., TrialConfig]) -> N
 def test_the_masks_are_the_bytes_of_the_draws_that_reach_a_features_bound() -> None:
     x = torch.ones(37, 13)
     torch.manual_seed(7)
-    mask, _ = draw_mask(x, 0.1)
+    mask = draw_mask(x, 0.1)
     torch.manual_seed(7)
     bounds = [26 if draw < 0.6 else 25 for draw in torch.rand(13).tolist()]  # 256 p = 25.6
     assert set(bounds) == {25, 26}
@@ -192,8 +237,8 @@ def test_the_sum_takes_the_memory_of_the_base_layers_output() -> None:
 
 @pytest.mark.parametrize(("p", "kept"), [(0.1, 58982), (0.3, 45875), (0.999999, 1)])
 def test_elsewhere_the_share_is_a_whole_number_of_65536ths(p: float, kept: int) -> None:
-    mask, share = draw_mask(torch.empty(2, 3, device="meta"), p)
-    assert share == kept / 2**16
+    mask = draw_mask(torch.empty(2, 3, device="meta"), p)
+    assert kept_share(p, mask.device) == kept / 2**16
     assert (mask.shape, mask.dtype) == ((2, 3), torch.bool)
 
 
