@@ -147,7 +147,9 @@ def _bits(entry: dict[Any, Any], layers: pd.DataFrame | None) -> dict[str, Any]:
         )
     if mode == "none" and measured < 31.5:
         theory = 16.0
-        notes.append("the unquantized weights are held at 16 bit")
+        notes.append("none holds the weights of the block layers at 16 bit, in which it computes")
+    elif measured < 0.99 * theory:
+        notes.append("layers left unquantized are held at 16 bit, which theory counts at fp32")
     return {
         "of_fp32": entry["weights_bytes"] / entry["weights_bytes_fp32"],
         "of_16bit": entry["weights_bytes"] / entry["weights_bytes_16bit"],

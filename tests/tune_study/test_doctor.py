@@ -1,7 +1,6 @@
 """Each check passes on a sound machine, and fails when its fault is planted."""
 
 import ctypes
-import itertools
 import math
 from collections import namedtuple
 
@@ -304,12 +303,8 @@ def test_a_product_that_is_wrong_over_more_than_32768_terms_is_found(monkeypatch
 
 
 def test_another_dropout_mask_in_the_backward_pass_is_found(monkeypatch):
-    true, calls = lora.drop, itertools.count()
-
-    def redrawn(x, mask):
-        return true(x, mask.roll(next(calls) % 2))  # every second call is that of backward
-
-    monkeypatch.setattr(lora, "drop", redrawn)
+    true = lora._dropped_again
+    monkeypatch.setattr(lora, "_dropped_again", lambda x, mask, p: true(x, mask.roll(1), p))
     found = products.lora_layer(CPU).found
     assert "dx in fp32 by " in found
     assert "y in" not in found

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis.measures.memory import memory_ledger, memory_ratios, peak_ratios, quantized_parameters
@@ -45,6 +46,29 @@ def test_theory_with_known_layers_agrees_with_the_exact_bytes(tmp_path: Path) ->
         assert row["measured_over_theoretical"] == pytest.approx(1, abs=0.02)
         assert row["note"] == ""
     assert only(table, quantization="none")["measured_over_theoretical"] == 1
+
+
+def test_layers_held_in_the_compute_dtype_are_named(tmp_path: Path) -> None:
+    """DeiT-tiny in bf16: all block layers at 16 bit in none, and half of them beside int8."""
+    cells = synthetic.plan(models=TINY, datasets=("cifar10",), lora=((4, 8),), seeds=(42,))
+    trials, _ = synthetic.study_frames(cells)
+    plain = trials["quantization"] == "none"
+    trials.loc[plain, "weights_bytes"] = 22_105_384 - 2 * (5_308_416 + 20_736)
+    weights, constants = 5_308_416 // 2, 4 * 10_368
+    trials.loc[trials["quantization"] == "int8", "weights_bytes"] = (
+        22_105_384 - 3 * weights + constants - 2 * (weights + 10_368)
+    )
+    layers = pd.DataFrame(
+        [(TINY[0], "int8", weights, 8 * weights + 8 * constants)],
+        columns=["model", "quantization", "quantized_parameters", "quantized_bits"],
+    )
+    table = memory_ratios(trials, layers)
+    row = only(table, quantization="none")
+    assert row["theoretical_bits"] == 16
+    assert row["of_16bit"] == pytest.approx(11_447_080 / 11_052_692)
+    assert "in which it computes" in row["note"]
+    assert "layers left unquantized are held at 16 bit" in only(table, quantization="int8")["note"]
+    assert only(table, quantization="nf4")["note"].startswith("theory counts every weight")
 
 
 def test_a_broken_quantization_file_is_no_theory(tmp_path: Path) -> None:
