@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from timm.data import resolve_model_data_config
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from tune_study.config import TrialConfig
@@ -204,7 +205,7 @@ def preprocessing_of(model: nn.Module, config: TrialConfig) -> Preprocessing:
     """timm's data configuration of ``model`` at the trial's image size."""
     wanted = resolve_model_data_config(model)
     size = config.data.image_size or wanted["input_size"][-1]
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    patch, _ = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", 1))
     if size % patch:
         raise UserError(
             f"data.image_size = {size}: {config.model} has patches of {patch} px; "

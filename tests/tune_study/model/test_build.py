@@ -286,7 +286,9 @@ def test_images_are_prepared_as_timm_says(tiny, monkeypatch, interpolation, take
     found = models.preprocessing_of(model, tiny("none"))
     assert found == (24, taken, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert models.preprocessing_of(model, tiny("none", data={"image_size": 16}))[0] == 16
-    for size, near in ((9, 8), (29, 32)):
+    refused = (((8, 8), 9, 8), ((8, 8), 29, 32), (8, 9, 8))  # XCiT's is a number
+    for patch, size, near in refused:
+        model.patch_embed.patch_size = patch
         with pytest.raises(UserError, match=f"patches of 8 px; choose a multiple, such as {near}$"):
             models.preprocessing_of(model, tiny("none", data={"image_size": size}))
     assert models.preprocessing_of(nn.Module(), tiny("none", data={"image_size": 9}))[0] == 9
