@@ -19,7 +19,7 @@ from analysis.chapters.trials import provenance
 from analysis.folder.configurations import FIELDS, SHORT
 from analysis.folder.places import near
 from analysis.load import Study, StudyError, read_study, told
-from analysis.statistics.cells import machines_of, modes_of, named, varying
+from analysis.statistics.cells import counts_on_device, machines_of, modes_of, named, varying
 from analysis.statistics.comparison import compare_modes
 from analysis.statistics.pairs import paired_differences
 from analysis.text.layout import clean
@@ -72,6 +72,12 @@ def compare(a: Study, b: Study) -> Comparison:
             f"The machines differ ({listing(sorted(hardware))}): memory and time compare the "
             "machines as much as the versions."
         )
+    beside = [listing(counts_on_device(trials, "images_per_s")) for trials in (a.trials, b.trials)]
+    if beside[0] != beside[1] and all(beside):
+        notes.append(
+            f"Trials on a device at a time: {beside[0]} in A, {beside[1]} in B; time compares that "
+            "as much as the versions."
+        )
     both = cells_a.loc[shared, ["trial_id", "status"]].assign(b=cells_b.loc[shared, "status"])
     moved = both[both["status"] != both["b"]].to_dict("records")
     return Comparison(
@@ -120,7 +126,7 @@ def _table(a: pd.DataFrame, b: pd.DataFrame, shared: pd.Index) -> pd.DataFrame:
     )
     stacked = stacked[pd.MultiIndex.from_frame(stacked[CELL]).isin(shared)]
     # The pairs are across machines on purpose; compare_modes would refuse them.
-    stacked = stacked.drop(columns="machine", errors="ignore")
+    stacked = stacked.drop(columns=["machine", "trials_on_device"], errors="ignore")
     modes = modes_of(stacked["quantization"])
     rows = []
     for metric in METRICS:

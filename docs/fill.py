@@ -34,6 +34,7 @@ MORE = {
     "--storage": "cluster.md#a-study-in-a-bucket",
     "--address": "cluster.md#on-a-cluster",
     "--batch": "memory.md#the-micro-batch",
+    "--max-concurrent": "performance.md#several-trials-on-one-gpu",
     "--gpus-per-trial": "cluster.md#gpus",
     "--search": "search.md",
     "--scheduler": "search.md#pruning",

@@ -26,7 +26,8 @@ def study(**given: Any) -> None:
     options = Options(**given)
     refuse_client(options.address, sys.argv[1:])
     options = checked(options)
-    if options.address == "local" and options.works and options.gpus_per_trial != "auto":
+    counted = "auto" not in (options.gpus_per_trial, options.max_concurrent)
+    if options.address == "local" and options.works and counted:
         local.start_during_imports(options.max_concurrent or 1, dashboard=options.dashboard)
     from tune_study.study import session
 

@@ -6,7 +6,7 @@ import pandas as pd
 
 from analysis.findings.findings import Findings
 from analysis.measures.memory import LEDGER, why_no_peak
-from analysis.statistics.cells import finished, machines_of
+from analysis.statistics.cells import NOT_RECORDED, counts_on_device, finished, machines_of
 from analysis.text.layout import Cell, Section, Table, count, notes, size, table_of, text
 from analysis.text.wording import listing, megabytes, number, percent, signed, span
 
@@ -100,6 +100,7 @@ def speed(found: Findings) -> Section:
     ]
     if not found.speed["ratio"].notna().any():
         paragraphs.append("No finished pair of trials recorded its throughput.")
+    paragraphs += _beside(found.study.trials)
     tables = [_ratios("speed", "Training speed", "times the speed", found.speed)]
     if why := _why_no_energy(found):
         paragraphs.append(f"The energy of training can't be compared: {why}.")
@@ -113,6 +114,23 @@ def speed(found: Findings) -> Section:
         tables.append(_ratios("energy", "Energy of training", "times the energy", found.energy))
     figures = ("pareto_energy",) if len(found.energy_front) else ()
     return Section("speed", "Speed", paragraphs, tables, figures)
+
+
+def _beside(trials: pd.DataFrame) -> list[str]:
+    """What is to be said of trials that could share a device; nothing where each had it alone."""
+    counts = counts_on_device(trials, "images_per_s")
+    if len(counts) > 1:
+        return [
+            f"Not all trials shared their device with as many: trials on it at a time, at most: "
+            f"{listing(counts)}. Speed, time and energy are compared within each number, never "
+            "across."
+        ]
+    if counts in ([], ["1"], [NOT_RECORDED]):
+        return []
+    return [
+        f"Up to {counts[0]} trials ran on a device at a time, and held each other up: the ratios "
+        "are those of trials with as many beside them; at the end of a study there were fewer."
+    ]
 
 
 def _why_no_energy(found: Findings) -> str:

@@ -71,6 +71,12 @@ def section(found: Searched, trials: pd.DataFrame) -> Section:
         "Its trials differ in much more than the quantization mode, and each has one seed: no mode "
         "is set against another here. To decide between a few of them, run a grid over seeds.",
     ]
+    if found.left_out:
+        paragraphs.append(
+            f"{plural(found.left_out, 'trial')} ran with more or fewer trials on the device than "
+            "most did. Times are not comparable across that, and these trials are left out here, "
+            "but for how much each parameter mattered."
+        )
     tables = []
     if len(found.importances):
         tables.append(_importances(found))

@@ -78,6 +78,8 @@ def every_trial(frame: pd.DataFrame) -> Table:
         "train_energy_j": ("energy", lambda r: kilojoules(r["train_energy_j"])),
     }
     cells |= {title: cell for name, (title, cell) in measured.items() if frame[name].notna().any()}
+    if (frame["trials_on_device"] > 1).any():
+        cells["on the device"] = count("trials_on_device")
     cells["trial"] = text("trial_id")
     more = len(frame) - MOST_TRIALS
     return table_of(

@@ -23,6 +23,7 @@ _STUDY_FILES = {
     "optuna.sqlite3",
     "optuna.sqlite3-journal",
     "search.json",
+    "sharing.json",
     "quantization_experiments_summary.json",
     "quantization_detailed_analysis.json",
     "report",

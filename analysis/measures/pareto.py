@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.statistics.cells import described, finished, machine_of, named
+from analysis.statistics.cells import apart_by, described, finished, named
 
 
 def pareto_front(
@@ -17,13 +17,15 @@ def pareto_front(
     """Cells (configuration x mode) with their mean ``metric`` and mean ``cost``.
 
     ``on_front`` marks, within each data set (and machine: bytes and times of different hardware
-    are never ranked together), the cells that no other cell beats: none is at most as costly and
-    at least as accurate, and better in one of the two. Cells without a cost are left out.
+    are never ranked together, nor times of trials with more or fewer beside them), the cells that
+    no other cell beats: none is at most as costly and at least as accurate, and better in one of
+    the two. Cells without a cost are left out.
     """
     trials = named(trials)
     good = finished(finished(trials, metric), cost)
-    scope = [*machine_of(good), "dataset"]
-    keys = [*machine_of(good), "configuration", "quantization"]
+    apart = apart_by(good, cost)
+    scope = [*apart, "dataset"]
+    keys = [*apart, "configuration", "quantization"]
     grouped = good.groupby(keys, observed=True, sort=False, dropna=False)
     table = grouped.agg(score=(metric, "mean"), cost=(cost, "mean"), n=(metric, "size"))
     table = described(table.reset_index(), trials)

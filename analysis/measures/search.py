@@ -6,7 +6,7 @@ Read from study.json, the trials table and search.json; Optuna's own file is nev
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import pandas as pd
 from analysis.folder.contents import read_json
 from analysis.load import Study
 from analysis.measures.pareto import costs_of, hypervolume, pareto
-from analysis.statistics.cells import finished
+from analysis.statistics.cells import TIMED, finished
 from tune_study.folder import schema
 from tune_study.folder.files import mapping
 
@@ -41,6 +41,8 @@ class Searched(NamedTuple):
     """``objective, parameter, importance, trials``."""
     unavailable: dict[str, str]
     """Why an objective has no importances."""
+    left_out: int = 0
+    """Trials with another number of trials on their device: an objective is a time."""
 
 
 def searched(study: Study) -> Searched | None:
@@ -49,7 +51,8 @@ def searched(study: Study) -> Searched | None:
     objectives = _objectives(record.get("objectives"))
     if not objectives:
         return None
-    trials = _trials(study.trials, list(objectives))
+    every = _trials(study.trials, list(objectives))
+    trials = _alike(every, study.trials, objectives)
     costs = costs_of(trials, objectives)
     trials["on_front"] = pareto(costs)
     importances, unavailable = _importances(study, list(objectives))
@@ -65,6 +68,7 @@ def searched(study: Study) -> Searched | None:
         progress=pd.DataFrame({"number": trials["number"], "value": _progress(costs, objectives)}),
         importances=importances,
         unavailable=unavailable,
+        left_out=len(every) - len(trials),
     )
 
 
@@ -87,6 +91,17 @@ def _trials(trials: pd.DataFrame, objectives: list[str]) -> pd.DataFrame:
         good[name] = good[name].astype("float64")
     usable = np.isfinite(good[objectives].to_numpy()).all(axis=1)
     return good.loc[usable].reset_index(drop=True)
+
+
+def _alike(found: pd.DataFrame, trials: pd.DataFrame, objectives: Iterable[str]) -> pd.DataFrame:
+    """Where an objective is a time: those of ``found`` with as many trials on a device as most.
+
+    Those that did not record it count as one group.
+    """
+    if not TIMED & set(objectives) or "trials_on_device" not in trials:
+        return found
+    beside = found["trial_id"].map(trials.set_index("trial_id")["trials_on_device"]).fillna(0)
+    return found[beside.isin(beside.mode()[-1:])].reset_index(drop=True)
 
 
 def _progress(costs: np.ndarray, objectives: Mapping[str, str]) -> np.ndarray:

@@ -13,9 +13,16 @@ from analysis.folder.configurations import named, told_by, varying
 from tune_study.folder import names, schema
 
 __all__ = [
-    "cells", "described", "finished", "machine_of", "machines_of", "modes_of", "named", "pooled_sd",
-    "seed_spread", "told_by", "units", "varying",
+    "NOT_RECORDED", "TIMED", "apart_by", "cells", "counts_on_device", "described", "finished",
+    "machine_of", "machines_of", "modes_of", "named", "pooled_sd", "seed_spread", "told_by",
+    "units", "varying",
 ]  # fmt: skip
+
+
+TIMED = {"train_time_s", "train_energy_j", "eval_time_s", "epoch_time_s", "images_per_s"}
+"""Trials that share a device hold each other up: these are of trials with as many beside them."""
+
+NOT_RECORDED = "not recorded"
 
 
 def modes_of(column: pd.Series) -> list[str]:
@@ -61,6 +68,21 @@ def described(table: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
 def machine_of(trials: pd.DataFrame) -> list[str]:
     """The column that keeps hardware apart, where the table has it."""
     return ["machine"] if "machine" in trials else []
+
+
+def apart_by(trials: pd.DataFrame, metric: str) -> list[str]:
+    """The columns that a ``metric`` of the hardware is never compared across."""
+    shared = ["trials_on_device"] if metric in TIMED and "trials_on_device" in trials else []
+    return [*machine_of(trials), *shared]
+
+
+def counts_on_device(trials: pd.DataFrame, metric: str) -> list[str]:
+    """How many trials shared a device, in words, of those that have ``metric``; each once."""
+    if "trials_on_device" not in trials:
+        return []
+    found = finished(trials, metric)["trials_on_device"]
+    known = [str(count) for count in sorted(found.dropna().unique())]
+    return [*known, NOT_RECORDED] if found.isna().any() else known
 
 
 def machines_of(trials: pd.DataFrame) -> list[str]:

@@ -22,11 +22,11 @@ from analysis.statistics.pairs import (
     EXACT,
     check,
     duplicates,
-    machines,
     margin_of,
     modes_beside,
     paired_differences,
     planned_pairs,
+    why_unlike,
 )
 from analysis.text.wording import points
 
@@ -76,7 +76,7 @@ def compare_modes(
     margin = margin_of(trials, metric) if margin is None else margin
     rng = np.random.default_rng(0) if rng is None else rng
     common = _common_notes(trials, metric)
-    alike = trials if machines(trials, metric) == 1 else trials.iloc[:0]
+    alike = trials.iloc[:0] if why_unlike(trials, metric) else trials
     pairs = paired_differences(alike, metric=metric, baseline=baseline)
     rows = []
     for mode in modes_beside(trials, baseline):
@@ -207,10 +207,10 @@ def _decided(table: pd.DataFrame) -> pd.DataFrame:
 
 def _common_notes(trials: pd.DataFrame, metric: str) -> list[str]:
     notes = []
-    if (count := machines(trials, metric)) > 1:
+    if why := why_unlike(trials, metric):
         notes.append(
-            f"The trials ran on {count} machines, and {metric} is not comparable across hardware: "
-            "select the trials of one machine."
+            f"The trials ran {why}, across which {metric} is not comparable: select the trials of "
+            "one."
         )
     if repeated := duplicates(trials, metric):
         notes.append(

@@ -41,10 +41,10 @@ from analysis.statistics.cells import named
 from analysis.statistics.inference import Floats, holm
 from analysis.statistics.pairs import (
     check,
-    machines,
     margin_of,
     modes_beside,
     paired_differences,
+    why_unlike,
 )
 from analysis.statistics.two_way import Codes
 from analysis.text.wording import plural
@@ -137,7 +137,7 @@ class Costs(NamedTuple):
 
 
 def _costs(trials: pd.DataFrame, metric: str, baseline: str) -> dict[str, Costs]:
-    alike = trials if machines(trials, metric) == 1 else trials.iloc[:0]
+    alike = trials.iloc[:0] if why_unlike(trials, metric) else trials
     pairs = paired_differences(alike, metric=metric, baseline=baseline)
     grouped = pairs.groupby(["quantization", "configuration"], observed=True)["difference"]
     table = pd.DataFrame(

@@ -9,7 +9,7 @@ from analysis.statistics.cells import modes_of
 from analysis.statistics.pairs import (
     cell_means,
     check,
-    machines,
+    why_unlike,
 )
 
 
@@ -23,13 +23,13 @@ def friedman(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.DataF
     from scipy.stats import friedmanchisquare
 
     check(trials, metric, None, 0.95)
-    modes, count = modes_of(trials["quantization"]), machines(trials, metric)
-    means = cell_means(trials if count == 1 else trials.iloc[:0], metric=metric)
+    modes, unlike = modes_of(trials["quantization"]), why_unlike(trials, metric)
+    means = cell_means(trials.iloc[:0] if unlike else trials, metric=metric)
     present = [mode for mode in modes if mode in means]
     values = means[present].to_numpy("float64")
     values = values[np.isfinite(values).all(axis=1)] if len(present) == len(modes) else values[:0]
     n, k = values.shape[0], len(modes)
-    note = _why_not_friedman(values, k, count)
+    note = _why_not_friedman(values, k, unlike)
     statistic = p = kendall = float("nan")
     if not note:
         statistic, p = (float(x) for x in friedmanchisquare(*values.T))
@@ -53,9 +53,9 @@ def friedman(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.DataF
     )
 
 
-def _why_not_friedman(values: np.ndarray, modes: int, machine_count: int) -> str:
-    if machine_count > 1:
-        return "The trials ran on several machines, across which this metric is not comparable."
+def _why_not_friedman(values: np.ndarray, modes: int, unlike: str) -> str:
+    if unlike:
+        return f"The trials ran {unlike}, across which this metric is not comparable."
     if modes < 3:
         return f"Friedman's test needs three modes, there are {modes}."
     if len(values) < 2:

@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 
 from analysis.folder.configurations import SHORT
 from analysis.folder.contents import StudyError
-from analysis.statistics.cells import finished, modes_of, named, units
+from analysis.statistics.cells import TIMED, apart_by, finished, modes_of, named, units
 from tune_study.folder import schema
 
 PAIR = ["configuration", "seed"]
@@ -28,16 +28,7 @@ EXACT = {
     "optimizer_bytes",
 }
 """Counted from the tensors: the same in every run, so there is nothing to infer about."""
-MACHINE_BOUND = {
-    "activation_bytes",
-    "peak_train_bytes",
-    "rss_peak_bytes",
-    "train_time_s",
-    "train_energy_j",
-    "eval_time_s",
-    "epoch_time_s",
-    "images_per_s",
-}
+MACHINE_BOUND = TIMED | {"activation_bytes", "peak_train_bytes", "rss_peak_bytes"}
 """Measured on the hardware, so never paired or averaged across different machines."""
 
 
@@ -65,18 +56,27 @@ def modes_beside(trials: pd.DataFrame, baseline: str) -> list[str]:
     return [mode for mode in modes_of(trials["quantization"]) if mode != baseline]
 
 
-def machines(trials: pd.DataFrame, metric: str) -> int:
-    """Different machines among the trials that ``metric`` would be compared over, 1 if unbound."""
-    if metric not in MACHINE_BOUND or "machine" not in trials:
-        return 1
-    return int(finished(trials, metric)["machine"].nunique(dropna=False))
+def why_unlike(trials: pd.DataFrame, metric: str) -> str:
+    """Why the trials that ``metric`` would be compared over are not comparable; "" if they are.
+
+    A clause, such as ``on 2 machines``.
+    """
+    if metric not in MACHINE_BOUND:
+        return ""
+    good = finished(trials, metric)
+    words = {
+        "machine": "on {} machines",
+        "trials_on_device": "with {} counts of trials on a device",
+    }
+    found = {name: good[name].nunique(dropna=False) for name in apart_by(trials, metric)}
+    return " and ".join(words[name].format(count) for name, count in found.items() if count > 1)
 
 
-def _require_one_machine(trials: pd.DataFrame, metric: str) -> None:
-    if (count := machines(trials, metric)) > 1:
+def _require_alike(trials: pd.DataFrame, metric: str) -> None:
+    if why := why_unlike(trials, metric):
         raise StudyError(
-            f"metric {metric!r} was measured on {count} machines, across which it is not "
-            "comparable: select the trials of one machine"
+            f"metric {metric!r} was measured {why}, across which it is not comparable: select the "
+            "trials of one"
         )
 
 
@@ -137,15 +137,15 @@ def paired_differences(
     """Each mode against ``baseline``, matched on configuration and seed.
 
     :func:`matched` over the trials that ended well, each with a finite ``metric``.
-    ``same_machine`` pairs within one machine only. Raises ``StudyError``, also for a measure of
-    the hardware that would be paired across machines.
+    ``same_machine`` pairs within one machine only, and what takes time among as many trials on a
+    device. Raises ``StudyError``, also for a measure of the hardware that would be paired across.
     """
     check(trials, metric, baseline, 0.95)
     keys = list(PAIR)
     if not same_machine:
-        _require_one_machine(trials, metric)
-    elif "machine" in trials:
-        keys.append("machine")
+        _require_alike(trials, metric)
+    else:
+        keys += apart_by(trials, metric)
     trials = named(trials)
     return matched(finished(trials, metric), units(trials), metric, baseline, keys)
 
@@ -166,7 +166,7 @@ def cell_means(trials: pd.DataFrame, *, metric: str = "test_accuracy") -> pd.Dat
     Raises ``StudyError`` like :func:`paired_differences`.
     """
     check(trials, metric, None, 0.95)
-    _require_one_machine(trials, metric)
+    _require_alike(trials, metric)
     trials = named(trials)
     wide = cell_values(finished(trials, metric), metric, PAIR)
     means = wide.groupby("configuration").mean()

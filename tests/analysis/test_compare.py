@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -72,6 +73,20 @@ def test_other_settings_and_hardware_are_named() -> None:
     assert ("setting: training.learning_rate", "0.0001", "0.0003") in found.differences
     assert not any("trial_id" in name for name, *_ in found.differences)
     assert any("laptop and server" in note for note in found.notes)
+
+
+def test_trials_that_shared_a_device_are_compared_and_it_is_said() -> None:
+    a, b = _study(), _study()
+    a.trials.loc[:, "trials_on_device"] = 1
+    assert not compare.compare(a, a).notes
+    for counts, told in ((8, "8"), (pd.NA, "not recorded")):
+        b.trials.loc[:, "trials_on_device"] = counts
+        found = compare.compare(a, b)
+        assert found.notes == [
+            f"Trials on a device at a time: 1 in A, {told} in B; time compares that as much as the "
+            "versions."
+        ]
+        assert _row(found, "train_time_s", "none")["n_pairs"] == 18
 
 
 def test_studies_that_share_nothing_or_mix_kinds_are_refused() -> None:

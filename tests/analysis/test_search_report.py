@@ -3,12 +3,14 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis import report
 from analysis.chapters.page import make_page
+from analysis.chapters.search import section
 from analysis.figures import gallery
 from analysis.figures.search import KEYS
 from analysis.findings import findings
@@ -57,6 +59,30 @@ def test_one_objective_has_the_best_as_its_set():
         False,
         True,
     ]
+
+
+def test_times_are_searched_among_trials_with_as_many_beside_them():
+    trials = pd.DataFrame({"trial_id": list("abcdef"), "trials_on_device": [1, 8, pd.NA, 8, 1, 8]})
+    found = trials[["trial_id"]].assign(train_time_s=[1.0, 5.0, 1.0, 6.0, 1.0, 7.0])
+
+    def left(found, trials, *objectives):
+        alike = search._alike(found, trials, objectives)
+        assert list(alike.index) == list(range(len(alike)))
+        return "".join(alike["trial_id"])
+
+    assert left(found, trials, "val_accuracy", "train_time_s") == "bdf"
+    assert left(found, trials, "val_accuracy", "weights_bytes") == "abcdef"
+    assert left(found, trials.drop(columns="trials_on_device"), "train_time_s") == "abcdef"
+    assert left(found, trials.assign(trials_on_device=pd.NA), "train_time_s") == "abcdef"
+    assert left(found.iloc[:0], trials, "train_time_s") == ""
+
+
+def test_the_chapter_says_what_was_left_out(folder):
+    found = search.searched(read_study(folder))
+    trials = read_study(folder).trials
+    assert not any("left out" in text for text in section(found, trials).paragraphs)
+    told = section(found._replace(left_out=3), trials).paragraphs[2]
+    assert told.startswith("3 trials ran with more or fewer trials on the device than most did.")
 
 
 @pytest.fixture(scope="module")

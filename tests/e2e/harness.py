@@ -21,7 +21,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 PATIENCE_S = 900
 """A study that does nothing for so long is stuck."""
 TIMES = ["train_time_s", "eval_time_s", "images_per_s", "epoch_time_s", "rss_peak_bytes"]
-TIMES += ["train_energy_j", "energy_source"]
+TIMES += ["train_energy_j", "energy_source", "trials_on_device"]
 TIMES += resources.COLUMNS
 TARGETS = ("driver", "worker", "raylet", "everything", "power")
 """What dies by SIGKILL. ``power`` is everything, and the files written last lose their end."""

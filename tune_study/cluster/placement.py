@@ -37,10 +37,7 @@ def share_of_all(need: Need, cards: Mapping[str, Card]) -> float:
         return 1.0
     fewest = MOST
     for name, card in cards.items():
-        images = need.image_bytes
-        if images > card.memory_bytes * SHARE_OF_DEVICE:  # they stay in their file
-            images = 0
-        count = card.memory_bytes // (need.step_bytes + images)
+        count = within(need, card.memory_bytes)
         if count == 0:
             raise UserError(
                 f"--gpus-per-trial auto: a trial can take {need.step_bytes / 1e9:,.1f} GB of a "
@@ -49,8 +46,22 @@ def share_of_all(need: Need, cards: Mapping[str, Card]) -> float:
                 "the batch of a step), or leave that node out"
             )
         fewest = min(fewest, count)
+    return share_of(fewest)
+
+
+def share_of(count: int) -> float:
+    """The share of a GPU that ``count`` trials on one take each."""
     # Ray counts in ten-thousandths; rounded up, the last trial would find no room.
-    return 10_000 // fewest / 10_000
+    return 10_000 // count / 10_000
+
+
+def within(need: Need, memory_bytes: int) -> int:
+    """How many trials of ``need``, whose step is known, so much memory of a GPU holds."""
+    assert need.step_bytes is not None
+    images = need.image_bytes
+    if images > memory_bytes * SHARE_OF_DEVICE:  # they stay in their file
+        images = 0
+    return memory_bytes // (need.step_bytes + images)
 
 
 def fit(there: Mapping[str, float], resources: Mapping[str, float]) -> int:

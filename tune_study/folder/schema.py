@@ -159,6 +159,7 @@ TRIALS: tuple[Column, ...] = (
     Column("pretrained_top1_agreement", "float", "fraction", "pretrained head, against the same"),
     Column("pretrained_logit_kl", "float", "nats", "pretrained head, from full precision"),
     Column("device", "str", "", "device that trained it"),
+    Column("trials_on_device", "int", "trials", "that could run on it at a time, with this one"),
     Column("step", "str", "", "how steps were given to it: eager, or graph, a CUDA graph"),
     Column("error", "str", "", "one sentence, for a trial that did not end well"),
     *SETTINGS,

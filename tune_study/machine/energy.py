@@ -6,24 +6,20 @@ import math
 import platform
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from tune_study.errors import first_line
+from tune_study.machine import nvml
+from tune_study.machine.nvml import NoReading, told_by
 
 POWERCAP = Path("/sys/class/powercap")
 """Where Linux shows the counters of CPUs (RAPL), Intel's and AMD's."""
 SHARED = "several trials run on the device at a time, and its counter is of all of them"
 CHIP = ("cpu_total_mj", "gpu_mj", "gpu_sram_mj", "ane_mj", "dram_mj")
 """Of what ``zeus_apple_silicon`` tells, the parts that do not hold each other."""
-
-
-class NoReading(Exception):
-    """Why there is none, as a clause."""
 
 
 class Counter(NamedTuple):
@@ -80,30 +76,12 @@ class EnergyMeter:
 def _counters(device: torch.device) -> tuple[str, list[Counter]]:
     """What counts the energy of ``device``, in words, and its counters. Raises ``NoReading``."""
     if device.type == "cuda":
-        return "NVML: all of the GPU", [_gpu(device)]
+        return "NVML: all of the GPU", [Counter(nvml.energy_j(device))]
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return _chip()
     if device.type == "cpu" and sys.platform == "linux":
         return _packages()
     raise NoReading("no counter of this device's energy is known")
-
-
-def _gpu(device: torch.device) -> Counter:
-    """Volta and later. CUDA numbers the cards that it may see, NVML all: the UUID tells which."""
-    try:
-        import pynvml
-    except ModuleNotFoundError:
-        raise NoReading("nvidia-ml-py, which reads a GPU's counter, is not installed") from None
-    with _told_by("NVML", pynvml.NVMLError):
-        pynvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(device).uuid
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-
-    def read() -> float:
-        with _told_by("NVML", pynvml.NVMLError):
-            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
-
-    return Counter(read)
 
 
 def _chip() -> tuple[str, list[Counter]]:
@@ -112,7 +90,7 @@ def _chip() -> tuple[str, list[Counter]]:
         import zeus_apple_silicon
     except ModuleNotFoundError:
         raise NoReading("on a Mac, pip install 'tune-study[energy]' reads the counter") from None
-    with _told_by("IOReport", RuntimeError):
+    with told_by("IOReport", RuntimeError):
         monitor = zeus_apple_silicon.AppleEnergyMonitor()
         first = monitor.get_cumulative_energy()
     parts = [part for part in CHIP if getattr(first, part) is not None]
@@ -120,7 +98,7 @@ def _chip() -> tuple[str, list[Counter]]:
         raise NoReading("IOReport: it does not tell the energy of this chip's CPU and GPU")
 
     def read() -> float:
-        with _told_by("IOReport", RuntimeError):
+        with told_by("IOReport", RuntimeError):
             now = monitor.get_cumulative_energy()
         return sum(float(getattr(now, part)) for part in parts) / 1e3
 
@@ -147,7 +125,7 @@ def _reader(path: Path) -> Callable[[], float]:
 
 def _microjoules(path: Path) -> float:
     """In joules."""
-    with _told_by(str(path), ValueError):
+    with told_by(str(path), ValueError):
         return int(_word(path)) / 1e6
 
 
@@ -158,11 +136,3 @@ def _word(path: Path) -> str:
         raise NoReading(f"{path} is readable by root alone") from None
     except OSError as error:
         raise NoReading(f"{path}: {error.strerror}") from None
-
-
-@contextmanager
-def _told_by(who: str, error: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except error as found:
-        raise NoReading(f"{who}: {first_line(found)}") from found

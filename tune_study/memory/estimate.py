@@ -102,20 +102,42 @@ def refuse_any_that_cannot_fit(planned: Iterable[Planned], device: torch.device)
                 refuse_what_cannot_fit(trial, classes, device)
 
 
-def need_of(planned: Sequence[tuple[TrialConfig, Outline]], device: torch.device) -> Need:
-    """The most that any trial of the plan takes, its comparison with full precision included."""
-    most = 0
-    for group in _by_step((trial, data.classes) for trial, data in planned):
-        config, classes = _largest(group)
-        expected = predict(config, classes, device)
-        full = config.unquantized
-        twin = predict(full, classes, device)
-        if expected.peak_train_bytes is None or twin.peak_train_bytes is None:
-            return Need(None, 0)
-        both = expected.ledger.at_rest_bytes + twin.peak_train_bytes
-        most = max(most, expected.peak_train_bytes if full == config else both)
+def need_of(
+    planned: Sequence[tuple[TrialConfig, Outline]],
+    device: torch.device,
+    process_bytes: int = PROCESS_BYTES,
+) -> Need:
+    """The most that any trial of the plan takes, its comparison with full precision included.
+
+    ``process_bytes`` are those beside all tensors.
+    """
+    most = max(_most_bytes(group, device) for group in _by_step(_classes(planned)))
+    if math.isinf(most):
+        return Need(None, 0)
     images = max(_image_bytes(trial, data) for trial, data in planned)
-    return Need(int(most * ALLOCATED) + PROCESS_BYTES, images)
+    return Need(int(most * ALLOCATED) + process_bytes, images)
+
+
+def largest_of(planned: Sequence[tuple[TrialConfig, Outline]], device: torch.device) -> TrialConfig:
+    """The trial that ``need_of`` is of; one whose step can't be predicted is the largest."""
+    group = max(_by_step(_classes(planned)), key=lambda group: _most_bytes(group, device))
+    return max(group, key=lambda trial: trial[0].lora.r)[0]
+
+
+def _classes(planned: Iterable[tuple[TrialConfig, Outline]]) -> Iterable[Planned]:
+    return ((trial, data.classes) for trial, data in planned)
+
+
+def _most_bytes(group: Sequence[Planned], device: torch.device) -> float:
+    """At once, of tensors but images; infinite where it can't be predicted."""
+    config, classes = _largest(group)
+    full = config.unquantized
+    expected, twin = predict(config, classes, device), predict(full, classes, device)
+    if expected.peak_train_bytes is None or twin.peak_train_bytes is None:
+        return math.inf
+    if full == config:
+        return expected.peak_train_bytes
+    return max(expected.peak_train_bytes, expected.ledger.at_rest_bytes + twin.peak_train_bytes)
 
 
 def _image_bytes(trial: TrialConfig, data: Outline) -> int:

@@ -51,6 +51,15 @@ def gpu_share(text: str) -> float | str:
     return text if text == "auto" else share
 
 
+def trials_at_a_time(text: str) -> int | str:
+    """``auto``, or how many trials. Raises ``UserError``."""
+    if text == "auto":
+        return text
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= 1024):
+        raise UserError(f"--max-concurrent {text}: write how many trials, from 1 to 1,024, or auto")
+    return int(text)
+
+
 @dataclass(frozen=True)
 class Options:
     """The command line of ``tune_study.run``: its options, in the order of ``--help``."""
@@ -112,9 +121,11 @@ class Options:
         str | None, on_machine(metavar="auto", help="the fastest micro-batch that fits all modes")
     ] = None
     max_concurrent: Annotated[
-        int | None,
+        Any,
         on_machine(
-            min=1, max=1024, metavar="N", help="trials at a time; default 1, on a cluster all"
+            parser=trials_at_a_time,
+            metavar="N",
+            help="trials at a time, or auto; default 1, on a cluster all",
         ),
     ] = None
     cpus_per_trial: Annotated[
@@ -193,9 +204,8 @@ def checked(given: Options) -> Options:
         refuse_unknown_function("--space", given.space, "search_spaces.optuna_spaces")
     one_of("--device", given.device, DEVICES)
     one_of("--keep-checkpoints", given.keep_checkpoints, get_args(Keep))
-    if given.gpus_per_trial == "auto":
-        refuse_with_auto(given)
-    else:
+    refuse_with_auto(given)
+    if given.gpus_per_trial != "auto":
         refuse_not_finite("--gpus-per-trial", given.gpus_per_trial)
     refuse_not_finite("--max-hours", given.max_hours)
     refuse_not_finite("--seed-sd", given.seed_sd)
@@ -214,17 +224,25 @@ def checked(given: Options) -> Options:
 
 
 def refuse_with_auto(given: Options) -> None:
-    """Raises ``UserError`` for what a share cannot be found with."""
+    """Raises ``UserError`` for what trials that share a GPU cannot be counted with."""
     others = {
         "--simulate": given.simulate and "trains nothing",
         "--search": given.search and "does not know its trials beforehand",
         "--batch": given.batch and "wants a GPU to itself",
     }
-    for option, why in others.items():
-        if why:
-            raise UserError(
-                f"--gpus-per-trial auto: {option} {why}; leave one of the two out, or name a share"
-            )
+    counted = {
+        "--address": given.address != "local" and "runs trials elsewhere, and all that fit",
+        "--gpus-per-trial": given.gpus_per_trial is not None and "counts the trials of a GPU too",
+    }
+    for auto, asked, there, remedy in (
+        ("--max-concurrent", given.max_concurrent, others | counted, "a number"),
+        ("--gpus-per-trial", given.gpus_per_trial, others, "a share"),
+    ):
+        for option, why in there.items():
+            if asked == "auto" and why:
+                raise UserError(
+                    f"{auto} auto: {option} {why}; leave one of the two out, or name {remedy}"
+                )
 
 
 def refuse_client(address: str, arguments: Sequence[str]) -> None:

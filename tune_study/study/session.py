@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from analysis.load import Study, rebuild, write_tables
 from search_spaces.lookup import code_of
 from search_spaces.own_code import Code
 from tune_study.cluster.connection import check_options
+from tune_study.cluster.placement import share_of
 from tune_study.cluster.stop import Stop
 from tune_study.config import TrialConfig
 from tune_study.data.splits import UNKNOWN
@@ -28,14 +29,14 @@ from tune_study.folder.store import Store, held, place_of, push_all, push_end
 from tune_study.loggers import trackers
 from tune_study.loggers.progress import Progress
 from tune_study.loggers.trackers import Trackers
-from tune_study.machine import device
+from tune_study.machine import device, gpus
 from tune_study.machine.disk import disk_full, refuse_full_disk
 from tune_study.machine.gpus import Need
 from tune_study.machine.provenance import cores
 from tune_study.memory.estimate import need_of
 from tune_study.search import settings as spaces
 from tune_study.search.settings import Settings
-from tune_study.study import auto_batch, manifest, preflight, schedule, status
+from tune_study.study import auto_batch, manifest, preflight, schedule, sharing, status
 from tune_study.study.cards import write_cards
 from tune_study.study.console import (
     STOPPED,
@@ -80,6 +81,17 @@ class Command:
     need: Need | None = None
     """What trials take of a GPU, where ``--gpus-per-trial auto`` asks for it."""
 
+    def settle_sharing(self, checked: Checked) -> None:
+        """``--max-concurrent auto`` becomes a number, and a trial's share of a GPU and of cores."""
+        if not status.todo(self.trials, self.context.study_dir):
+            return
+        planned = [(trial, checked.data[trial.trial_id]) for trial in self.trials]
+        count = sharing.choose(planned, self.context, self.say)
+        at_a_time = count * gpus.count()
+        self.given = replace(self.given, max_concurrent=at_a_time, gpus_per_trial=share_of(count))
+        threads = self.given.cpus_per_trial or _threads(self.given)
+        self.context = self.context.model_copy(update={"num_threads": threads})
+
     def settle_names(self) -> None:
         """A folder of images goes by the name that the study has for it."""
         names = manifest.names_in(self.context.study_dir)
@@ -119,6 +131,8 @@ def execute(given: Options) -> int:
         logged = trackers.opened(tracker_modules, context.study_dir, command.say)
         if given.retry_failed:
             status.forget(command.trials, context.study_dir)
+        if command.given.max_concurrent == "auto":
+            command.settle_sharing(checked)
         auto_batch.choose(
             command.trials, context, choices, command.console.print, auto=command.auto
         )
@@ -129,6 +143,10 @@ def execute(given: Options) -> int:
 
 def _command(given: Options) -> Command:
     settings, grid_name, trials = trials_of(given)
+    # Names of the user's may look like markup ([exp]) or like an emoji's (:cat:).
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+    if given.max_concurrent == "auto":
+        given = sharing.on_cuda_alone(given, console.print)
     context = _context(given, grid_name, trials, _simulation(given))
     auto = auto_batch.wanted(
         given.batch,
@@ -137,8 +155,6 @@ def _command(given: Options) -> Command:
         max_concurrent=given.max_concurrent,
         gpus_per_trial=given.gpus_per_trial,
     )
-    # Names of the user's may look like markup ([exp]) or like an emoji's (:cat:).
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
     line = masked(shlex.join(["python", "-m", "tune_study.run", *sys.argv[1:]]))
     if given.gpus_per_trial == "auto" and context.device != "cuda":
         raise UserError(
@@ -194,6 +210,8 @@ def _dry_run(command: Command, checked: Checked, choices: Mapping[str, Any]) -> 
     extension = extension_of(trials, context, command.given.retry_failed)
     if command.auto and len(choices) < len(trials):
         notes = [*notes, auto_batch.NOT_YET]
+    if command.given.max_concurrent == "auto":
+        notes = [*notes, sharing.NOT_YET]
     if missing := [f"the {k} of {' and '.join(n)}" for k, n in checked.not_here.items() if n]:
         notes = [
             *notes,
@@ -273,7 +291,7 @@ def _code(given: Options, trials: Sequence[TrialConfig]) -> Code | None:
 
 
 def _threads(given: Options) -> int:
-    if given.gpus_per_trial == "auto":  # how many share the cores is found out later
+    if "auto" in (given.gpus_per_trial, given.max_concurrent):  # how many share is found out later
         return THREADS_BESIDE_GPU
     return max(1, cores() // (given.max_concurrent or 1))
 

@@ -170,10 +170,13 @@ def _continue(training: Training, built: BuiltModel, context: RunContext, record
     for path in broken:
         record.warn(f"checkpoint {path.name} is not whole: continues from the one before")
     extra: dict[str, Any] = {}
+    record.trials_on_device = context.trials_on_device
     if found is not None:
         state, extra = checkpoint.load(found)
         training.load_state_dict(state)
         record.memory, record.fidelity = extra["memory"], extra.get("fidelity", {})
+        before = extra.get("trials_on_device")
+        record.trials_on_device = before and max(before, context.trials_on_device)
         record.log(f"continues after epoch {len(training.history)}, from {found.name}")
     else:
         record.log(f"starts on {context.device}")
@@ -191,6 +194,7 @@ def _save(training: Training, context: RunContext, record: Record) -> None:
         "memory": record.memory,
         "fidelity": record.fidelity,
         "micro_batch": training.config.training.per_device_train_batch_size,
+        "trials_on_device": record.trials_on_device,
     }
     checkpoint.save(record.folder, training.state_dict(), extra)
     if context.keep_checkpoints != "all":

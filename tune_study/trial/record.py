@@ -61,6 +61,8 @@ class Record:
         self.test_time_s = self._measuring_time_s = 0.0
         self.settings: dict[str, Any] = {}
         """What ``device.settle`` set."""
+        self.trials_on_device: int | None = None
+        """At a time, at most, in all runs of the trial; ``None`` where one of them did not say."""
         self.training: Training | None = None
         self.meter: EnergyMeter | None = None
         self.content: dict[str, Any] = {}
@@ -220,6 +222,7 @@ class Record:
             "batch_size": settings.per_device_train_batch_size,
             "gradient_accumulation_steps": settings.gradient_accumulation_steps,
             "device": self._device,
+            "trials_on_device": self.trials_on_device,
             "step": self.training.step if self.training else None,
         }
 

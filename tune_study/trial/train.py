@@ -185,24 +185,13 @@ def _keep_best(training: Training) -> None:
 
 
 def _train_epoch(training: Training) -> tuple[Row, list[float]]:
-    training.model.train()
-    split, size = training.data.train, training.config.images_per_step
-    total = len(split.labels)
-    policy = augmentation(training.config.dataset, training.config.data)
-    plan = planned(split, size, policy, training.generator)
-    sums = torch.zeros(math.ceil(total / size), 2, device=training.device)
+    total = len(training.data.train.labels)
+    count = math.ceil(total / training.config.images_per_step)
+    sums = torch.zeros(count, 2, device=training.device)
     learning_rate = math.nan
-    for number, (part, images) in enumerate(plan):
-        learning_rate, count = training.schedule.rate, part.shape[1]
-        if training.graph is not None and count == size:
-            loss, hits = training.graph(part, images)
-            _count_step(training, count)
-        else:
-            batch, labels = make_batch(split, part, images, policy)
-            if training.transform is not None:
-                batch = training.transform(batch, len(training.history) + 1, number)
-            loss, hits = train_step(training, batch, labels)
-        sums[number].copy_(torch.stack([loss * count, hits]))
+    for number, (rate, images, loss, hits) in enumerate(epoch_steps(training)):
+        learning_rate = rate
+        sums[number].copy_(torch.stack([loss * images, hits]))
     # The only reads of the device in the epoch. Doubles are the CPU's: MPS has none.
     losses, correct = sums.cpu().double().T.contiguous()
     if training.outliers is not None:
@@ -216,6 +205,28 @@ def _train_epoch(training: Training) -> tuple[Row, list[float]]:
         **(training.noise.end_epoch() if training.noise is not None else NO_NOISE_SCALE),
     }
     return row, layer_gradients
+
+
+def epoch_steps(training: Training) -> Iterator[tuple[float, int, Tensor, Tensor]]:
+    """The steps of an epoch: (learning rate, images, mean loss, count of hits) of each.
+
+    The last two lie on the device.
+    """
+    training.model.train()
+    split, size = training.data.train, training.config.images_per_step
+    policy = augmentation(training.config.dataset, training.config.data)
+    plan = planned(split, size, policy, training.generator)
+    for number, (part, images) in enumerate(plan):
+        learning_rate, count = training.schedule.rate, part.shape[1]
+        if training.graph is not None and count == size:
+            loss, hits = training.graph(part, images)
+            _count_step(training, count)
+        else:
+            batch, labels = make_batch(split, part, images, policy)
+            if training.transform is not None:
+                batch = training.transform(batch, len(training.history) + 1, number)
+            loss, hits = train_step(training, batch, labels)
+        yield learning_rate, count, loss, hits
 
 
 def train_step(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

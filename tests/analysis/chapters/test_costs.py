@@ -1,4 +1,4 @@
-"""What the chapter on speed says of energy: a ratio, or why there is none."""
+"""What the chapter on speed says of energy, and of trials that shared a device."""
 
 from __future__ import annotations
 
@@ -65,3 +65,20 @@ def test_without_energy_the_chapter_says_why_and_shows_no_figure(trials: pd.Data
     assert found.figures == ()
     earlier = without.assign(energy_source=pd.NA)
     assert chapter(earlier).paragraphs[-1].endswith("can't be compared: no trial recorded it.")
+
+
+def test_the_chapter_says_how_many_trials_shared_a_device(trials: pd.DataFrame) -> None:
+    alone = len(chapter(trials).paragraphs)
+    assert len(chapter(trials.assign(trials_on_device=1)).paragraphs) == alone
+    assert chapter(trials.assign(trials_on_device=8)).paragraphs[1] == (
+        "Up to 8 trials ran on a device at a time, and held each other up: the ratios are those of "
+        "trials with as many beside them; at the end of a study there were fewer."
+    )
+    trials.loc[trials["seed"] == 42, "trials_on_device"] = 10
+    trials.loc[trials["seed"] == 123, "trials_on_device"] = 8
+    assert chapter(trials).paragraphs[1] == (
+        "Not all trials shared their device with as many: trials on it at a time, at most: 8, 10 "
+        "and not recorded. Speed, time and energy are compared within each number, never across."
+    )
+    trials.loc[trials["seed"] != 42, "status"] = "error"
+    assert chapter(trials).paragraphs[1].startswith("Up to 10 trials ran")

@@ -192,8 +192,27 @@ def test_measures_of_different_machines_are_not_pooled() -> None:
         with pytest.raises(StudyError, match="2 machines"):
             function(table, metric="peak_train_bytes")
     assert (
-        exploration.friedman(table, metric="peak_train_bytes")["note"].str.contains("several").all()
+        exploration.friedman(table, metric="peak_train_bytes")["note"]
+        .str.contains("The trials ran on 2 machines, across")
+        .all()
     )
+
+
+def test_times_of_trials_with_more_or_fewer_beside_them_are_not_pooled() -> None:
+    table = study({"nf4": [0.01, 0.02, 0.04]}, trials_on_device=pd.NA)
+    table = table.astype({"trials_on_device": "Int64"})
+    table["peak_train_bytes"] = table["train_time_s"] = table["test_accuracy"] * 1e9
+    assert one(comparison.compare_modes(table, metric="train_time_s"))["n_configurations"] == 3
+    table.loc[table["lora_r"] == 2, "trials_on_device"] = 8
+    row = one(comparison.compare_modes(table, metric="train_time_s"))
+    assert row["verdict"] == "cannot be inferred"
+    assert "The trials ran with 2 counts of trials on a device, across which" in row["note"]
+    assert one(comparison.compare_modes(table, metric="peak_train_bytes"))["n_configurations"] == 3
+    table["machine"] = table["quantization"]
+    with pytest.raises(
+        StudyError, match="on 2 machines and with 2 counts of trials on a device, across which"
+    ):
+        pairs.paired_differences(table, metric="train_time_s")
 
 
 def test_exact_counts_get_no_p_value() -> None:

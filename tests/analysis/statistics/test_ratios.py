@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from analysis.folder.configurations import SHORT
-from analysis.statistics import ratios
+from analysis.statistics import pairs, ratios
 from analysis.statistics.comparison import compare_modes
 from tests import synthetic
 from tests.analysis.statistics.made import made
@@ -103,6 +104,27 @@ def test_speed_is_paired_on_one_machine() -> None:
     table = ratios.metric_ratios(trials, metric="images_per_s")
     assert only(table, quantization="int8")["n_pairs"] == 0
     assert only(table, quantization="nf4")["ratio"] == pytest.approx(375 / 450)
+
+
+def test_speed_is_paired_among_trials_with_as_many_beside_them() -> None:
+    cells = synthetic.plan(models=TINY, datasets=("cifar10",))
+    trials, _ = synthetic.study_frames(cells)
+    assert trials["trials_on_device"].isna().all()  # as in a study from before it was recorded
+    before = ratios.metric_ratios(trials, metric="images_per_s")
+    assert only(before, quantization="nf4")["n_pairs"] == 9
+    one, eight = trials["seed"] == 42, trials["seed"] == 123
+    trials.loc[one, "trials_on_device"] = 1
+    trials.loc[eight, "trials_on_device"] = 8
+    trials.loc[eight, "images_per_s"] /= 5
+    pd.testing.assert_frame_equal(ratios.metric_ratios(trials, metric="images_per_s"), before)
+    trials.loc[one & (trials["quantization"] == "int8"), "trials_on_device"] = 8
+    trials.loc[eight & (trials["quantization"] == "nf4"), "trials_on_device"] = pd.NA
+    table = ratios.metric_ratios(trials, metric="images_per_s")
+    assert only(table, quantization="int8")["n_pairs"] == 6
+    assert only(table, quantization="nf4")["n_pairs"] == 6
+    assert only(table, quantization="nf4-dq")["n_pairs"] == 9
+    weights = pairs.paired_differences(trials, metric="weights_bytes")
+    assert (weights["quantization"] == "int8").sum() == 9
 
 
 def test_a_repeated_cell_is_averaged_as_in_the_comparison() -> None:

@@ -13,6 +13,7 @@ from tune_study.memory import estimate as estimates
 from tune_study.memory.estimate import (
     Estimate,
     estimate,
+    largest_of,
     need_of,
     refuse_any_that_cannot_fit,
     refuse_what_cannot_fit,
@@ -81,6 +82,10 @@ def test_the_need_is_that_of_the_largest_trial_with_its_full_precision_twin(tiny
     both = Need(int(1.2 * (ours + twin)) + 2**30, image_bytes)
     for planned in ([nf4], [none, small, nf4], [nf4, none]):
         assert need_of([(trial, data) for trial in planned], device) == both
+        assert need_of([(trial, data) for trial in planned], device, 5).step_bytes == (
+            both.step_bytes - 2**30 + 5
+        )
+        assert largest_of([(trial, data) for trial in planned], device) == nf4
     of_a_folder = tiny("none", dataset="folder:d", data={"image_size": 48})
     assert need_of([(of_a_folder, data)], device).image_bytes == 80 * 3 * 48**2
 
@@ -90,6 +95,7 @@ def test_a_step_that_cannot_be_predicted_needs_what_there_is(tiny, monkeypatch):
     monkeypatch.setattr(estimates, "predict", lambda *given: unknown)
     data = outline("digits", Place(), tiny("none").data)
     assert need_of([(tiny("none"), data)], torch.device("cpu")) == Need(None, 0)
+    assert largest_of([(tiny("none"), data)], torch.device("cpu")) == tiny("none")
 
 
 def test_a_mode_that_takes_more_than_full_precision_is_refused_where_that_fits(tiny, monkeypatch):
@@ -101,6 +107,8 @@ def test_a_mode_that_takes_more_than_full_precision_is_refused_where_that_fits(t
     refuse_what_cannot_fit(none, 10, cpu)
     with pytest.raises(UserError, match=int8.trial_id):
         refuse_any_that_cannot_fit([(none, 10), (int8, 10)], cpu)
+    need = need_of([(int8, outline("digits", Place(), int8.data))], cpu, process_bytes=0)
+    assert need.step_bytes == int(1.2 * predict(int8, 10, cpu).peak_train_bytes)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -93,7 +93,7 @@ def test_the_command_line_is_the_fields_of_options(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     "wrong",
-    [["--max-hours", "-1"], ["--max-concurrent", "1025"], ["--no-resume"], ["--num-samples"]],
+    [["--max-hours", "-1"], ["--cpus-per-trial", "1025"], ["--no-resume"], ["--num-samples"]],
 )
 def test_what_no_option_takes_is_refused(wrong: list[str], monkeypatch, capsys) -> None:
     monkeypatch.setattr(run, "checked", lambda given: pytest.fail(f"it was taken: {given}"))
@@ -190,6 +190,39 @@ def test_a_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch, text: str, share: Any
 def test_what_is_no_share_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     with pytest.raises(UserError, match=f"--gpus-per-trial {text}: write a share"):
         run.app(["--gpus-per-trial", text])
+
+
+@pytest.mark.parametrize(("text", "trials"), [("1", 1), ("1024", 1024), ("auto", "auto")])
+def test_trials_at_a_time(monkeypatch: pytest.MonkeyPatch, text: str, trials: Any) -> None:
+    assert typed(monkeypatch, "--max-concurrent", text).max_concurrent == trials
+
+
+@pytest.mark.parametrize("text", ["0", "1025", "-1", "2.0", "Auto", "", "²", "9" * 5000])
+def test_what_is_no_number_of_trials_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=f"--max-concurrent {text}: write how many trials"):
+        run.app(["--max-concurrent", text])
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"simulate": True}, "--simulate trains nothing"),
+        ({"search": "optuna"}, "--search does not know its trials"),
+        ({"batch": "auto"}, "--batch wants a GPU to itself"),
+        ({"address": "auto"}, "--address runs trials elsewhere, and all that fit"),
+        ({"gpus_per_trial": 0.5}, "--gpus-per-trial counts"),
+        ({"gpus_per_trial": "auto"}, "--gpus-per-trial counts"),
+    ],
+    ids=str,
+)
+def test_trials_are_counted_where_they_are_known_and_share_a_gpu_here(
+    other: dict[str, Any], why: str
+) -> None:
+    given = Options(max_concurrent="auto")
+    assert options.checked(given) == given
+    with pytest.raises(UserError, match=f"--max-concurrent auto: {why}.*or name a number"):
+        options.checked(replace(given, **other))
+    options.checked(replace(given, max_concurrent=2, **other))
 
 
 @pytest.mark.parametrize(

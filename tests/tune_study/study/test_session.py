@@ -54,9 +54,45 @@ def test_where_a_study_runs_by_default(monkeypatch, tmp_path):
 
 
 def test_trials_that_share_a_gpu_do_not_each_take_all_cores(monkeypatch):
-    auto = {"gpus_per_trial": "auto"}
-    assert context(monkeypatch, **auto).num_threads == 2
-    assert context(monkeypatch, **auto, cpus_per_trial=3).num_threads == 3
+    for auto in ({"gpus_per_trial": "auto"}, {"max_concurrent": "auto"}):
+        assert context(monkeypatch, **auto).num_threads == 2
+        assert context(monkeypatch, **auto, cpus_per_trial=3).num_threads == 3
+
+
+def test_on_the_cpu_auto_is_one_trial_with_all_cores(monkeypatch, capsys):
+    monkeypatch.setattr(session, "trials_of", lambda given: (None, "grid", list(TRIALS)))
+    monkeypatch.setattr(session, "cores", lambda: 7)
+    command = session._command(Options(device="cpu", max_concurrent="auto"))
+    assert (command.given.max_concurrent, command.context.num_threads) == (1, 7)
+    said = "--max-concurrent auto: one trial at a time, because cpu is no GPU of CUDA's to share\n"
+    assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(None, 12 // 6), (5, 5)])
+def test_a_count_becomes_trials_at_a_time_and_shares(monkeypatch, tmp_path, cpus, threads):
+    outlines = {trial.trial_id: trial.seed for trial in TRIALS}
+    asked = []
+
+    def choose(planned, context, say):
+        asked.append(planned)
+        return 3
+
+    monkeypatch.setattr(session.sharing, "choose", choose)
+    monkeypatch.setattr(session.gpus, "count", lambda: 2)
+    monkeypatch.setattr(session, "cores", lambda: 12)
+    given = Options(max_concurrent="auto", cpus_per_trial=cpus)
+    where = RunContext(study_dir=tmp_path, device="cuda", num_threads=2)
+    command = session.Command(given, Console(), where, None, list(TRIALS), False, "the command")
+    command.settle_sharing(Checked(outlines, {}))
+    assert asked == [[(trial, trial.seed) for trial in TRIALS]]
+    assert (command.given.max_concurrent, command.given.gpus_per_trial) == (6, 0.3333)
+    assert command.context.num_threads == threads
+
+    for trial in TRIALS:  # nothing is left to do
+        (tmp_path / trial.trial_id).mkdir()
+        write_json(tmp_path / trial.trial_id / "results.json", {"status": "completed"})
+    command.settle_sharing(Checked({}, {}))
+    assert len(asked) == 1
 
 
 def test_a_share_of_a_gpu_is_refused_where_trials_have_none(monkeypatch):

@@ -248,6 +248,31 @@ def test_trials_that_share_a_device_have_no_energy_of_their_own(tiny, tmp_path, 
     assert parts["resource_metrics"]["energy_source"] == energy.SHARED
 
 
+@pytest.mark.parametrize(
+    ("before", "then", "told"), [(8, 1, 8), (1, 8, 8), (None, 1, None)], ids=str
+)
+def test_the_most_trials_on_the_device_of_all_runs_are_told(
+    tiny, tmp_path, monkeypatch, before, then, told
+):
+    config = tiny("none", data={"train_size": 20})
+    where = RunContext(study_dir=tmp_path, trials_on_device=before or 1)
+    with pytest.raises(KeyboardInterrupt):
+        execute(config, where, kill_after(1, []))
+    taken = json.loads((tmp_path / config.trial_id / "results.json").read_text())["train"]
+    assert taken["resource_metrics"]["trials_on_device"] == (before or 1)
+    if before is None:  # the checkpoint of an earlier version
+        load = checkpoint.load
+
+        def earlier(path):
+            state, extra = load(path)
+            del extra["trials_on_device"]
+            return state, extra
+
+        monkeypatch.setattr(checkpoint, "load", earlier)
+    results, _ = run(config, tmp_path, trials_on_device=then)
+    assert results["train"]["resource_metrics"]["trials_on_device"] == told
+
+
 def test_a_broken_checkpoint_falls_back_to_the_one_before(finished, tmp_path):
     config, _, whole, _ = finished
     killed(config, tmp_path, 2)

@@ -216,7 +216,7 @@ def test_results_say_what_is_known(record):
     record.built(BUILT, training(history, 2, 0.6))
     record.effective = record.config.with_micro_batch(5)
     record.memory, record.settings = {"peak_train_bytes": 9}, {"deterministic": True}
-    record.test_metrics = {"test_loss": 1.5}
+    record.test_metrics, record.trials_on_device = {"test_loss": 1.5}, 4
     record.fidelity = {"end": {"cosine": 0.4}}
     note_out_of_memory(record.folder, 20, "planted")
     record.warn("a sentence")
@@ -243,6 +243,7 @@ def test_results_say_what_is_known(record):
         "batch_size": 5,
         "gradient_accumulation_steps": 4,
         "device": "a device",
+        "trials_on_device": 4,
         "step": "eager",
     }
     gradients = json.loads((record.folder / "gradients.json").read_text())
