@@ -72,6 +72,30 @@ def test_mistakes_are_one_sentence_and_leave_nothing(command, tmp_path, argument
     refused(command, tmp_path, arguments, words)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "slots"),
+    [
+        ([], [1]),
+        (["--max-concurrent", "3"], [3]),
+        (["--max-concurrent", "auto"], []),
+        (["--gpus-per-trial", "auto"], []),
+        (["--dry-run"], []),
+        (["--address", "auto"], []),
+    ],
+    ids=str,
+)
+def test_ray_starts_early_where_it_is_known_how_many_trials_run(
+    command, monkeypatch, arguments, slots
+):
+    started = []
+    monkeypatch.setattr(
+        run.local, "start_during_imports", lambda slots, dashboard: started.append(slots)
+    )
+    monkeypatch.setattr("tune_study.study.session.execute", lambda options: 0)
+    assert command("--grid", "demo", *arguments) == (0, "", "")
+    assert started == slots
+
+
 def test_an_option_that_does_not_exist_is_exit_2(command, tmp_path):
     code, _, error = command("--gird", "full")
     assert code == 2

@@ -120,6 +120,34 @@ def test_auto_asks_what_the_planned_trials_take(monkeypatch, tmp_path, given, ne
     assert command.need == need
 
 
+@pytest.mark.parametrize(
+    ("at_a_time", "done"), [("auto", ["looked", "run"]), (2, ["run"])], ids=str
+)
+def test_a_gpu_is_looked_at_once_before_its_trials_run(monkeypatch, tmp_path, at_a_time, done):
+    given = Options(max_concurrent=at_a_time)
+    where = RunContext(study_dir=tmp_path, device="cuda")
+    command = session.Command(given, Console(), where, None, list(TRIALS), False, "the command")
+    calls = []
+    monkeypatch.setattr(session, "_command", lambda given: command)
+    monkeypatch.setattr(session, "_look", lambda command: Checked({}, {}))
+    monkeypatch.setattr(session, "say_long_warm_up", lambda *said: None)
+    monkeypatch.setattr(session, "_open", lambda *opened, fp32: None)
+    monkeypatch.setattr(
+        session.Command, "settle_sharing", lambda command, checked: calls.append("looked")
+    )
+    monkeypatch.setattr(session, "_run", lambda *given: calls.append("run") or 0)
+    assert session.execute(given) == 0
+    assert calls == done
+
+    notes = []
+    review = SimpleNamespace(notes=[], cells={})
+    monkeypatch.setattr(session.manifest, "review", lambda *given: review)
+    monkeypatch.setattr(session, "extension_of", lambda *given: None)
+    monkeypatch.setattr(session, "print_plan", lambda *given: notes.extend(given[5]))
+    session._dry_run(command, Checked({}, {}), {})
+    assert notes == ([session.sharing.NOT_YET] if at_a_time == "auto" else [])
+
+
 def test_where_a_study_runs_as_the_options_say(monkeypatch, tmp_path):
     store = (tmp_path / "store").as_uri()
     found = context(
