@@ -222,10 +222,7 @@ def _take(steps: Iterator[Tensor], least_s: float, read: Callable[[], object]) -
 
 
 def _endless(training: Training) -> Iterator[Tensor]:
-    """The loss of each step, epoch after epoch."""
+    """The loss of each step, epoch after epoch; what the epochs found is not looked at."""
     while True:
         for _, _, loss, _ in train.epoch_steps(training):
             yield loss
-        training.monitor.end_epoch()
-        if training.noise is not None:
-            training.noise.end_epoch()
