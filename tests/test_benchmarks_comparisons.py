@@ -11,6 +11,8 @@ from benchmarks.comparisons import ratios, told, turns
 from benchmarks.peers import Missing, Side
 from benchmarks.processes import Row
 from benchmarks.timing import Comparison
+from tests.tune_study.pretend import pretended
+from tests.tune_study.trial.recorded import Recorder
 from tune_study.trial import train
 
 TINY = "vit_glyphs_patch4_32"
@@ -217,6 +219,24 @@ def test_our_side_is_a_trials_epoch_and_has_no_graph_on_a_cpu(monkeypatch):
     assert len(first.data.train.labels) == ours.images == 8
     monkeypatch.setattr(comparisons, "started", None)  # it is built once
     ours.rate()
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_our_side_is_replayed_where_there_are_graphs_or_says_why_not(monkeypatch):
+    monkeypatch.setattr(train, "Cuda", Recorder)
+    with pretended("cuda"):
+        cell = comparisons.cell_of({**SMALL, "mode": "none", "steps": 4, "device": "cuda"})
+        ours = comparisons.Ours(cell, "graph")
+        ours.epoch()
+        assert ours._training.graph.captured
+
+        def failing(*_):
+            raise RuntimeError("planted")
+
+        monkeypatch.setattr(Recorder, "capture", failing)
+        with pytest.raises(RuntimeError, match="no graph: planted"):
+            comparisons.Ours(cell, "graph").epoch()
 
 
 def test_there_are_as_many_images_as_are_asked_for():
