@@ -20,6 +20,10 @@ The parts, in this order (``--parts speed,demo`` runs some of them):
 - repeat: a trial twice, and killed after its first epoch and continued: the same bits?
 - speed: a step's time, the device's share of it, an evaluation
 - demo: the demo study by its own command
+- compare: our training against what people would use instead (benchmarks/comparisons.py). Only
+  where it is named, for it takes all the time: a part for each model, batch and mode, the most
+  telling first. A name stands for all parts that begin with it: ``--parts compare-epochs`` goes on
+  where another run has ended
 
 ``--gate`` asks instead, on CUDA alone, whether a step that a CUDA graph replays is the eager one,
 to the last bit (benchmarks/gate.py).
@@ -44,17 +48,21 @@ from benchmarks.__main__ import RESULTS, machine
 from benchmarks.processes import Row, run
 from tune_study.folder.files import write_json, write_whole
 
+MODES = ("none", "nf4", "int8", "nf4-dq")
+
 MINUTES = 6.0
 FULL: dict[str, Any] = {
     "models": ["deit_tiny_patch16_224", "deit_small_patch16_224"],
     "batch": 32,
     "large_batch": 256,
+    "steps": 20,
     "grid": "demo",
 }
 QUICK: dict[str, Any] = {
     "models": ["deit_tiny_patch16_224"],
     "batch": 4,
     "large_batch": None,
+    "steps": 4,
     "grid": "smoke",
 }
 WORDS = {True: "ok", False: "**WRONG**", None: ""}
@@ -66,6 +74,8 @@ class Part(NamedTuple):
     function: str
     limit_s: float
     """Of ``MINUTES``; it grows with ``--minutes``."""
+    given: Mapping[str, Any] = {}
+    """Settings of its own."""
 
 
 MACHINE = Part("benchmarks.checks:this_machine", 120)
@@ -80,6 +90,44 @@ PARTS = {
 }
 GATE = {"gate": Part("benchmarks.gate:gates", 360)}
 """Alone: it takes the whole time."""
+COMPARISONS = {"steps": 75.0, "modes": 120.0, "epochs": 120.0, "script": 60.0}
+"""Functions of benchmarks/comparisons.py, and their limits."""
+
+
+def comparisons(settings: Mapping[str, Any]) -> dict[str, Part]:
+    """A part for each comparison, the most telling first."""
+    models, batch, large = (settings[key] for key in ("models", "batch", "large_batch"))
+    cells = [(models[0], batch)]
+    if large:
+        cells += [(models[-1], large), (models[-1], batch), (models[0], large)]
+    first, heavy = cells[0], cells[min(1, len(cells) - 1)]
+    order = [("steps", *first, "none"), ("modes", *first, "all"), ("epochs", *first, "none")]
+    order += [("steps", *first, mode) for mode in MODES]
+    order += [("steps", *heavy, "none"), ("script", *first, "none"), ("epochs", *first, "nf4")]
+    order += [("steps", *cell, mode) for cell in cells for mode in MODES]
+    order += [("script", *cell, "none") for cell in cells]
+    order += [("epochs", *cell, mode) for cell in cells for mode in MODES]
+    return {
+        f"compare-{kind}-{model}-{size}-{mode}": Part(
+            f"benchmarks.comparisons:{kind}",
+            COMPARISONS[kind],
+            {"model": model, "batch": size, "mode": mode},
+        )
+        for kind, model, size, mode in dict.fromkeys(order)
+    }
+
+
+def chosen(names: list[str], parts: Mapping[str, Part]) -> dict[str, Part]:
+    """The parts that ``names`` stand for, in the order of the names. Raises ``KeyError``."""
+    found: dict[str, Part] = {}
+    for name in names:
+        some = {key: part for key, part in parts.items() if key == name} or {
+            key: part for key, part in parts.items() if key.startswith(name)
+        }
+        if not name or not some:
+            raise KeyError(name)
+        found |= some
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,10 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the two files")
     parser.add_argument("--quick", action="store_true", help="smaller everything, for a CPU")
     options = parser.parse_args(arguments)
-    parts = GATE if options.gate else PARTS
-    names = list(GATE) if options.gate else options.parts.split(",")
-    if unknown := [name for name in names if name not in parts]:
-        parser.error(f"--parts {unknown[0]}: there are {', '.join(PARTS)}")
+    settings = dict(QUICK if options.quick else FULL)
+    try:
+        parts = chosen(options.parts.split(","), {**PARTS, **comparisons(settings)})
+    except KeyError as error:
+        parser.error(f"--parts {error.args[0]}: there are {', '.join(PARTS)} and compare")
+    parts = GATE if options.gate else parts
     deadline = time.monotonic() + 60 * options.minutes
     limit_s = min(MACHINE.limit_s, 60 * options.minutes)
     first = run(MACHINE.function, {"device": options.device}, limit_s, shown("here"))
@@ -107,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(first.tail, file=sys.stderr)
         return 1  # a file could not even say where its figures come from
     about = first.rows[-1].figures
-    settings = {**(QUICK if options.quick else FULL), "device": about.pop("device")}
+    settings["device"] = about.pop("device")
     if options.gate and settings["device"] != "cuda":
         print(f"--gate: --device {settings['device']} has no CUDA graphs", file=sys.stderr)
         return 1
@@ -126,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         text = markdown(found)
         write_whole(options.output / f"{name}.md", lambda path: path.write_text(text, "utf-8"))
 
-    check({name: parts[name] for name in names}, settings, options.minutes, deadline, found, keep)
+    check(parts, settings, options.minutes, deadline, found, keep)
     red = sum(row["ok"] is False for part in found["parts"].values() for row in part["rows"])
     print(f"{red} wrong" if red else "all is well", f"; written: {options.output / name}.*", sep="")
     return 1 if red else 0
@@ -158,7 +208,9 @@ def check(
             tell(Row("its process", False, "not run: time is over"))
             continue
         with tempfile.TemporaryDirectory() as folder:
-            outcome = run(part.function, {**settings, "folder": folder}, limit_s, tell)
+            outcome = run(
+                part.function, {**settings, **part.given, "folder": folder}, limit_s, tell
+            )
         entry |= {"took_s": outcome.took_s, "tail": outcome.tail}
         keep()
 

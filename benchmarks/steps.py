@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -11,6 +12,7 @@ from benchmarks.timing import Comparison, alternate, compare, rate
 from tune_study.config import TrialConfig, parse_trial
 from tune_study.data.batches import preprocess
 from tune_study.data.place import Place
+from tune_study.data.sources import Split
 from tune_study.data.splits import load
 from tune_study.machine.device import settle
 from tune_study.machine.resources import INTERVAL_S, ResourceMonitor
@@ -44,12 +46,17 @@ def config_of(model: str, mode: str, batch: int, device: str) -> TrialConfig:
 def started(config: TrialConfig, device: str, images: int) -> Training:
     """A trial before its first epoch, with ``images`` training images."""
     data = load("digits", Place(), config.data)
-    data = data._replace(train=type(data.train)(*(part[:images] for part in data.train)))
+    data = data._replace(train=first_images(data.train, images))
     where = torch.device(device)
     settle(where)  # as a trial does: deterministic kernels may be slower
     training = train.start(config, build_model(config, 10, device=where), data, where)
     training.model.train()
     return training
+
+
+def first_images(split: Split, images: int) -> Split:
+    """So many of ``split``, which begins anew where it has fewer."""
+    return split.take(np.arange(images) % len(split.labels))
 
 
 def bare_step(training: Training) -> Callable[[], None]:

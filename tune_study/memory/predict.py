@@ -107,21 +107,54 @@ def _predict(key: str, num_classes: int, device_type: str) -> Prediction:
     skeleton = skeleton_of(config.model, num_classes, config.data.image_size)
     weights = expected_weights_bytes(skeleton, config)
     state = expected_state_bytes(skeleton, config.quantization)
-    model = _stand_in(skeleton, config, torch.device(device_type))
+    step = _step(_as_computed(config).model_dump_json(), num_classes, device_type)
+    ledger = Ledger(
+        step_weights_bytes=weights - state - step.cast_biases - step.of_base,
+        quantization_state_bytes=state,
+        adapter_bytes=sum(step.parameters),
+        gradient_bytes=sum(step.parameters),
+        optimizer_bytes=2 * sum(step.parameters) + ADAM_STEP_BYTES * len(step.parameters),
+        activation_bytes=step.activations,
+    )
+    most = None if step.most is None else ledger.at_rest_bytes + step.most
+    return Prediction(weights, ledger, most)
+
+
+def _as_computed(config: TrialConfig) -> TrialConfig:
+    """``config`` with one mode of 4 bit for all of them: they differ in what lies at rest alone."""
+    quantization = config.quantization
+    overrides = {pattern: _computed(mode) for pattern, mode in quantization.overrides.items()}
+    changed = {"mode": _computed(quantization.mode), "overrides": overrides}
+    return config.model_copy(update={"quantization": quantization.model_copy(update=changed)})
+
+
+def _computed(mode: str) -> str:
+    return "nf4" if "4" in mode else mode
+
+
+class _Step(NamedTuple):
+    """A step on fake tensors. Bytes, ``None`` where shapes depend on the content of images."""
+
+    parameters: list[int]
+    """Of each tensor that learns."""
+    of_base: int
+    """Of those, the biases of the base model."""
+    cast_biases: int
+    activations: int | None
+    most: int | None
+
+
+@cache
+def _step(key: str, num_classes: int, device_type: str) -> _Step:
+    config, device = TrialConfig.model_validate_json(key), torch.device(device_type)
+    skeleton = skeleton_of(config.model, num_classes, config.data.image_size)
+    model = _stand_in(skeleton, config, device)
     parameters = [p.numel() * p.element_size() for p in trainable(model).values()]
     of_base = sum(p.numel() * p.element_size() for p in learning_biases(model))
     activations = most = None
     with contextlib.suppress(*_NEEDS_CONTENT):
-        activations, most = _fake_step(model, skeleton, config, torch.device(device_type))
-    ledger = Ledger(
-        step_weights_bytes=weights - state - _cast_biases(model) - of_base,
-        quantization_state_bytes=state,
-        adapter_bytes=sum(parameters),
-        gradient_bytes=sum(parameters),
-        optimizer_bytes=2 * sum(parameters) + ADAM_STEP_BYTES * len(parameters),
-        activation_bytes=activations,
-    )
-    return Prediction(weights, ledger, None if most is None else ledger.at_rest_bytes + most)
+        activations, most = _fake_step(model, skeleton, config, device)
+    return _Step(parameters, of_base, _cast_biases(model), activations, most)
 
 
 class _Matmul8(torch.autograd.Function):

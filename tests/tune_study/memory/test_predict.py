@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import tune_study.memory.predict as memory_predict
 from tune_study.data.place import Place
 from tune_study.data.splits import load
 from tune_study.machine.device import without_bf16
@@ -127,6 +128,26 @@ def test_trials_share_a_prediction_where_their_steps_hold_the_same_bytes(tiny):
     ]
     assert len({of_a_step(other).model_dump_json() for other in [tiny("nf4"), *others]}) == 13
     assert of_a_step(others[9]).training.per_device_train_batch_size == 21
+
+
+def test_modes_of_4_bit_share_the_computation_and_not_what_lies_at_rest(tiny, monkeypatch):
+    steps = []
+    fake = memory_predict._fake_step
+    monkeypatch.setattr(memory_predict, "_fake_step", lambda *a: steps.append(0) or fake(*a))
+
+    def found(mode, **overrides):
+        quantization = {"mode": mode, "overrides": overrides}
+        training = {"per_device_train_batch_size": 3}
+        return predict(tiny(quantization=quantization, training=training), 10, torch.device("cpu"))
+
+    nf4, dq, fp4 = (found(mode) for mode in ("nf4", "nf4-dq", "fp4"))
+    assert found("none", **{"blocks.*": "fp4-dq"}).ledger.activation_bytes
+    assert len(steps) == 2  # layers of a pattern are another model
+    assert nf4 == fp4
+    assert nf4.ledger.quantization_state_bytes > dq.ledger.quantization_state_bytes
+    assert nf4.ledger.activation_bytes == dq.ledger.activation_bytes
+    assert found("nf4", **{"blocks.0.*": "int8"}).ledger.activation_bytes > 0
+    assert len(steps) == 3
 
 
 def test_what_is_held_falls_when_a_tensor_goes_and_the_most_stays():
