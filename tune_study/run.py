@@ -27,7 +27,8 @@ def study(**given: Any) -> None:
     refuse_client(options.address, sys.argv[1:])
     options = checked(options)
     if options.address == "local" and options.works and options.gpus_per_trial != "auto":
-        local.start_during_imports(options.max_concurrent or 1, dashboard=options.dashboard)
+        slots = options.max_concurrent or 1
+        local.start_during_imports(slots, dashboard=options.dashboard, simulated=options.simulate)
     from tune_study.study import session
 
     raise typer.Exit(session.execute(options))
