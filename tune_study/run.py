@@ -28,7 +28,8 @@ def study(**given: Any) -> None:
     options = checked(options)
     counted = "auto" not in (options.gpus_per_trial, options.max_concurrent)
     if options.address == "local" and options.works and counted:
-        local.start_during_imports(options.max_concurrent or 1, dashboard=options.dashboard)
+        slots = options.max_concurrent or 1
+        local.start_during_imports(slots, dashboard=options.dashboard, simulated=options.simulate)
     from tune_study.study import session
 
     raise typer.Exit(session.execute(options))

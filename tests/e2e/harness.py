@@ -101,7 +101,7 @@ def wait_until(
 def stuck(process: subprocess.Popen, folder: Path) -> str:
     """Kills a study that does not go on: its output, and where each thread of its command was."""
     others = descendants(process)
-    names = ", ".join(sorted(map(_name, others)))
+    names = ", ".join(sorted(map(name_of, others)))
     process.send_signal(signal.SIGABRT)  # Python's fault handler prints the stacks
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=60)
@@ -116,10 +116,10 @@ def descendants(process: subprocess.Popen, name: str = "") -> list[psutil.Proces
         children = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-    return [child for child in children if _name(child).startswith(name)]
+    return [child for child in children if name_of(child).startswith(name)]
 
 
-def _name(process: psutil.Process) -> str:
+def name_of(process: psutil.Process) -> str:
     try:
         return process.name()
     except psutil.NoSuchProcess:

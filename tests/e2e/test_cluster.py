@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 from . import harness, nodes
@@ -28,7 +29,26 @@ def start(tmp_path, cluster, *arguments):
 
 def object_stores(pid):
     """The shared memory that a process has of Ray's object stores: of its own node alone."""
-    return set(re.findall(r"/dev/shm/plasma\w+", Path(f"/proc/{pid}/maps").read_text()))
+    return set(re.findall(r"/dev/shm/plasma\w+", mapped(pid)))
+
+
+def mapped(pid):
+    """What a process has mapped, as Linux tells it."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("this system does not tell what a process has mapped (no /proc)")
+    return Path(f"/proc/{pid}/maps").read_text()
+
+
+def with_torch(cluster):
+    """The nodes' workers that run trials and have loaded torch's library."""
+    nodes_ = [psutil.Process(pid) for pid in cluster["raylets"]]
+    workers = [worker.pid for node in nodes_ for worker in node.children() if trains(worker)]
+    assert workers
+    return [pid for pid in workers if "libtorch" in mapped(pid)]
+
+
+def trains(worker):
+    return harness.name_of(worker).startswith("ray::ImplicitFunc")
 
 
 def kill_another_node(cluster, process):
@@ -60,6 +80,7 @@ def test_simulated_trials_survive_a_node_and_equal_those_of_one(tmp_path):
         # Three run at a time, so that every node has one; so long that the first is far from its
         # end when the last has begun, however busy the machine is.
         harness.wait_for(process, folder, ": epoch 1/4", times=3)
+        assert not with_torch(cluster)
         kill_a_node(cluster, process, folder)
     name = "smoke-simulated"
     for table in ("trials", "epochs"):
@@ -103,59 +124,98 @@ def two():
 """
 
 
+class Jobs:
+    """Ray's own commands for jobs, to a head at ``port``; ``store`` is where their studies lie."""
+
+    def __init__(self, tmp_path, port):
+        self._folder, self._address = tmp_path, ["--address", f"http://127.0.0.1:{port}"]
+        self.store = tmp_path / "store"
+        self.work = tmp_path / "work"
+        self.work.mkdir()
+        (self.work / "my_grid.py").write_text(GRID)
+
+    def _ray(self, verb):
+        return [sys.executable, "-m", "ray.scripts.scripts", "job", verb, *self._address]
+
+    def submit(self, name, grid, *study):
+        """What it prints goes to the file that ``harness`` reads in ``folder(name)``."""
+        self.folder(name).mkdir()
+        given = ["--address", "auto", "--storage", self.store.as_uri(), "--device", "cpu"]
+        command = [*self._ray("submit"), "--submission-id", name, "--working-dir", self.work, "--"]
+        command += ["python", "-m", "tune_study.run", *given, "--grid", grid, *study]
+        with (self.folder(name) / "output.txt").open("w") as output:
+            return subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=harness.ENVIRONMENT
+            )
+
+    def folder(self, name):
+        return self._folder / name
+
+    def told(self, verb, name):
+        done = subprocess.run([*self._ray(verb), name], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    def finish(self, name, grid, *study):
+        """(exit code, output) of a job."""
+        return harness.finish(self.submit(name, grid, *study), self.folder(name))
+
+    def stop(self, name, process):
+        """What a running job had printed when it was stopped."""
+        self.told("stop", name)
+        _, output = harness.finish(process, self.folder(name))
+        assert f"Job '{name}' was stopped" in output
+        assert f"Job '{name}' was stopped" in self.told("status", name)
+        return output
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_simulated_job_is_stopped_and_continued(tmp_path):
+    """The short form of the test below, in which workers train."""
+    port, mine = nodes.free_port(), ("--cpus-per-trial", "1", "--simulate", *EPOCHS)
+    jobs = Jobs(tmp_path, port)
+    with nodes.cluster(1, jobs_port=port):
+        process = jobs.submit("first", "my_grid.py:two", *mine, "--epoch-s", "5")
+        harness.wait_for(process, jobs.folder("first"), ": epoch 1/4")
+        assert "[2/2]" not in jobs.stop("first", process)
+        code, output = jobs.finish("second", "my_grid.py:two", *mine)
+    assert code == 0, output
+    assert "all 2 trials ended well" in output
+    manifest = json.loads((jobs.store / "two-simulated" / "study.json").read_text())
+    assert len(manifest["sessions"]) == 2
+    trials = pd.read_csv(jobs.store / "two-simulated" / "trials.csv")
+    assert list(trials["status"]) == ["completed"] * 2
+    assert set(trials["model"]) == {"my_vit"}
+
+
 @pytest.mark.slow
 def test_a_study_submitted_as_a_job_is_stopped_and_continued(tmp_path):
     """The file of its grid goes along, with a model that workers learn of.
 
     Three seconds after the stop Ray kills what is left of the job, in the middle of an epoch.
     """
-    port, work, store = nodes.free_port(), tmp_path / "work", tmp_path / "store"
-    work.mkdir()
-    (work / "my_grid.py").write_text(GRID)
-    mine = ["--cpus-per-trial", "1", "--set", "pretrained=false", *EPOCHS]
-    job = [sys.executable, "-m", "ray.scripts.scripts", "job"]
-    there = ["--address", f"http://127.0.0.1:{port}"]
-    study = ["python", "-m", "tune_study.run", "--address", "auto", "--storage", store.as_uri()]
-
-    def submit(name, grid):
-        folder = tmp_path / name
-        folder.mkdir()
-        command = [*job, "submit", *there, "--submission-id", name, "--working-dir", work, "--"]
-        with (folder / "output.txt").open("w") as output:
-            return subprocess.Popen(
-                [*command, *study, *mine, "--device", "cpu", "--grid", grid],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=harness.ENVIRONMENT,
-            )
-
-    def told(verb, name):
-        done = subprocess.run([*job, verb, *there, name], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
-
+    port, mine = nodes.free_port(), ["--cpus-per-trial", "1", "--set", "pretrained=false", *EPOCHS]
+    jobs = Jobs(tmp_path, port)
     with nodes.cluster(1, jobs_port=port):
-        process = submit("first", "my_grid.py:two")
-        harness.wait_for(process, tmp_path / "first", ": epoch 2/4")
-        told("stop", "first")
-        _, output = harness.finish(process, tmp_path / "first")
-        assert "Job 'first' was stopped" in output
+        process = jobs.submit("first", "my_grid.py:two", *mine)
+        harness.wait_for(process, jobs.folder("first"), ": epoch 2/4")
+        output = jobs.stop("first", process)
         assert output.count(": epoch ") < 8
-        assert ": epoch 2/4" in told("logs", "first")
-        assert "Job 'first' was stopped" in told("status", "first")
-        code, output = harness.finish(submit("second", "my_grid.py:two"), tmp_path / "second")
+        assert ": epoch 2/4" in jobs.told("logs", "first")
+        code, output = jobs.finish("second", "my_grid.py:two", *mine)
         assert code == 0, output
         assert "all 2 trials ended well" in output
-        code, output = harness.finish(submit("third", "nowhere"), tmp_path / "third")
+        code, output = jobs.finish("third", "nowhere", *mine)
         assert code == 1
         assert "error: --grid nowhere: choose one of " in output
-        assert "Job 'third' failed" in told("status", "third")
-    logs = [path.read_text() for path in (store / "two").glob("*/trial.log")]
+        assert "Job 'third' failed" in jobs.told("status", "third")
+    logs = [path.read_text() for path in (jobs.store / "two").glob("*/trial.log")]
     assert sum("continues after epoch" in log for log in logs) == 1
     for log in logs:  # no epoch was computed twice, that of the kill excepted, which is not there
         assert re.findall(r"epoch (\d): validation accuracy", log) == ["1", "2", "3", "4"]
     one = tmp_path / "one"
-    whole = harness.start(one, *mine, grid=f"{work / 'my_grid.py'}:two")
+    whole = harness.start(one, *mine, grid=f"{jobs.work / 'my_grid.py'}:two")
     code, output = harness.finish(whole, one)
     assert code == 0, output
-    harness.compare(store / "two", one / "two")
+    harness.compare(jobs.store / "two", one / "two")

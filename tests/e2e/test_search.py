@@ -10,13 +10,15 @@ import optuna
 import pandas as pd
 import pytest
 
-from tests.e2e import harness, nodes, test_cluster
+from tests.e2e import harness, nodes, s3, test_cluster
+from tune_study.folder import remote
 
 SEARCH = ["--search", "optuna", "--space", "qlora", "--num-samples", "16", "--simulate"]
 SEARCH += ["--set", "training.num_train_epochs=2", "--name", "s"]
 EPOCH_S = 0.3
 """Of the searches that are killed: their trials must not end before the kill."""
 LASTING = ["--epoch-s", EPOCH_S]
+BUCKET = f"s3://{s3.BUCKET}/searches"
 
 
 def start(folder, *options):
@@ -131,3 +133,64 @@ def test_on_a_cluster_several_run_at_a_time_and_survive_a_node(tmp_path):
     assert "all 6 trials ended well" in output
     plan, learned, trials = read(folder / "s")
     assert len(plan) == len(learned) == len(trials) == 6
+
+
+@pytest.fixture
+def asha(tmp_path, monkeypatch):
+    """Starts a search with ASHA on three nodes, whose trials a bucket keeps."""
+    with s3.server(tmp_path / "s3.txt") as endpoint:
+        for name, value in s3.environment(endpoint).items():  # the nodes' own, and the commands'
+            monkeypatch.setenv(name, value)
+            monkeypatch.setitem(harness.ENVIRONMENT, name, value)
+        with nodes.cluster(3) as cluster:
+            places = ("--address", cluster["address"], "--storage", BUCKET, "--cpus-per-trial", 1)
+            wanted = ("--objective", "val_accuracy", "--scheduler", "asha")
+            wanted += ("--set", "training.num_train_epochs=4")
+            yield lambda folder, *options: start(folder, *places, *wanted, *options)
+
+
+def pruned_alike(study_dir, count):
+    """The trials that are pruned are so in Optuna, in the study's folder and in the bucket.
+
+    Some are, whatever ends first: number 3 has the least accuracy of the first six and begins when
+    another has ended; numbers 4 and 5 have the most.
+    """
+    plan, _, trials = read(study_dir)
+    assert len(plan) == count
+    pruned = trials[trials["status"] == "pruned"]
+    assert plan[3] in set(pruned["trial_id"])
+    assert len(pruned) < count
+    assert pruned["epochs_completed"].between(1, 3).all()
+    assert set(trials["status"]) <= {"completed", "pruned"}
+    status = dict(zip(trials["trial_id"], trials["status"], strict=True))
+    bucket = remote.open_remote(f"{BUCKET}/{study_dir.name}")
+    there = {trial: json.loads(remote.read(bucket, f"{trial}/results.json")) for trial in plan}
+    assert {trial: results["status"] for trial, results in there.items()} == status
+    storage = f"sqlite:///{study_dir / 'optuna.sqlite3'}"
+    asked = optuna.load_study(study_name="search", storage=storage).trials
+    told = {t.user_attrs["trial_id"]: t.state.name for t in asked if t.state.name != "FAIL"}
+    ends = {"completed": "COMPLETE", "pruned": "PRUNED"}
+    assert told == {trial: ends[end] for trial, end in status.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_asha_prunes_on_a_cluster_with_a_bucket(asha, tmp_path):
+    """The short form of the test below, in which nobody is killed."""
+    code, output = harness.finish(asha(tmp_path, "--num-samples", 5), tmp_path)
+    assert code == 0, output
+    pruned_alike(tmp_path / "s", 5)
+
+
+@pytest.mark.slow
+def test_asha_on_a_cluster_with_a_bucket_goes_on_after_a_kill(asha, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ("--num-samples", 9, "--epoch-s", 2)
+    process = asha(first, *options)
+    harness.wait_for(process, first, "[3/9]")
+    harness.kill(process, "driver")
+    process.wait()
+    code, output = harness.finish(asha(second, *options), second)
+    assert code == 0, output
+    assert "of 9 trials have ended" in output
+    pruned_alike(second / "s", 9)

@@ -85,7 +85,8 @@ def connect(
         gpus_per_trial = 1 if context.device == "cuda" else 0
     if address == "local":
         resources, room = _here(context, gpus_per_trial, max_concurrent)
-        local.start(room.trials, dashboard=dashboard)
+        simulated = context.simulation is not None
+        local.start(room.trials, dashboard=dashboard, simulated=simulated)
         # Workers inherit all of it; asked for again, it would take another worker than the one that
         # Ray has started by now.
         class_cache.ENV_VARS_TO_PROPAGATE.clear()

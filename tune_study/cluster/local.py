@@ -24,9 +24,10 @@ TRIAL_SLOT = "trial_slot"
 NEEDED = "tune_study.study.session"
 """What the command imports next: torch, timm, PEFT, bitsandbytes, Tune."""
 PRELOADED = "tune_study.cluster.preloaded"
+PRELOADED_TO_SIMULATE = "tune_study.cluster.trainable"
 
 
-def start_during_imports(slots: int, *, dashboard: bool) -> None:
+def start_during_imports(slots: int, *, dashboard: bool, simulated: bool = False) -> None:
     """As ``start``, beside the import of what the command needs next; nothing where it is there.
 
     In this order, because only the main thread may start Ray, which sets a signal's handler.
@@ -37,24 +38,26 @@ def start_during_imports(slots: int, *, dashboard: bool) -> None:
     with spared_from_collection():
         imports.start()
         try:
-            start(slots, dashboard=dashboard)
+            start(slots, dashboard=dashboard, simulated=simulated)
         finally:
             imports.join()
 
 
-def start(slots: int, *, dashboard: bool) -> None:
+def start(slots: int, *, dashboard: bool, simulated: bool = False) -> None:
     """Starts Ray with room for ``slots`` trials at a time, unless it has been started.
 
     How many threads a trial uses is its own matter. Ray starts as many workers as it has CPUs, and
     ends those that are idle when the CPUs are taken: so it has one for each slot, and trials take
-    none. Raises ``UserError``.
+    none. Workers import what they need at once; for ``simulated`` trials that is no torch. Raises
+    ``UserError``.
     """
     if ray.is_initialized():
         return
     refuse_unusable_folder()
     lend_token()
-    if one_gpu_at_most(Path("/dev")):
-        os.environ.setdefault("RAY_preload_python_modules", PRELOADED)
+    if simulated or one_gpu_at_most(Path("/dev")):
+        preloaded = PRELOADED_TO_SIMULATE if simulated else PRELOADED
+        os.environ.setdefault("RAY_preload_python_modules", preloaded)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(

@@ -21,6 +21,7 @@ from tune_study.search.asha import Asha
 from tune_study.search.importance import write_importances
 from tune_study.search.search import Ended, Search
 from tune_study.search.settings import OBJECTIVES
+from tune_study.trial.known import known_of
 
 STUDY_NAME = "search"
 """The same in every folder, which may be renamed."""
@@ -169,7 +170,9 @@ class Suggestions(OptunaSearch):
         self._live[trial_id] = trial, config
         self._last_step[trial_id] = self.study.trials[trial.number].last_step or 0
         self._search.expect(config)
-        return {"trial_id": config.trial_id, "trial": config.model_dump(mode="json")}
+        told = {"trial_id": config.trial_id, "trial": config.model_dump(mode="json")}
+        simulated = self._search.context.simulation is not None
+        return {**told, "known": known_of(config)} if simulated else told
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Optuna keeps the curve of a search with one objective; a trial goes on where it was."""

@@ -29,6 +29,7 @@ from tune_study.loggers.tensorboard import TensorBoardCallback
 from tune_study.machine.gpus import Need
 from tune_study.study.manifest import plan_of
 from tune_study.trial.context import RunContext
+from tune_study.trial.known import known_of
 
 if TYPE_CHECKING:  # Optuna and its SQLite are loaded for a search alone
     from tune_study.search.search import Search
@@ -76,7 +77,8 @@ def run(
     others = own_raylet() if context.on_cluster else []
     try:
         needed = search.expected if search else trials
-        inputs = ship(needed, context) if context.on_cluster else None
+        trains = context.simulation is None
+        inputs = ship(needed, context) if context.on_cluster and trains else None
         trainable = tune.with_parameters(
             run_trial, context=context.model_dump(mode="json"), inputs=inputs
         )
@@ -129,11 +131,9 @@ def _fit(
         plan = tune_config(search, slots.at_a_time)
     else:
         plan = _in_order(trials, slots.limit)
-    cells = {trial.trial_id: trial.model_dump(mode="json") for trial in trials}
-    cell = tune.sample_from(lambda spec: cells[spec["config"]["trial_id"]])
     tuner = tune.Tuner(
         tune.with_resources(trainable, tune.PlacementGroupFactory([slots.resources])),
-        param_space={} if search else {"trial_id": "", "trial": cell},
+        param_space={} if search else _space(trials, context),
         tune_config=tune.TuneConfig(
             **plan,
             reuse_actors=True,
@@ -149,6 +149,17 @@ def _fit(
         ),
     )
     tuner.fit()
+
+
+def _space(trials: Sequence[TrialConfig], context: RunContext) -> dict[str, Any]:
+    """What a worker is given of a trial whose id Tune knows: ``run_trial``'s ``config``."""
+    by_id = {trial.trial_id: trial for trial in trials}
+
+    def told(of: Callable[[TrialConfig], dict[str, Any]]) -> Any:
+        return tune.sample_from(lambda spec: of(by_id[spec["config"]["trial_id"]]))
+
+    space = {"trial_id": "", "trial": told(lambda trial: trial.model_dump(mode="json"))}
+    return space if context.simulation is None else {**space, "known": told(known_of)}
 
 
 def _in_order(trials: Sequence[TrialConfig], at_a_time: int | None) -> dict[str, Any]:

@@ -10,7 +10,8 @@ N(0, 0.002) is how the effect differs between configurations by chance (0 for ``
 e_cms ~ N(0, seed_sd) are the seed's, shared by its modes and not. The validation accuracy of epoch
 t approaches it as 1 - exp(-t / 2). Losses follow the accuracies; bytes are the exact expected ones
 of the weights; what has no model is missing. Every draw depends on the settings alone, so the same
-study is drawn in any order and after any restart.
+study is drawn in any order and after any restart. Nothing here loads torch, unless it has to count
+what the command tells its workers (``known.py``).
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ import numpy as np
 
 from tune_study.config import LoraSpec, TrialConfig
 from tune_study.folder.files import write_json
-from tune_study.machine.provenance import commit, hardware, versions
-from tune_study.model.footprint import bytes_at, expected_weights_bytes
-from tune_study.model.layers import skeleton_of
+from tune_study.machine.provenance import commit, versions
 from tune_study.trial.context import Simulation
 
 BASE_ACCURACY, CONFIGURATION_SD, INTERACTION_SD, EPOCHS_TO_LEARN = 0.90, 0.02, 0.002, 2.0
@@ -81,9 +80,17 @@ def _normal(*names: object) -> float:
 
 
 def execute(
-    config: TrialConfig, simulation: Simulation, study_dir: Path, report: Any, epoch_s: float = 0.0
+    config: TrialConfig,
+    simulation: Simulation,
+    study_dir: Path,
+    report: Any,
+    epoch_s: float = 0.0,
+    known: dict[str, Any] | None = None,
 ) -> None:
-    """Reports the drawn epochs, ``epoch_s`` apart, and writes a trial's files as a real one."""
+    """Reports the drawn epochs, ``epoch_s`` apart, and writes a trial's files as a real one.
+
+    ``known`` is as in ``results_of``.
+    """
     folder = study_dir / config.trial_id
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", config.model_dump(mode="json"))
@@ -91,18 +98,26 @@ def execute(
     for row in rows:
         time.sleep(epoch_s)
         report({**row, "best_val_accuracy": max(r["val_accuracy"] for r in rows[: row["epoch"]])})
-    write_json(folder / "results.json", results_of(config, simulation))
+    write_json(folder / "results.json", results_of(config, simulation, known=known))
 
 
 def results_of(
-    config: TrialConfig, simulation: Simulation, epochs: int | None = None
+    config: TrialConfig,
+    simulation: Simulation,
+    epochs: int | None = None,
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The drawn results.json; for a trial that ended after ``epochs``, without a test."""
+    """The drawn results.json; for a trial that ended after ``epochs``, without a test.
+
+    ``known`` is what ``known_of`` says of ``config``; it is counted here where nobody has.
+    """
+    if known is None:
+        from tune_study.trial.known import known_of
+
+        known = known_of(config)
     rows, test = draw(config, simulation)
     rows = rows[:epochs]
     best = max(rows, key=lambda row: row["val_accuracy"])
-    skeleton = skeleton_of(config.model, CLASSES.get(config.dataset, 10), config.data.image_size)
-    tensors = [*skeleton.parameters(), *skeleton.buffers()]
     return {
         "trial_id": config.trial_id,
         "status": "completed",
@@ -120,16 +135,11 @@ def results_of(
                 "val_accuracy": best["val_accuracy"],
             },
             "test_metrics": {"test_accuracy": test} if epochs is None else {},
-            "model_metrics": {
-                "num_classes": CLASSES.get(config.dataset),
-                "weights_bytes": expected_weights_bytes(skeleton, config),
-                "weights_bytes_fp32": bytes_at(tensors, 4),
-                "weights_bytes_16bit": bytes_at(tensors, 2),
-            },
+            "model_metrics": {"num_classes": CLASSES.get(config.dataset), **known["weights"]},
             "resource_metrics": dict.fromkeys(
                 ("peak_source", "energy_source"), "simulated: nothing was run"
             ),
             "epochs": rows,
         },
-        "meta": {"versions": versions(), "commit": commit(), "hardware": hardware()},
+        "meta": {"versions": versions(), "commit": commit(), "hardware": known["hardware"]},
     }

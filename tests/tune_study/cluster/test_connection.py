@@ -9,7 +9,7 @@ from search_spaces.own_code import Code
 from tune_study.cluster import connection
 from tune_study.errors import UserError
 from tune_study.machine.gpus import Card, Need
-from tune_study.trial.context import RunContext
+from tune_study.trial.context import RunContext, Simulation
 
 
 @pytest.mark.parametrize("address", ["local", "auto", "127.0.0.1:6379", "head:6379", "[::1]:6379"])
@@ -62,9 +62,10 @@ def test_on_this_machine_a_trial_takes_a_slot_and_no_cpu(
 ):
     started = []
     monkeypatch.setattr(
-        connection.local, "start", lambda slots, dashboard: started.append((slots, dashboard))
+        connection.local, "start", lambda slots, **options: started.append((slots, options))
     )
     context = RunContext(study_dir=tmp_path, device=device, num_threads=3)
+    drawn = context.model_copy(update={"simulation": Simulation()})
     for most, dashboard in ((None, False), (4, True)):
         found = connection.connect(
             "local", context, max_concurrent=most, gpus_per_trial=share, dashboard=dashboard
@@ -72,8 +73,9 @@ def test_on_this_machine_a_trial_takes_a_slot_and_no_cpu(
         assert found.resources == {"CPU": 0, "GPU": gpus, "trial_slot": 1}
         assert (found.at_a_time, found.limit) == (most or 1, None)
         assert found.on_device == {0: most or 1, 1: 1, 0.5: 2 if most else 1}[gpus]
-    connection.connect("local", context, max_concurrent=None, gpus_per_trial=None)
-    assert started == [(1, False), (4, True), (1, False)]
+    connection.connect("local", drawn, max_concurrent=None, gpus_per_trial=None)
+    options = [(1, False, False), (4, True, False), (1, False, True)]
+    assert started == [(n, {"dashboard": d, "simulated": s}) for n, d, s in options]
     assert not environment.ENV_VARS_TO_PROPAGATE
     assert not environment.DEFAULT_ENV_VARS
 
@@ -174,7 +176,7 @@ def test_the_smallest_card_of_a_cluster_decides_how_many_trials_share_one(tmp_pa
 @pytest.mark.parametrize(("most", "at_a_time"), [(None, 6), (4, 4), (9, 6)])
 def test_on_this_machine_the_card_decides_too(tmp_path, monkeypatch, environment, most, at_a_time):
     started = []
-    monkeypatch.setattr(connection.local, "start", lambda slots, dashboard: started.append(slots))
+    monkeypatch.setattr(connection.local, "start", lambda slots, **options: started.append(slots))
     monkeypatch.setattr(connection.gpus, "smallest", lambda name: Card("L4", 24 * 10**9))
     monkeypatch.setattr(connection.gpus, "count", lambda: 2)
     monkeypatch.setattr(connection, "cores", lambda: 13)

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -67,8 +68,15 @@ def test_sigterm_stays_the_commands_own(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_what_is_preloaded_exists():  # Ray would only log that it does not
-    assert importlib.util.find_spec(local.PRELOADED)
+@pytest.mark.parametrize("name", [local.PRELOADED, local.PRELOADED_TO_SIMULATE])
+def test_what_is_preloaded_exists(name):  # Ray would only log that it does not
+    assert importlib.util.find_spec(name)
+
+
+def test_workers_preload_all_that_a_trial_that_trains_needs():
+    code = f"import sys, {local.PRELOADED}; print('tune_study.trial.execution' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_imports_are_spared_from_collection_and_what_comes_later_is_not():
@@ -109,13 +117,18 @@ def test_ray_has_a_cpu_and_a_slot_for_each_trial_at_a_time(monkeypatch, slots, d
     assert os.environ[PRELOADS] == local.PRELOADED
 
 
-def test_workers_of_several_gpus_preload_nothing(monkeypatch):
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("simulated", [True, False])
+def test_what_workers_preload(monkeypatch, alone, simulated):
+    """Those of several GPUs nothing that may load CUDA, and those of simulated trials no torch."""
     monkeypatch.setattr(ray, "init", lambda **options: None)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(local, "one_gpu_at_most", lambda devices: False)
+    monkeypatch.setattr(local, "one_gpu_at_most", lambda devices: alone)
     monkeypatch.delenv(PRELOADS, raising=False)
-    local.start(1, dashboard=False)
-    assert PRELOADS not in os.environ
+    local.start(1, dashboard=False, simulated=simulated)
+    trains = local.PRELOADED if alone else None
+    assert os.environ.get(PRELOADS) == (local.PRELOADED_TO_SIMULATE if simulated else trains)
+    monkeypatch.delenv(PRELOADS, raising=False)
 
 
 def test_ray_starts_beside_the_imports_and_waits_for_them(monkeypatch):
@@ -126,15 +139,15 @@ def test_ray_starts_beside_the_imports_and_waits_for_them(monkeypatch):
         assert began.wait(60)
         order.append("imported")
 
-    def start(slots, *, dashboard):
-        order.append((slots, dashboard))
+    def start(slots, **options):
+        order.append((slots, options))
         began.set()
 
     monkeypatch.delitem(sys.modules, local.NEEDED, raising=False)
     monkeypatch.setattr(local.importlib, "import_module", imports)
     monkeypatch.setattr(local, "start", start)
-    local.start_during_imports(2, dashboard=True)
-    assert order == [(2, True), "imported"]
+    local.start_during_imports(2, dashboard=True, simulated=True)
+    assert order == [(2, {"dashboard": True, "simulated": True}), "imported"]
 
 
 def test_a_folder_without_room_for_rays_sockets_is_refused_with_its_remedy(monkeypatch):

@@ -2,16 +2,20 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import timm
 
 from search_spaces.own_code import Code
 from tests.tune_study.trial.test_execution import without_times
-from tune_study.cluster import trainable
+from tune_study.cluster import inputs, trainable
 from tune_study.cluster.inputs import Inputs
 from tune_study.folder import remote
+from tune_study.folder.files import write_json
 from tune_study.folder.remote import RemoteError
+from tune_study.trial import execution, known, simulate
 from tune_study.trial.context import RunContext, Simulation
 from tune_study.trial.execution import execute
 
@@ -109,21 +113,52 @@ def test_what_a_failed_trial_says_of_itself_is_kept(context, config, tmp_path):
     assert json.loads(there(tmp_path, config, "error.json").read_text())["message"] == "planted"
 
 
-@pytest.mark.parametrize("simulation", [None, Simulation()], ids=["real", "simulated"])
-def test_the_users_own_models_are_known_to_every_trial(config, tmp_path, monkeypatch, simulation):
-    """The context goes to Ray as JSON."""
-    monkeypatch.setattr(trainable, "execute", lambda config, where, report: None)
-    monkeypatch.setattr(
-        trainable.simulate, "execute", lambda *given: ran.append(set(timm.list_models("for_*")))
-    )
+def test_the_context_goes_to_ray_as_json(config, tmp_path, monkeypatch):
     ran = []
-    text = "from timm.models import register_model\n@register_model\ndef for_trials(): ..."
-    code = Code("my_model.py", "grid", text, f"sha {simulation}", ("for_trials",))
-    context = RunContext(study_dir=tmp_path, code=code, simulation=simulation)
+    monkeypatch.setattr(execution, "execute", lambda *given: ran.append(given[:2]))
+    code = Code("my_model.py", "grid", "def for_trials(): ...", "its sha", ("for_trials",))
+    context = RunContext(study_dir=tmp_path, code=code)
     carried = json.loads(context.model_dump_json())
-    assert RunContext.model_validate(carried) == context
     trainable.run_trial({"trial": config.model_dump(mode="json")}, carried)
-    assert ran == ([{"for_trials"}] if simulation else [])
+    assert ran == [(config, context)]
+
+
+WITHOUT_TORCH = """
+import json, sys
+from pathlib import Path
+from tune_study.cluster import trainable
+config, context, node = json.loads(sys.argv[1])
+trainable.node_folder, rows = lambda study: Path(node), []
+trainable.tune.report = rows.append
+trainable.run_trial(config, context)
+heavy = {"bitsandbytes", "peft", "sklearn", "timm", "torch", "torchvision", "transformers"}
+print(json.dumps([len(rows), sorted(heavy & {name.partition(".")[0] for name in sys.modules})]))
+"""
+
+
+@pytest.mark.parametrize("on_cluster", [False, True])
+def test_a_simulated_trial_loads_no_torch_and_says_the_same(config, tmp_path, on_cluster):
+    """Nor does it run the user's own file, which may load what it likes."""
+    simulation, store = Simulation(effects={"nf4": -0.1}), tmp_path / "store"
+    context = RunContext(
+        study_dir=tmp_path / "here",
+        storage=store.as_uri(),
+        on_cluster=on_cluster,
+        simulation=simulation,
+        code=Code("my_model.py", "grid", "import torch", "its sha", ()),
+    )
+    context.study_dir.mkdir()
+    told = {"trial": config.model_dump(mode="json"), "known": known.known_of(config)}
+    given = json.dumps([told, context.model_dump(mode="json"), str(tmp_path / "node")])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, given], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [2, []]
+    expected = tmp_path / "expected.json"
+    write_json(expected, simulate.results_of(config, simulation))
+    results = store / config.trial_id / "results.json"
+    assert results.read_bytes() == expected.read_bytes()
 
 
 def test_on_a_node_the_users_own_models_are_known_before_the_inputs_come(
@@ -136,7 +171,7 @@ def test_on_a_node_the_users_own_models_are_known_before_the_inputs_come(
         return context
 
     monkeypatch.setattr(trainable, "node_folder", lambda study: tmp_path / "node" / study)
-    monkeypatch.setattr(trainable, "receive", receive)
+    monkeypatch.setattr(inputs, "receive", receive)
     (tmp_path / "node" / "study" / config.trial_id).mkdir(parents=True)
     text = "from timm.models import register_model\n@register_model\ndef for_inputs(): ..."
     code = Code("my_model.py", "grid", text, "sha of it", ("for_inputs",))

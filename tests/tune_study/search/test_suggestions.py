@@ -22,6 +22,7 @@ from tune_study.study import manifest
 from tune_study.study.status import forget
 from tune_study.trial import simulate
 from tune_study.trial.context import RunContext, Simulation
+from tune_study.trial.known import known_of
 
 
 def settings(**options):
@@ -58,6 +59,7 @@ def drive(search, stop_after=None, kill=False):
             return searcher
         config = next(t for t in search.trials if t.trial_id == suggestion["trial_id"])
         assert config.model_dump(mode="json") == suggestion["trial"]
+        assert suggestion["known"] == known_of(config)
 
         def report(row, name=f"tune{number}"):
             searcher.on_trial_result(name, row)
@@ -115,8 +117,8 @@ def test_a_nan_from_a_trial_reaches_optuna_as_a_failure_and_the_search_goes_on(
 ):
     whole = simulate.results_of
 
-    def spoilt(config, simulation, epochs=None):
-        content = whole(config, simulation, epochs)
+    def spoilt(config, simulation, **options):
+        content = whole(config, simulation, **options)
         if config.quantization.mode != "none":
             content["train"]["model_metrics"]["weights_bytes"] = math.nan
         return content

@@ -12,7 +12,8 @@ from tune_study.cluster.stop import EpochStopper, Gate, Stop
 from tune_study.data.place import Place
 from tune_study.study import plan as plans
 from tune_study.study import schedule
-from tune_study.trial.context import RunContext
+from tune_study.trial.context import RunContext, Simulation
+from tune_study.trial.known import known_of
 
 
 def test_the_larger_the_study_the_more_seldom_tune_saves_its_state(tmp_path, monkeypatch):
@@ -91,6 +92,17 @@ def test_a_tuner_names_trials_and_folders_by_our_ids_and_reuses_its_workers(tmp_
     assert tuned["trainable"]._resources.bundles == [{"CPU": 3, "GPU": 0.5}]
     spec = {"config": {"trial_id": trials[1].trial_id}}
     assert tuned["param_space"]["trial"].func(spec) == trials[1].model_dump(mode="json")
+    assert tuned["param_space"].keys() == {"trial_id", "trial"}
+
+
+def test_a_simulated_trial_is_told_what_would_take_torch_to_know(tmp_path, tuned):
+    trials = plans.plan(grids.smoke())[:2]
+    context = RunContext(study_dir=tmp_path, simulation=Simulation())
+    slots = Slots({"CPU": 1}, 1)
+    schedule._fit(trials, context, lambda config: None, [], slots, None)
+    spec = {"config": {"trial_id": trials[1].trial_id}}
+    assert tuned["param_space"]["known"].func(spec) == known_of(trials[1])
+    assert known_of(trials[1]) != known_of(trials[0])
 
 
 def test_without_a_limit_tune_creates_all_trials_at_once():
@@ -154,7 +166,7 @@ def run(tmp_path, monkeypatch):
         schedule.tune, "with_parameters", lambda function, **given: calls.append(given)
     )
 
-    def call(deaths, on_cluster=False, stop=False, **options):
+    def call(deaths, on_cluster=False, stop=False, simulation=None, **options):
         Stop.reset()
         fitted, seen = [], []
         again = iter(deaths)
@@ -167,7 +179,7 @@ def run(tmp_path, monkeypatch):
 
         monkeypatch.setattr(schedule, "_fit", fit)
         monkeypatch.setattr(schedule.Deaths, "to_continue", lambda self, trials: next(again))
-        context = RunContext(study_dir=tmp_path, on_cluster=on_cluster)
+        context = RunContext(study_dir=tmp_path, on_cluster=on_cluster, simulation=simulation)
         progress = SimpleNamespace(say=print)
         schedule.run(["a", "b"], context, progress, on_dead_ray=print, **options)
         Stop.reset()
@@ -204,3 +216,9 @@ def test_on_a_cluster_inputs_are_shipped_and_its_raylet_is_watched(run, capsys):
     filled = ("inputs", Place(), {"CPU": 1}, "auto")
     assert calls[3:] == [(print, ["r"]), filled, "shutdown"]
     assert capsys.readouterr().out == "where they run\n"
+
+
+def test_simulated_trials_are_shipped_nothing_which_would_load_torch(run):
+    calls = run([[]], on_cluster=True, simulation=Simulation())[3]
+    assert calls[2]["inputs"] is None
+    assert calls[3:] == [(print, ["r"]), "shutdown"]
