@@ -77,6 +77,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(command, tmp_path, argument
     [
         ([], [1]),
         (["--max-concurrent", "3"], [3]),
+        (["--simulate"], [1]),
         (["--max-concurrent", "auto"], []),
         (["--gpus-per-trial", "auto"], []),
         (["--dry-run"], []),
@@ -89,11 +90,13 @@ def test_ray_starts_early_where_it_is_known_how_many_trials_run(
 ):
     started = []
     monkeypatch.setattr(
-        run.local, "start_during_imports", lambda slots, dashboard: started.append(slots)
+        run.local,
+        "start_during_imports",
+        lambda slots, dashboard, simulated: started.append((slots, simulated)),
     )
     monkeypatch.setattr("tune_study.study.session.execute", lambda options: 0)
     assert command("--grid", "demo", *arguments) == (0, "", "")
-    assert started == slots
+    assert started == [(count, "--simulate" in arguments) for count in slots]
 
 
 def test_an_option_that_does_not_exist_is_exit_2(command, tmp_path):

@@ -624,11 +624,13 @@ def test_room_is_asked_for_four_states_of_the_adapter(tiny, tmp_path, monkeypatc
 def test_old_checkpoints_go_unless_all_are_kept(tiny, tmp_path, monkeypatch, keep, pruned):
     config, calls = tiny("none"), []
     training = SimpleNamespace(config=config, state_dict=lambda: {"a": 1})
-    record = SimpleNamespace(folder=tmp_path, memory={"m": 2}, fidelity={"f": 3})
+    record = SimpleNamespace(
+        folder=tmp_path, memory={"m": 2}, fidelity={"f": 3}, trials_on_device=4
+    )
     monkeypatch.setattr(checkpoint, "save", lambda *given: calls.append(given))
     monkeypatch.setattr(checkpoint, "prune", lambda *given, **more: calls.append((given, more)))
     execution._save(training, RunContext(study_dir=tmp_path, keep_checkpoints=keep), record)
-    extra = {"memory": {"m": 2}, "fidelity": {"f": 3}, "micro_batch": 20}
+    extra = {"memory": {"m": 2}, "fidelity": {"f": 3}, "micro_batch": 20, "trials_on_device": 4}
     assert calls == [(tmp_path, {"a": 1}, extra), *[((tmp_path,), {})] * pruned]
 
 
