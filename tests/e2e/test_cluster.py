@@ -179,6 +179,9 @@ def test_a_simulated_job_is_stopped_and_continued(tmp_path):
         process = jobs.submit("first", "my_grid.py:two", *mine, "--epoch-s", "5")
         harness.wait_for(process, jobs.folder("first"), ": epoch 1/4")
         assert "[2/2]" not in jobs.stop("first", process)
+        (jobs.work / "more.txt").write_text(
+            "another package for Ray: the job finds an empty folder"
+        )
         code, output = jobs.finish("second", "my_grid.py:two", *mine)
     assert code == 0, output
     assert "all 2 trials ended well" in output
