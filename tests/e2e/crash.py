@@ -82,7 +82,6 @@ def _one_kill(
         time.sleep(0.05)
     words = f"{target} at {time.monotonic() - begun:.1f} s"
     if target == "power":
-        process.wait()
         cut = harness.cut_power(folder / "smoke", rng) if (folder / "smoke").exists() else []
         words += f" ({', '.join(cut)} cut)" if cut else " (nothing was written yet)"
     return words

@@ -110,7 +110,6 @@ def all_faults(study: Study, rng: random.Random) -> None:
         "epoch ",
         lambda process: (
             harness.kill(process, "everything"),
-            process.wait(),
             harness.cut_power(study.folder, rng),
         ),
     )

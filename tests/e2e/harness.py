@@ -127,16 +127,23 @@ def name_of(process: psutil.Process) -> str:
 
 
 def kill(process: subprocess.Popen, target: str) -> bool:
-    """SIGKILL for ``target``; ``False`` when there is none at this moment."""
+    """SIGKILL for ``target``; ``False`` when there is none at this moment.
+
+    Of the command's own end, where it is among them, this waits.
+    """
     if target == "driver":
         process.kill()
+        process.wait()
         return True
     names = {"worker": "ray::ImplicitFunc", "raylet": "raylet"}
     victims = descendants(process, names.get(target, ""))
-    if target in ("everything", "power"):
+    whole = target in ("everything", "power")
+    if whole:
         process.kill()
     _kill_all(victims)
-    return bool(victims) or target in ("everything", "power")
+    if whole:
+        process.wait()
+    return bool(victims) or whole
 
 
 def _kill_all(victims: list[psutil.Process]) -> None:

@@ -58,7 +58,6 @@ def test_killed_moved_and_continued_it_is_the_same_search(whole, tmp_path):
         harness.wait_for(process, folder, moment)
         time.sleep(EPOCH_S * rng.random())  # anywhere in the epoch that runs
         harness.kill(process, "everything")
-        process.wait()
         moved = tmp_path / moment[1:-1].partition("/")[0]
         shutil.move(folder, moved)
         folder = moved
@@ -76,7 +75,6 @@ def test_killed_in_a_store_it_goes_on_from_an_empty_folder(whole, tmp_path):
     process = start(first, *stored, *LASTING)
     harness.wait_for(process, first, "[5/16]")
     harness.kill(process, "everything")
-    process.wait()
     code, output = harness.finish(start(second, *stored), second)
     assert code == 0, output
     assert "of 16 trials have ended" in output
@@ -111,7 +109,6 @@ def test_on_a_cluster_a_killed_command_goes_on_from_an_empty_folder(whole, tmp_p
         process = on_cluster(first, cluster, *one, *LASTING)
         harness.wait_for(process, first, "[5/16]")
         harness.kill(process, "driver")
-        process.wait()
         code, output = harness.finish(on_cluster(second, cluster, *one), second)
     assert code == 0, output
     assert "of 16 trials have ended" in output
@@ -189,7 +186,6 @@ def test_asha_on_a_cluster_with_a_bucket_goes_on_after_a_kill(asha, tmp_path):
     process = asha(first, *options)
     harness.wait_for(process, first, "[3/9]")
     harness.kill(process, "driver")
-    process.wait()
     code, output = harness.finish(asha(second, *options), second)
     assert code == 0, output
     assert "of 9 trials have ended" in output

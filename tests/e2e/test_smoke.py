@@ -84,7 +84,6 @@ def test_killed_moved_and_continued_gives_the_same_tables(study, tmp_path):
     wait_for(process, first, "its worker process died")
     wait_for(process, first, "epoch 2/2")
     harness.kill(process, "power")
-    process.wait()
     harness.cut_power(first / "smoke", random.Random(0))
     first.rename(tmp_path / "moved")
     code, output = finish(start(tmp_path / "moved"), tmp_path / "moved")

@@ -47,7 +47,6 @@ def kill_and_go_on(uri, place, tmp_path, name, arguments, when):
     process = harness.start(first, "--storage", uri, *arguments)
     harness.wait_until(process, first, when, "what it leaves in the store")
     harness.kill(process, "everything")
-    process.wait()
     process = harness.start(second, "--storage", uri, *arguments)
     code, output = harness.finish(process, second)
     assert code == 0, output

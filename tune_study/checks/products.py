@@ -138,7 +138,7 @@ def lora_layer(device: torch.device) -> str:
         LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["0"]),
     )
     layer = model.base_model.model[0].to(device).train()
-    speed_up(layer)
+    speed_up(model, [layer])
     base, scaling = layer.base_layer, layer.scaling["default"]
     a, b = (getattr(layer, f"lora_{name}")["default"].weight for name in "AB")
     p = layer.lora_dropout["default"].p

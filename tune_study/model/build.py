@@ -38,7 +38,7 @@ from tune_study.model.layers import (
     refuse_without_effect,
     skeleton_of,
 )
-from tune_study.model.lora import prepare_together, speed_up, why_pefts_own
+from tune_study.model.lora import speed_up, why_pefts_own
 from tune_study.model.noise_scale import watch
 from tune_study.model.quantize import (
     WEIGHT_ERROR_LIMITS,
@@ -282,14 +282,12 @@ def add_lora(base: nn.Module, config: TrialConfig, beginning: Beginning | None =
     # PEFT draws a different count of random numbers for 4-bit layers: drawn anew, the adapters of
     # one seed are the same in all modes that are compared.
     torch.manual_seed(config.seed)
-    sped_up = []
-    for name, layer in lora_layers(model):
+    layers = dict(lora_layers(model))
+    for name, layer in layers.items():
         factors, weight = beginning.factors.get(name), beginning.weights.get(name)
         begin(layer, spec.init_lora_weights, factors, weight)
-        if why_pefts_own(spec) is None:
-            speed_up(layer)
-            sped_up.append(layer)
-    prepare_together(model, sped_up)
+    if why_pefts_own(spec) is None:
+        speed_up(model, list(layers.values()))
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             watch(cast(nn.Linear, module.modules_to_save["default"]))

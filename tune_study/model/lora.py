@@ -31,15 +31,14 @@ def why_pefts_own(lora: LoraSpec) -> str | None:
     return f"{field} = true: the adapted layers compute by PEFT's own pass, slower than plain LoRA"
 
 
-def speed_up(layer: nn.Module) -> None:
-    """Gives PEFT's LoRA ``layer`` the forward pass of this module. Its class stays."""
-    layer.forward = MethodType(_forward, layer)
+def speed_up(model: nn.Module, layers: Sequence[Any]) -> None:
+    """Gives PEFT's LoRA ``layers`` of ``model`` the forward pass of this module. Their class stays.
 
-
-def prepare_together(model: nn.Module, layers: Sequence[Any]) -> None:
-    """A forward pass of ``model`` begins with all A and B of ``layers`` at once: a few kernels on a
-    GPU, where each layer for itself launches four. The layers are those that were sped up.
+    A pass of ``model`` begins with all their A and B at once: a few kernels on a GPU, where each
+    layer for itself launches four.
     """
+    for layer in layers:
+        layer.forward = MethodType(_forward, layer)
     model.register_forward_pre_hook(partial(_prepare, layers))
     model.register_forward_hook(partial(_forget, layers), always_call=True)
 
@@ -106,10 +105,10 @@ class _AddAdapter(torch.autograd.Function):
     """base + scaling * dropout(x) a^T b^T, in the dtype of ``base`` and ``x``, in base's memory.
 
     base [..., out], x [..., in], a [r, in], b [out, r]; ``prepared``, where given, is ``_scaled``
-    of a and b in the dtype of x. ``base`` must be fresh from its layer: the
-    sum takes its place, without autograd's knowledge, because no layer's backward pass needs its
-    own output. For backward it keeps the dropped input, its mask of a byte an element, and what has
-    the width of the rank.
+    of a and b in the dtype of x. ``base`` must be fresh from its layer: the sum takes its place,
+    without autograd's knowledge, because no layer's backward pass needs its own output. For
+    backward it keeps the dropped input, its mask of a byte an element, and what has the width of
+    the rank.
     """
 
     @staticmethod
