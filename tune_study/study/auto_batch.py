@@ -259,7 +259,7 @@ def _attempts(trial: TrialConfig, context: RunContext, sizes: Sequence[int]) -> 
         for size in sorted(sizes, reverse=True)
     }
     built = build_model(trial, classes, weights=context.weights, device=device)
-    training = train.start(trial, built, data, device)
+    training = train.start(trial, built, data, device, context.code)
     fits = False
     for size, peak in peaks.items():
         training.config = trial.with_micro_batch(size)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from search_spaces.own_code import Code
 from tests.tune_study import test_run
 from tests.tune_study.trial.test_execution import killed, run, without_times
 from tune_study.errors import UserError
@@ -107,6 +108,15 @@ def test_a_choice_that_cannot_be_is_none(tiny, tmp_path, choice):
     (tmp_path / trial.trial_id).mkdir()
     write_json(tmp_path / trial.trial_id / "batch.json", choice)
     assert taken(trial, tmp_path) == (6, 1)
+
+
+def test_trials_with_a_transform_of_the_users_file_are_timed(tiny, tmp_path, planted):
+    trial = six(tiny, "none")
+    data = trial.data.model_copy(update={"augment": "code:mine"})
+    text = "def mine(images, generator):\n    return images\n"
+    where = RunContext(study_dir=tmp_path, code=Code("/me/mine.py", "grid", text, "0"))
+    trial = trial.model_copy(update={"data": data})
+    assert auto_batch.measure([trial], where, lambda line: None)["micro_batch"] == 6
 
 
 def test_what_is_predicted_not_to_fit_the_host_is_not_tried(tiny, tmp_path, monkeypatch, planted):
