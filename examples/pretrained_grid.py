@@ -83,7 +83,7 @@ def pretrained_grid() -> dict[str, Any]:
 def adapters() -> dict[str, Any]:
     """Does another adapter win back what nf4 loses? 4 adapters x 2 modes x 5 seeds = 40 trials.
 
-    ``--grid adapters`` on the cell of the study above in which nf4 loses most, without rsLoRA.
+    ``--grid adapters`` on one cell of the study above, with more seeds and without rsLoRA.
     """
     kinds: list[dict[str, Any]] = [
         {},

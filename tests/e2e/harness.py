@@ -131,19 +131,15 @@ def kill(process: subprocess.Popen, target: str) -> bool:
 
     Of the command's own end, where it is among them, this waits.
     """
-    if target == "driver":
-        process.kill()
-        process.wait()
-        return True
+    command = target in ("driver", "everything", "power")
     names = {"worker": "ray::ImplicitFunc", "raylet": "raylet"}
-    victims = descendants(process, names.get(target, ""))
-    whole = target in ("everything", "power")
-    if whole:
+    victims = [] if target == "driver" else descendants(process, names.get(target, ""))
+    if command:
         process.kill()
     _kill_all(victims)
-    if whole:
+    if command:
         process.wait()
-    return bool(victims) or whole
+    return command or bool(victims)
 
 
 def _kill_all(victims: list[psutil.Process]) -> None:
