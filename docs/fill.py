@@ -1,7 +1,7 @@
-"""Fills what the pages take from the code, between their ``begin`` and ``end`` marks.
+"""Fills what the pages take from the code and the published study, between their marks.
 
-``python docs/fill.py`` after an option, a field, a grid or a folder has changed;
-tests/docs/test_pages.py holds that the pages say what the code says.
+``python docs/fill.py`` after an option, a field, a grid, a folder or docs/results has changed;
+tests/docs/test_pages.py holds that the pages say what code and study say.
 """
 
 from __future__ import annotations
@@ -16,14 +16,37 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pandas as pd
 import typer.main
+from scipy import stats
 
+from analysis.chapters.literature import carried_over
+from analysis.findings.decisions import one_sided
+from analysis.findings.findings import Findings, compute
+from analysis.load import read_study
+from analysis.statistics import cells
+from analysis.text.wording import (
+    between,
+    listing,
+    megabytes,
+    percent,
+    points,
+    span_of,
+    without_shared_ends,
+)
 from search_spaces import grids, optuna_spaces
 from tune_study import config, run
 from tune_study.folder import schema
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("docs/options.md", "docs/architecture.md", "ray_results/README.md")
+RESULTS = ROOT / "docs" / "results"
+PAGES = (
+    "README.md",
+    "docs/options.md",
+    "docs/architecture.md",
+    "docs/results/README.md",
+    "ray_results/README.md",
+)
 MORE = {
     "--grid": "your-own.md#a-grid-of-your-own",
     "--data-dir": "your-own.md#your-images",
@@ -58,6 +81,9 @@ def filled(text: str) -> str:
         "tune_study": lambda: package("tune_study"),
         "search_spaces": lambda: package("search_spaces"),
         "analysis": lambda: package("analysis"),
+        "answer": answer,
+        "results": results,
+        "adapters": adapters,
     }
     marks = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return marks.sub(lambda found: f"{found[1]}{parts[found[2]]()}\n{found[3]}", text)
@@ -160,6 +186,95 @@ def package(name: str) -> str:
             link = f"../{name}/{path.name}"
             rows.append(f"| [{path.name}{'/' * path.is_dir()}]({link}) | {caption} |")
     return _table("where | what", rows)
+
+
+def answer() -> str:
+    """The published study in three sentences."""
+    found = _published()
+    rows = found.comparison.to_dict("records")
+    changes = [f"{points(row['mean_difference'])} (`{row['quantization']}`)" for row in rows]
+    losses = [f"{100 * max(-one_sided(row)[0], 0):.2f}" for row in rows]
+    held = found.memory.groupby("quantization", sort=False)["weights_bytes"].mean()
+    sizes = [f"{megabytes(held[row['quantization']])} (`{row['quantization']}`)" for row in rows]
+    peaks = found.peaks.groupby("quantization", sort=False)["ratio"]
+    falls = [f"{span_of(ratios - 1, sign=True)} (`{mode}`)" for mode, ratios in peaks]
+    return "\n".join(
+        [
+            f"- **Accuracy** changes against `none` in the mean by {listing(changes)}; with 95 % "
+            f"confidence these lose at most {listing(losses)} pp "
+            f"({rows[0]['n_configurations']} configurations, {rows[0]['n_pairs']} pairs each).",
+            f"- **Memory**: base weights take {megabytes(held['none'])} in `none` (bf16) and "
+            f"{listing(sizes)}; the peak of a training step changes by {listing(falls)}.",
+            "- **QLoRA's finding** for language models, 4 bit is as good as 16 bit, by ratios of "
+            f"scores, ours beside theirs: {'; '.join(carried_over(found.qlora))}.",
+        ]
+    )
+
+
+def results() -> str:
+    """The published study in one table: what each mode costs, on the whole and in each cell."""
+    found = _published()
+    trials = cells.finished(found.study.trials)
+    cell = ["model", "dataset"]
+    means = trials.groupby(["quantization", *cell])["test_accuracy"].mean()
+    costs = found.differences.groupby(["quantization", *cell])["difference"].mean()
+    probe = pd.read_csv(RESULTS / "probe.csv").set_index(cell)["test_accuracy"]
+    held = found.memory.groupby("quantization")["weights_bytes"].mean()
+    peaks = found.peaks.groupby("quantization")["ratio"]
+    of_none = trials[trials["quantization"] == "none"]["peak_train_bytes"].mean()
+    compared = found.comparison.to_dict("records")
+    modes = [row["quantization"] for row in compared]
+    names = [str(name) for name in trials["model"].unique()]
+    shorter = dict(zip(names, without_shared_ends(names), strict=True))
+    whole = (
+        f"{points(row['mean_difference'])} ({between(row['ci_low'], row['ci_high'], scale=100)})"
+        for row in compared
+    )
+    rows = [
+        ["all (95 % interval)", "baseline", *whole, ""],
+        ["verdict at 1 pp", "", *(row["verdict"] for row in compared), ""],
+    ]
+    for one in trials[cell].drop_duplicates().itertuples(index=False, name=None):
+        cost = (points(costs[mode, *one], 1) for mode in modes)
+        name = f"{shorter[one[0]]}, {one[1]}"
+        rows.append([name, percent(means["none", *one]), *cost, percent(probe[one])])
+    sizes = (megabytes(held[mode]) for mode in ("none", *modes))
+    falls = (span_of(peaks.get_group(mode) - 1, sign=True) for mode in modes)
+    rows += [["base weights", *sizes, ""], ["peak of a step", megabytes(of_none), *falls, ""]]
+    head = " | ".join(f"`{mode}`" for mode in ("none", *modes))
+    return _table(f"test accuracy, memory | {head} | linear probe", map(_row, rows))
+
+
+def adapters() -> str:
+    """What each adapter's nf4 has, costs and wins back, over the seeds of one cell."""
+    trials = cells.named(cells.finished(_published("adapters").study.trials))
+    wide = trials.pivot(
+        index="seed", columns=["configuration", "quantization"], values="test_accuracy"
+    )
+    kinds = cells.units(trials)["configuration"]
+    plain = kinds.iloc[0]
+    rows = []
+    for kind in kinds:
+        cost = _over_seeds(wide[kind]["nf4"] - wide[kind]["none"])
+        won = "–" if kind == plain else _over_seeds(wide[kind]["nf4"] - wide[plain]["nf4"])
+        have = (percent(wide[kind][mode].mean()) for mode in ("none", "nf4"))
+        rows.append(_row([kind, *have, cost, won]))
+    return _table("adapter | `none` | `nf4` | `nf4` costs | `nf4` against plain LoRA's", rows)
+
+
+def _over_seeds(differences: pd.Series) -> str:
+    """The mean with its 95 % t-interval."""
+    found = stats.ttest_1samp(differences, 0).confidence_interval()
+    return f"{points(differences.mean())} ({between(*found, scale=100)})"
+
+
+@functools.cache
+def _published(study: str = "") -> Findings:
+    return compute(read_study(RESULTS / study))
+
+
+def _row(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _caption(text: str | None) -> str:

@@ -31,7 +31,8 @@ def main(
     image_size: int = cast(int, DATA["image_size"]),
     train_size: int = cast(int, DATA["train_size"]),
 ) -> None:
-    """Prints the chosen probe's validation and test accuracy, for each model and data set."""
+    """Prints a table (CSV) of the chosen probe's accuracies, for each model and data set."""
+    print("model,dataset,test_accuracy,val_accuracy,strength,standardised", flush=True)
     data = DataConfig(**{**DATA, "image_size": image_size, "train_size": train_size})
     for model_name in MODELS:
         for dataset in ("cifar10", "cifar100"):
@@ -52,11 +53,9 @@ def main(
                     probe.fit(*splits["train"])
                     found.append((probe.score(*splits["val"]), strength, len(scaler), probe))
             val, strength, scaled, probe = max(found, key=lambda row: row[0])
-            print(
-                f"{model_name} {dataset}: {100 * probe.score(*splits['test']):.1f} % of test, "
-                f"{100 * val:.1f} % of validation images (C = {strength:g}, "
-                f"{'standardised' if scaled else 'as they are'})"
-            )
+            test = probe.score(*splits["test"])
+            row = (model_name, dataset, test, val, strength, bool(scaled))
+            print(*row, sep=",", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,25 @@ import pandas as pd
 from analysis.findings.findings import Findings
 from analysis.literature import claims as lit
 from analysis.text.layout import Section, Table, count, notes, table_of, text
-from analysis.text.wording import MISSING, known, number, percent, plural, points, significant, span
+from analysis.text.wording import (
+    MISSING,
+    known,
+    listing,
+    number,
+    percent,
+    plural,
+    points,
+    significant,
+    span,
+)
+
+_CARRIED = {
+    "inside their range": "confirmed",
+    "overlaps their range": "open",
+    "below their range": "refuted (worse here)",
+    "above their range": "refuted (better here)",
+}
+"""Whether QLoRA's finding carries over, by where our interval lies."""
 
 
 def literature(found: Findings) -> Section:
@@ -22,9 +40,30 @@ def literature(found: Findings) -> Section:
         "among themselves by about 2 %, so smaller differences from it can't be resolved. "
         "Near 100 % accuracy a ratio hardly moves: the error ratio and the chance-corrected "
         "ratio stand beside it.",
+        f"Whether its finding carries over: {'; '.join(carried_over(found.qlora))}. Confirmed: our "
+        "interval lies within the range of its cells; refuted: outside of it; open: in part.",
     ]
     tables = [_ours(found.ours), _qlora(found.qlora), _vision(found.vision, found.literature)]
     return Section("literature", "Literature", paragraphs, tables, ("qlora_ratios",))
+
+
+def carried_over(table: pd.DataFrame) -> list[str]:
+    """Whether what QLoRA found holds here: of ``qlora_ratios`` a clause per mode."""
+    return [_carried(str(mode), rows) for mode, rows in table.groupby("quantization", sort=False)]
+
+
+def _carried(mode: str, rows: pd.DataFrame) -> str:
+    beside: dict[str, list[str]] = {}
+    for row in rows.to_dict("records"):
+        if str(row["verdict"]).startswith("comparable"):
+            theirs = f"{row['group']} ({span(row['their_low'], row['their_high'])})"
+            beside.setdefault(_CARRIED[row["position"]], []).append(theirs)
+    last = rows.sort_values("n_reference", kind="stable").iloc[-1]
+    if not beside:
+        return f"{mode} is not comparable ({last['reason']})"
+    found = [f"{word} beside {listing(groups)}" for word, groups in beside.items()]
+    ours = f"{number(last['ratio'], 3)} ({span(last['ci_low'], last['ci_high'])})"
+    return f"{mode}, {ours}, is {listing(found)}"
 
 
 def _ours(table: pd.DataFrame) -> Table:

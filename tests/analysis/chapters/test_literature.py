@@ -1,0 +1,37 @@
+"""Whether QLoRA's finding carries over, in a clause per mode."""
+
+from __future__ import annotations
+
+from analysis.chapters.literature import carried_over
+from analysis.literature.qlora import qlora_ratios
+from tests import synthetic
+
+
+def clauses(quantized: float = 1.0, *, all_trials: float = 1.0) -> list[str]:
+    """Of a study in which trials score so many times what they did."""
+    trials, _ = synthetic.study_frames()
+    trials.loc[trials["quantization"] != "none", "test_accuracy"] *= quantized
+    trials["test_accuracy"] *= all_trials
+    return carried_over(qlora_ratios(trials))
+
+
+def test_a_mode_is_confirmed_open_or_refuted() -> None:
+    int8, nf4, nf4_dq = clauses()
+    assert int8 == (
+        "int8, 0.999 (0.998 to 1.001), is open beside GLUE (1.000) "
+        "and confirmed beside Super-NaturalInstructions (0.964 to 1.020)"
+    )
+    assert nf4.startswith("nf4 is not comparable (QLoRA prints no figure for NF4")
+    assert nf4_dq.endswith(
+        "is confirmed beside Super-NaturalInstructions (0.998 to 1.013) and MMLU (0.976 to 1.022)"
+    )
+
+
+def test_refuted_says_in_which_direction() -> None:
+    assert "is refuted (worse here) beside Super-NaturalInstructions" in clauses(0.9)[2]
+    assert "is refuted (better here) beside Super-NaturalInstructions" in clauses(1.1)[2]
+
+
+def test_what_is_not_comparable_says_why() -> None:
+    assert all("is not comparable (" in clause for clause in clauses(all_trials=0.001))
+    assert "too near to chance" in clauses(all_trials=0.001)[2]
