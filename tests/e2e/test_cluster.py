@@ -170,7 +170,6 @@ class Jobs:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_simulated_job_is_stopped_and_continued(tmp_path):
     """The short form of the test below, in which workers train."""
     port, mine = nodes.free_port(), ("--cpus-per-trial", "1", "--simulate", *EPOCHS)

@@ -68,7 +68,6 @@ def test_killed_moved_and_continued_it_is_the_same_search(whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_killed_in_a_store_it_goes_on_from_an_empty_folder(whole, tmp_path):
     stored = ("--storage", (tmp_path / "store").as_uri())
     first, second = tmp_path / "first", tmp_path / "second"
