@@ -45,6 +45,7 @@ PAGES = (
     "docs/options.md",
     "docs/architecture.md",
     "docs/results/README.md",
+    "docs/results/adapters/README.md",
     "ray_results/README.md",
 )
 MORE = {
@@ -246,20 +247,22 @@ def results() -> str:
 
 
 def adapters() -> str:
-    """What each adapter's nf4 has, costs and wins back, over the seeds of one cell."""
-    trials = cells.named(cells.finished(_published("adapters").study.trials))
-    wide = trials.pivot(
-        index="seed", columns=["configuration", "quantization"], values="test_accuracy"
-    )
-    kinds = cells.units(trials)["configuration"]
-    plain = kinds.iloc[0]
+    """What nf4 has, costs and wins back with each adapter, over the seeds of one cell."""
+    trials = cells.finished(_published("adapters").study.trials)
+    called = {"default": "plain LoRA", "pissa": "PiSSA", "loftq": "LoftQ"}
+    how = trials["lora.init_lora_weights"].map(called)
+    trials = trials.assign(adapter=how.where(~trials["lora.use_dora"].astype(bool), "DoRA"))
+    wide = trials.pivot(index="seed", columns=["adapter", "quantization"], values="test_accuracy")
+    peaks = trials.groupby(["adapter", "quantization"])["peak_train_bytes"].mean()
+    plain, *others = trials["adapter"].unique()
     rows = []
-    for kind in kinds:
+    for kind in (plain, *others):
+        have = (percent(wide[kind][mode].mean()) for mode in ("none", "nf4"))
         cost = _over_seeds(wide[kind]["nf4"] - wide[kind]["none"])
         won = "–" if kind == plain else _over_seeds(wide[kind]["nf4"] - wide[plain]["nf4"])
-        have = (percent(wide[kind][mode].mean()) for mode in ("none", "nf4"))
-        rows.append(_row([kind, *have, cost, won]))
-    return _table("adapter | `none` | `nf4` | `nf4` costs | `nf4` against plain LoRA's", rows)
+        rows.append(_row([kind, *have, cost, won, megabytes(peaks[kind, "nf4"])]))
+    head = "adapter | `none` | `nf4` | `nf4` costs | its `nf4` against plain LoRA's | peak of an `nf4` step"
+    return _table(head, rows)
 
 
 def _over_seeds(differences: pd.Series) -> str:
