@@ -261,7 +261,7 @@ def adapters() -> str:
         cost = _over_seeds(wide[kind]["nf4"] - wide[kind]["none"])
         won = "–" if kind == plain else _over_seeds(wide[kind]["nf4"] - wide[plain]["nf4"])
         rows.append(_row([kind, *have, cost, won, megabytes(peaks[kind, "nf4"])]))
-    head = "adapter | `none` | `nf4` | `nf4` costs | its `nf4` against plain LoRA's | peak of an `nf4` step"
+    head = "adapter | `none` | `nf4` | `nf4` costs | its `nf4` against plain LoRA's | `nf4`'s peak"
     return _table(head, rows)
 
 
