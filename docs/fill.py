@@ -92,7 +92,7 @@ def filled(text: str) -> str:
 
 def options() -> str:
     """The options of ``tune_study.run``: a table, or one per panel of its help."""
-    panels: dict[str, list[str]] = {}
+    panels: dict[str, list[list[str]]] = {}
     for option in typer.main.get_command(run.app).params:
         name = option.opts[0]
         if name == "--help":
@@ -104,7 +104,7 @@ def options() -> str:
             meaning += f" ([{MORE[name].partition('#')[0]}]({MORE[name]}))"
         shown = f"{name} {option.metavar}" if option.metavar else name
         rows = panels.setdefault(option.rich_help_panel or "", [])
-        rows.append(f"| `{shown}` | {meaning} |")
+        rows.append([f"`{shown}`", meaning])
     heads = {panel: f"### {panel}\n\n" if panel else "" for panel in panels}
     return "\n\n".join(heads[panel] + _table("option | meaning", panels[panel]) for panel in panels)
 
@@ -116,7 +116,7 @@ def functions(module: ModuleType) -> str:
         for name, function in vars(module).items()
         if inspect.isfunction(function) and function.__module__ == module.__name__
     }
-    rows = [f"| `{name}` | {_caption(f.__doc__)} |" for name, f in found.items() if name[0] != "_"]
+    rows = [[f"`{name}`", _caption(f.__doc__)] for name, f in found.items() if name[0] != "_"]
     return _table("name | what it is", rows)
 
 
@@ -135,14 +135,14 @@ def fields() -> str:
     return "\n\n".join([_table("field | values | default", own), *tables])
 
 
-def _field(record: dict[str, Any], prefix: str, name: str) -> str:
+def _field(record: dict[str, Any], prefix: str, name: str) -> list[str]:
     field = record["properties"][name]
     default = _as_yaml(f"`{field.get('default', {})}`")  # an empty mapping is not in the schema
     if name in record.get("required", ()):
         default = "must be named"
     meaning = _docstrings().get((record["title"], name))
     values = _values(field) + (f". {_as_yaml(meaning)}" if meaning else "")
-    return f"| `{prefix}{name}` | {values} | {default} |"
+    return [f"`{prefix}{name}`", values, default]
 
 
 def _values(field: dict[str, Any]) -> str:
@@ -173,7 +173,7 @@ def _docstrings() -> dict[tuple[str, str], str]:
 
 def columns(table: tuple[schema.Column, ...]) -> str:
     """The columns of one of a study's tables."""
-    rows = [f"| `{c.name}` | {c.kind} | {_cell(c.unit)} | {_cell(c.meaning)} |" for c in table]
+    rows = [[f"`{c.name}`", c.kind, _cell(c.unit), _cell(c.meaning)] for c in table]
     return _table("column | type | unit | what it is", rows)
 
 
@@ -185,7 +185,7 @@ def package(name: str) -> str:
         if source.suffix == ".py" and source.is_file() and path.name != "__init__.py":
             caption = _caption(ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))))
             link = f"../{name}/{path.name}"
-            rows.append(f"| [{path.name}{'/' * path.is_dir()}]({link}) | {caption} |")
+            rows.append([f"[{path.name}{'/' * path.is_dir()}]({link})", caption])
     return _table("where | what", rows)
 
 
@@ -243,12 +243,12 @@ def results() -> str:
     falls = (span_of(peaks.get_group(mode) - 1, sign=True) for mode in modes)
     rows += [["base weights", *sizes, ""], ["peak of a step", megabytes(of_none), *falls, ""]]
     head = " | ".join(f"`{mode}`" for mode in ("none", *modes))
-    return _table(f"test accuracy, memory | {head} | linear probe", map(_row, rows))
+    return _table(f"test accuracy, memory | {head} | linear probe", rows)
 
 
 def adapters() -> str:
     """What nf4 has, costs and wins back with each adapter, over the seeds of one cell."""
-    trials = cells.finished(_published("adapters").study.trials)
+    trials = cells.finished(read_study(RESULTS / "adapters").trials)
     called = {"default": "plain LoRA", "pissa": "PiSSA", "loftq": "LoftQ"}
     how = trials["lora.init_lora_weights"].map(called)
     trials = trials.assign(adapter=how.where(~trials["lora.use_dora"].astype(bool), "DoRA"))
@@ -260,7 +260,7 @@ def adapters() -> str:
         have = (percent(wide[kind][mode].mean()) for mode in ("none", "nf4"))
         cost = _over_seeds(wide[kind]["nf4"] - wide[kind]["none"])
         won = "–" if kind == plain else _over_seeds(wide[kind]["nf4"] - wide[plain]["nf4"])
-        rows.append(_row([kind, *have, cost, won, megabytes(peaks[kind, "nf4"])]))
+        rows.append([kind, *have, cost, won, megabytes(peaks[kind, "nf4"])])
     head = "adapter | `none` | `nf4` | `nf4` costs | its `nf4` against plain LoRA's | `nf4`'s peak"
     return _table(head, rows)
 
@@ -272,20 +272,17 @@ def _over_seeds(differences: pd.Series) -> str:
 
 
 @functools.cache
-def _published(study: str = "") -> Findings:
-    return compute(read_study(RESULTS / study))
-
-
-def _row(cells: Iterable[object]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+def _published() -> Findings:
+    return compute(read_study(RESULTS))
 
 
 def _caption(text: str | None) -> str:
     return _cell((text or "").partition("\n\n")[0])
 
 
-def _table(head: str, rows: Iterable[str]) -> str:
-    return "\n".join([f"| {head} |", "|---" * (head.count("|") + 1) + "|", *rows])
+def _table(head: str, rows: Iterable[Iterable[str]]) -> str:
+    lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def _as_yaml(text: str) -> str:
