@@ -8,6 +8,7 @@ import pandas as pd
 
 from analysis.findings.findings import Findings
 from analysis.literature import claims as lit
+from analysis.literature.qlora import resolved
 from analysis.text.layout import Section, Table, count, notes, table_of, text
 from analysis.text.wording import (
     MISSING,
@@ -28,6 +29,8 @@ _CARRIED = {
     "above their range": "refuted (better here)",
 }
 """Whether QLoRA's finding carries over, by where our interval lies."""
+_MOST_MODES = 4
+"""Modes whose clauses fit a paragraph."""
 
 
 def literature(found: Findings) -> Section:
@@ -40,9 +43,15 @@ def literature(found: Findings) -> Section:
         "among themselves by about 2 %, so smaller differences from it can't be resolved. "
         "Near 100 % accuracy a ratio hardly moves: the error ratio and the chance-corrected "
         "ratio stand beside it.",
-        f"Whether its finding carries over: {'; '.join(carried_over(found.qlora))}. Confirmed: our "
-        "interval lies within the range of its cells; refuted: outside of it; open: in part.",
     ]
+    if clauses := carried_over(found.qlora):
+        more = len(clauses) - _MOST_MODES
+        shown = clauses[:_MOST_MODES] + [f"{more} more: see the table"] * (more > 0)
+        paragraphs.append(
+            f"Whether its finding carries over: {'; '.join(shown)}. Confirmed: our interval lies "
+            "within the range of its cells; refuted: outside of it, and our ratio is 2 % or more "
+            "from their mean; open: all else."
+        )
     tables = [_ours(found.ours), _qlora(found.qlora), _vision(found.vision, found.literature)]
     return Section("literature", "Literature", paragraphs, tables, ("qlora_ratios",))
 
@@ -57,13 +66,19 @@ def _carried(mode: str, rows: pd.DataFrame) -> str:
     for row in rows.to_dict("records"):
         if str(row["verdict"]).startswith("comparable"):
             theirs = f"{row['group']} ({span(row['their_low'], row['their_high'])})"
-            beside.setdefault(_CARRIED[row["position"]], []).append(theirs)
+            beside.setdefault(_word(row), []).append(theirs)
     last = rows.sort_values("n_reference", kind="stable").iloc[-1]
     if not beside:
         return f"{mode} is not comparable ({last['reason']})"
     found = [f"{word} beside {listing(groups)}" for word, groups in beside.items()]
     ours = f"{number(last['ratio'], 3)} ({span(last['ci_low'], last['ci_high'])})"
     return f"{mode}, {ours}, is {listing(found)}"
+
+
+def _word(row: dict[Any, Any]) -> str:
+    """Confirmed, refuted or open; their cells cannot resolve a difference below 2 %."""
+    word = _CARRIED[row["position"]]
+    return "open" if word != "confirmed" and not resolved(row["ratio_of_ratios"]) else word
 
 
 def _ours(table: pd.DataFrame) -> Table:

@@ -103,6 +103,11 @@ def position(ci_low: float, ci_high: float, low: float, high: float) -> str:
     return "inside their range" if ci_low >= low and ci_high <= high else "overlaps their range"
 
 
+def resolved(ratio_of_ratios: float) -> bool:
+    """Whether ours is further from the mean of theirs than their own cells are."""
+    return abs(ratio_of_ratios - 1) >= RESOLUTION
+
+
 def _verdict(
     own: dict[Any, Any], group: dict[Any, Any], scope: dict[str, Any], simulated: bool
 ) -> tuple[str, str]:
@@ -127,8 +132,7 @@ def _verdict(
         reservations.append(f"our baseline scores {scope['base']:.1%}: ratios compress near 100 %")
     if own["n_configurations"] < 2:
         reservations.append("ours is one configuration")
-    theirs = group["mean"]
-    if abs(own["ratio"] / theirs - 1) < RESOLUTION:
+    if not resolved(own["ratio"] / group["mean"]):
         reservations.append(
             "the difference is below about 2 %, the spread of QLoRA's own cells, "
             "so it can't be resolved"

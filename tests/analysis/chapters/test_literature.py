@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from analysis.chapters.literature import carried_over
+from pathlib import Path
+
+import pytest
+
+from analysis.chapters.literature import carried_over, literature
+from analysis.findings.findings import compute
 from analysis.literature.qlora import qlora_ratios
+from analysis.load import read_study
 from tests import synthetic
 
 
@@ -32,6 +38,33 @@ def test_refuted_says_in_which_direction() -> None:
     assert "is refuted (better here) beside Super-NaturalInstructions" in clauses(1.1)[2]
 
 
+def test_a_difference_that_their_cells_cannot_resolve_refutes_nothing() -> None:
+    slightly_worse = clauses(0.99)[2]
+    assert slightly_worse.startswith("nf4-dq, 0.990 (0.988 to 0.991), is open beside Super")
+    assert "refuted" not in slightly_worse
+
+
 def test_what_is_not_comparable_says_why() -> None:
     assert all("is not comparable (" in clause for clause in clauses(all_trials=0.001))
     assert "too near to chance" in clauses(all_trials=0.001)[2]
+
+
+@pytest.mark.parametrize(
+    ("modes", "said"),
+    [
+        (["none"], None),
+        (
+            ["none", "nf4"],
+            "QLoRA prints no figure for NF4 without double quantization in any table",
+        ),
+        (["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"], "; 1 more: see the table. Confirmed"),
+    ],
+)
+def test_the_chapter_has_what_fits_and_nothing_of_no_mode(
+    tmp_path: Path, modes: list[str], said: str | None
+) -> None:
+    cells = synthetic.plan(models=synthetic.MODELS[:1], modes=modes)
+    study = read_study(synthetic.write_study(tmp_path / "s", cells))
+    (*_, last) = literature(compute(study)).paragraphs
+    assert ("carries over" in last) == (said is not None)
+    assert (said or "ratio stand beside it.") in last
