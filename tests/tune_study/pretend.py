@@ -23,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from tune_study.machine import device as devices
 from tune_study.memory import predict
 from tune_study.model import quantize
 from tune_study.trial import fidelity
@@ -234,6 +235,7 @@ def pretended(kind: str) -> Iterator[set[str]]:
                 return expected(key, classes, "cpu")  # fake MPS tensors abort a Linux process
 
         patch.setattr(predict, "_predict", on_the_cpu)
+        patch.setattr(devices, "OLDEST_TORCH_ON_MPS", (2, 0))
         patch.setattr(fidelity, "_latest", {})  # another pretended device's tensors are not ours
         quantize.check_kernel.cache_clear()
         calls = _Calls(place)

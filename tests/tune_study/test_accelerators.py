@@ -214,6 +214,7 @@ def test_int8_products_under_autocast_are_those_of_bf16_inputs_alone():
 
 def test_a_torch_that_multiplies_wrongly_on_mps_is_refused(monkeypatch):
     monkeypatch.setattr(devices, "available", lambda name: name != "cuda")
+    monkeypatch.setattr(torch, "__version__", "2.14.0")
     assert devices.choose_device("auto") == "mps"
     monkeypatch.setattr(torch, "__version__", "2.13.1+cpu")
     for asked in ("mps", "auto"):
@@ -227,6 +228,7 @@ def test_a_torch_that_multiplies_wrongly_on_mps_is_refused(monkeypatch):
 def test_mps_memory_ends_where_the_system_recommends_it(monkeypatch):
     fractions = []
     monkeypatch.setattr(torch.mps, "set_per_process_memory_fraction", fractions.append)
+    monkeypatch.setattr(devices, "OLDEST_TORCH_ON_MPS", (2, 0))
     assert devices.settle(torch.device("mps")) == {"memory_fraction": 1.0}
     assert fractions == [1.0]
     assert devices.settle(CPU) == {}

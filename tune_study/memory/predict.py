@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import weakref
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -54,6 +55,7 @@ _NEEDS_CONTENT = (
     DynamicOutputShapeException,
     UnsupportedOperatorException,
 )
+_KEEPS_A_POINTER = ("2.10.", "2.11.")
 SOURCE_SIDE = 32
 """Side of the stored images in pixels; they are enlarged within the step."""
 
@@ -306,6 +308,27 @@ class _Held(TorchDispatchMode):
         self.now -= nbytes
 
 
+@cache
+def _outlive_trials() -> None:
+    """Lets the first ``FakeTensorMode`` of the process be entered by a thread that stays.
+
+    torch 2.10 and 2.11, built for CUDA and without a GPU, keep a pointer into that thread, and
+    crash when another one enters the next after its end (pytorch pull request 178950). Each trial
+    is a thread of its worker.
+    """
+    if not torch.__version__.startswith(_KEEPS_A_POINTER):
+        return
+    entered = threading.Event()
+
+    def stay() -> None:
+        with FakeTensorMode():
+            entered.set()
+        threading.Event().wait()
+
+    threading.Thread(target=stay, name="fake tensors", daemon=True).start()
+    entered.wait()
+
+
 def _make_fake(
     model: nn.Module, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
@@ -333,6 +356,7 @@ def _fake_step(
     model: nn.Module, skeleton: nn.Module, config: TrialConfig, device: torch.device
 ) -> tuple[int, int]:
     """(bytes held when the backward pass begins, most bytes of forward and backward)."""
+    _outlive_trials()
     mode = FakeTensorMode()
     dtype = COMPUTE_DTYPES[config.training.compute_dtype]
     at_rest = _make_fake(model, mode, device, dtype)

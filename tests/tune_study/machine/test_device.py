@@ -46,6 +46,7 @@ def test_bf16_slowness_is_a_ratio_of_times_and_leaves_the_threads(monkeypatch):
 def test_the_device_is_honoured_or_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(device, "OLDEST_TORCH_ON_MPS", (2, 0))
     assert choose_device("auto") == "cpu"
     for name in ("cuda", "mps", "tpu"):
         with pytest.raises(UserError, match=f"--device {name}"):

@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -168,3 +170,30 @@ def test_what_is_held_falls_when_a_tensor_goes_and_the_most_stays():
         assert (held.now, held.most) == (40, 60)
         del second, third
     assert held.now == 0
+
+
+@pytest.mark.parametrize(("version", "stays"), [("2.11.0+cu130", True), ("2.12.0", False)])
+def test_where_torch_keeps_a_pointer_into_a_thread_that_thread_stays(monkeypatch, version, stays):
+    """A stand-in for the crash, which only some versions have: who entered first, and lives on?"""
+    entered = []
+
+    class Mode(memory_predict.FakeTensorMode):
+        def __enter__(self):
+            entered.append(threading.current_thread())
+            return super().__enter__()
+
+    monkeypatch.setattr(memory_predict, "FakeTensorMode", Mode)
+    monkeypatch.setattr(torch, "__version__", version)
+    memory_predict._outlive_trials.__wrapped__()
+    assert [thread.is_alive() and thread.daemon for thread in entered] == [True] * stays
+    assert threading.current_thread() not in entered
+
+
+def test_predictions_in_threads_that_end(tiny):
+    """As in a worker, whose trials are threads: torch 2.10 and 2.11 crashed in the second."""
+    for batch in (2, 3):
+        config = tiny("nf4", training={"per_device_train_batch_size": batch})
+        thread = threading.Thread(target=predict, args=(config, 17, torch.device("cpu")))
+        thread.start()
+        thread.join()
+        assert predict(config, 17, torch.device("cpu")).peak_train_bytes > 0
