@@ -22,6 +22,9 @@ TOLERANCES = (0.005, 0.01, 0.02)
 ACCEPT = "You accept a loss of"
 """How the lines of the tolerances begin."""
 SMALL_PEAK_SAVING = 0.05
+GUESSING = 0.9
+"""Of log(classes), the loss of guessing: with more than that in its last epoch, a trial has hardly
+learned."""
 WORDS = {
     "none": "no quantization",
     "int8": "8 bits per weight",
@@ -53,6 +56,7 @@ class Decision(NamedTuple):
 
 def decide(
     trials: pd.DataFrame,
+    epochs: pd.DataFrame,
     comparison: pd.DataFrame,
     memory: pd.DataFrame,
     ledger: pd.DataFrame,
@@ -70,7 +74,7 @@ def decide(
         smallest_weights(memory),
         lowest_peak(trials, ledger),
         fastest(speed),
-        stability(trials),
+        stability(trials, epochs),
     ]
 
 
@@ -278,24 +282,39 @@ def fastest(speed: pd.DataFrame) -> Decision:
     return Decision(question, answer, evidence, sample, False)
 
 
-def stability(trials: pd.DataFrame) -> Decision:
-    """How many trials of each mode diverged, with an exact upper bound on the rate."""
+def stability(trials: pd.DataFrame, epochs: pd.DataFrame) -> Decision:
+    """How many trials of each mode diverged, with an exact upper bound on the rate, and how many
+    hardly learned."""
     question = "Training must not break down"
     ended = trials[trials["status"].isin((*schema.GOOD_STATUSES, "diverged"))]
-    parts, total = [], 0
+    ended = ended.assign(diverged=ended["status"] == "diverged", flat=hardly_learned(ended, epochs))
+    parts = []
     for mode in modes_of(ended["quantization"]):
         own = ended[ended["quantization"] == mode]
-        bad = int((own["status"] == "diverged").sum())
-        total += bad
+        bad, flat = int(own["diverged"].sum()), int(own["flat"].sum())
         bound = diverged_bound(bad, len(own))
         text = f"{mode}: {bad} of {len(own)} diverged (rate below {bound * 100:.0f} %)"
-        parts.append((-bad, text))
+        parts.append((-bad, -flat, text + (f", {flat} hardly learned" if flat else "")))
     if not parts:
         return Decision(question, "Not known: no trial has ended", "", "", False)
-    answer = "No trial diverged" if not total else f"{plural(total, 'trial')} diverged"
+    bad, flat = int(ended["diverged"].sum()), int(ended["flat"].sum())
+    answer = f"{plural(bad, 'trial')} diverged" if bad else "No trial diverged"
+    if flat:
+        answer += f", but {plural(flat, 'trial')} hardly learned"
     sample = f"{plural(len(ended), 'trial')}; bounds of 95 %, if trials are independent"
-    worst_first = [text for _, text in sorted(parts, key=lambda part: part[0])]
-    return Decision(question, answer, _few(worst_first), sample, not total)
+    if flat:
+        near = f"a training loss over {GUESSING * 100:.0f} % of that of guessing"
+        sample += f"; hardly learned: {near}"
+    evidence = _few([text for *_, text in sorted(parts, key=lambda part: part[:2])])
+    return Decision(question, answer, evidence, sample, not (bad or flat))
+
+
+def hardly_learned(trials: pd.DataFrame, epochs: pd.DataFrame) -> pd.Series:
+    """Which of ``trials`` ended well with a training loss near that of guessing."""
+    last = epochs.sort_values("epoch").groupby("trial_id", observed=True)["train_loss"].last()
+    loss = trials["trial_id"].astype(str).map(last).astype("float64")
+    guessed = np.log(trials["num_classes"].astype("float64"))
+    return trials["status"].isin(schema.GOOD_STATUSES) & (loss > GUESSING * guessed)
 
 
 def diverged_bound(bad: int, of: int, confidence: float = 0.95) -> float:

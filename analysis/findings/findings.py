@@ -125,7 +125,7 @@ def compute(study: Study) -> Findings:
         qlora=qlora.qlora_ratios(paired, published),
         vision=vision.vision_references(paired, published),
         literature=published,
-        decisions=decisions.decide(trials, comparison, memory, ledger, speed)
+        decisions=decisions.decide(trials, epochs, comparison, memory, ledger, speed)
         if asked is None
         else search_decisions.decide(asked),
         problems=[*study.problems, *problems],

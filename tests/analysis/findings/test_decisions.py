@@ -18,10 +18,13 @@ from tests import synthetic
 TINY = ("deit_tiny_patch16_224",)
 
 
-def _decide(trials: pd.DataFrame) -> dict[str, decisions.Decision]:
+def _decide(
+    trials: pd.DataFrame, epochs: pd.DataFrame | None = None
+) -> dict[str, decisions.Decision]:
     ledger = memory.memory_ledger(trials)
     lines = decisions.decide(
         trials,
+        synthetic.study_frames()[1] if epochs is None else epochs,
         compare_modes(trials),
         memory.memory_ratios(trials),
         ledger,
@@ -195,6 +198,25 @@ def test_divergence_is_counted_with_an_exact_bound() -> None:
     assert decisions.diverged_bound(3, 3) == 1
 
 
+def test_a_trial_that_hardly_learned_is_no_calm_one() -> None:
+    """Its loss is finite, so that it has not diverged; it guesses all the same."""
+    trials, epochs = synthetic.study_frames()
+    question = "Training must not break down"
+    assert "learned" not in "".join(_decide(trials, epochs)[question][1:4])
+    flat = trials[(trials["quantization"] == "nf4") & (trials["dataset"] == "cifar100")].iloc[:2]
+    last = epochs["epoch"] == epochs.groupby("trial_id")["epoch"].transform("max")
+    own = epochs["trial_id"].isin(flat["trial_id"])
+    epochs.loc[own & last, "train_loss"] = 0.91 * np.log(100)
+    line = _decide(trials, epochs)[question]
+    assert line.answer == "No trial diverged, but 2 trials hardly learned"
+    assert line.evidence.startswith("nf4: 0 of 36 diverged (rate below 8 %), 2 hardly learned; ")
+    assert "hardly" not in line.evidence.removeprefix(line.evidence.split("; ")[0])
+    assert not line.decided
+    epochs.loc[own & last, "train_loss"] = 0.89 * np.log(100)
+    epochs.loc[own & ~last, "train_loss"] = np.log(100)  # earlier epochs do not count
+    assert _decide(trials, epochs)[question].decided
+
+
 def test_nothing_finished_decides_nothing() -> None:
     cells = synthetic.plan(models=TINY)
     trials, _ = synthetic.study_frames(cells, failures=dict.fromkeys(range(len(cells)), "pending"))
@@ -241,7 +263,7 @@ def test_of_many_treatments_a_line_names_a_few() -> None:
         for i in range(3)
     ]
     many = pd.concat([trials, *copies], ignore_index=True)
-    line = decisions.stability(many)
+    line = decisions.stability(many, synthetic.study_frames()[1])
     assert line.answer == "4 trials diverged"
     assert line.evidence.startswith("int8: 1 of 9 diverged")
     assert line.evidence.count("diverged") == 4
