@@ -71,7 +71,11 @@ def peer(what: str, *arguments: object) -> Iterator[Callable[[], float]]:
             except ValueError:
                 raise Missing(said or f"its process ended with {process.wait()}") from None
 
-        yield measure  # leaving closes the questions, and so ends the other end
+        try:
+            yield measure
+        finally:
+            with contextlib.suppress(BrokenPipeError):  # of a question to a process that had ended
+                questions.close()  # which ends one that has not
 
 
 def serve(
