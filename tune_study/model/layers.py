@@ -290,7 +290,8 @@ def plan_layers(model: nn.Module, config: QuantizationConfig) -> dict[str, str]:
         only_this = QuantizationConfig(mode="none", overrides={pattern: "int8"})
         if all(only_this.mode_of(name) == "none" for name in names):
             raise UserError(
-                f"quantization pattern {pattern!r} matches no layer; names look like {names[0]}"
+                f"quantization pattern {pattern!r} matches no layer of this model; write one for "
+                f"its layers, {names[0]} to {names[-1]}"
             )
     modes = {name: config.mode_of(name) for name in names}
     return {name: mode for name, mode in modes.items() if mode != "none"}
