@@ -21,6 +21,7 @@ from analysis.text.wording import (
     significant,
     span,
 )
+from tune_study.folder import schema
 
 _CARRIED = {
     "inside their range": "confirmed",
@@ -29,8 +30,6 @@ _CARRIED = {
     "above their range": "refuted (better here)",
 }
 """Whether QLoRA's finding carries over, by where our interval lies."""
-_MOST_MODES = 4
-"""Modes whose clauses fit a paragraph."""
 
 
 def literature(found: Findings) -> Section:
@@ -45,10 +44,8 @@ def literature(found: Findings) -> Section:
         "ratio stand beside it.",
     ]
     if clauses := carried_over(found.qlora):
-        more = len(clauses) - _MOST_MODES
-        shown = clauses[:_MOST_MODES] + [f"{more} more: see the table"] * (more > 0)
         paragraphs.append(
-            f"Whether its finding carries over: {'; '.join(shown)}. Confirmed: our interval lies "
+            f"Whether its finding carries over: {'; '.join(clauses)}. Confirmed: our interval lies "
             "within the range of its cells; refuted: outside of it, and our ratio is 2 % or more "
             "from their mean; open: all else."
         )
@@ -58,7 +55,15 @@ def literature(found: Findings) -> Section:
 
 def carried_over(table: pd.DataFrame) -> list[str]:
     """Whether what QLoRA found holds here: of ``qlora_ratios`` a clause per mode."""
-    return [_carried(str(mode), rows) for mode, rows in table.groupby("quantization", sort=False)]
+    by_treatment = {str(name): rows for name, rows in table.groupby("quantization", sort=False)}
+    clauses = [_carried(n, rows) for n, rows in by_treatment.items() if n in schema.MODES]
+    if mixed := len(by_treatment) - len(clauses):
+        verb = "is" if mixed == 1 else "are"
+        clauses.append(
+            f"{plural(mixed, 'treatment')} with settings for some layers {verb} not comparable "
+            "(QLoRA prints no figure for such)"
+        )
+    return clauses
 
 
 def _carried(mode: str, rows: pd.DataFrame) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from analysis.chapters.literature import carried_over, literature
@@ -49,6 +50,23 @@ def test_what_is_not_comparable_says_why() -> None:
     assert "too near to chance" in clauses(all_trials=0.001)[2]
 
 
+def test_treatments_of_some_layers_are_one_clause() -> None:
+    """A study of one block at a time has a dozen of them."""
+    trials, _ = synthetic.study_frames(synthetic.plan(modes=("none", "nf4", "nf4-dq")))
+    apart = trials[trials["quantization"] == "nf4"]
+    copies = [
+        apart.assign(quantization=f"nf4 without blocks {i}", trial_id=apart["trial_id"] + str(i))
+        for i in range(2)
+    ]
+    one, two = (pd.concat([trials, *copies[:n]], ignore_index=True) for n in (1, 2))
+    (*_, last) = carried_over(qlora_ratios(one))
+    assert last.startswith("1 treatment with settings for some layers is not comparable (")
+    plain, dq, last = carried_over(qlora_ratios(two))
+    assert plain.startswith("nf4 is not")
+    assert dq.startswith("nf4-dq, ")
+    assert last.startswith("2 treatments with settings for some layers are not comparable (")
+
+
 @pytest.mark.parametrize(
     ("modes", "said"),
     [
@@ -57,7 +75,7 @@ def test_what_is_not_comparable_says_why() -> None:
             ["none", "nf4"],
             "QLoRA prints no figure for NF4 without double quantization in any table",
         ),
-        (["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"], "; 1 more: see the table. Confirmed"),
+        (["none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq"], "; fp4-dq is not comparable ("),
     ],
 )
 def test_the_chapter_has_what_fits_and_nothing_of_no_mode(
