@@ -299,10 +299,9 @@ def stability(trials: pd.DataFrame, epochs: pd.DataFrame) -> Decision:
         return Decision(question, "Not known: no trial has ended", "", "", False)
     bad, flat = int(ended["diverged"].sum()), int(ended["flat"].sum())
     answer = f"{plural(bad, 'trial')} diverged" if bad else "No trial diverged"
-    if flat:
-        answer += f", but {plural(flat, 'trial')} hardly learned"
     sample = f"{plural(len(ended), 'trial')}; bounds of 95 %, if trials are independent"
     if flat:
+        answer += f", but {plural(flat, 'trial')} hardly learned"
         near = f"a training loss over {GUESSING * 100:.0f} % of that of guessing"
         sample += f"; hardly learned: {near}"
     evidence = _few([text for *_, text in sorted(parts, key=lambda part: part[:2])])
